@@ -1,0 +1,107 @@
+"""PyTorch Lightning plug-ins that make models cheaper.
+
+Every public name can be imported from here. The rooms behind them are imported on first use (PEP 562), so that
+``import lightning_eff`` costs next to nothing and pulls in none of the heavy dependencies.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_eff import cli, data, models, pruning, reporting, shapley, surgery
+    from lightning_eff.data import BatchKeys, DigitsDataModule, FashionMNISTDataModule, split_batch
+    from lightning_eff.models import ImageClassifier, LeNet, SmallCNN
+    from lightning_eff.pruning import (
+        Allocation,
+        Calibration,
+        ChannelGame,
+        Layers,
+        Schedule,
+        ShapleyPruningCallback,
+        StructuredPruningCallback,
+    )
+    from lightning_eff.surgery import (
+        ChannelGraph,
+        PrunedCheckpointMixin,
+        PruningPlan,
+        apply_plan,
+        export_model,
+        load_pruned,
+        profile,
+        prunable,
+    )
+
+__version__ = "0.1.0"
+
+_ROOMS = ("cli", "data", "models", "pruning", "reporting", "shapley", "surgery")
+
+_ROOM_OF = {
+    "BatchKeys": "data",
+    "DigitsDataModule": "data",
+    "FashionMNISTDataModule": "data",
+    "split_batch": "data",
+    "ImageClassifier": "models",
+    "LeNet": "models",
+    "SmallCNN": "models",
+    "Allocation": "pruning",
+    "Calibration": "pruning",
+    "ChannelGame": "pruning",
+    "Layers": "pruning",
+    "Schedule": "pruning",
+    "ShapleyPruningCallback": "pruning",
+    "StructuredPruningCallback": "pruning",
+    "ChannelGraph": "surgery",
+    "PrunedCheckpointMixin": "surgery",
+    "PruningPlan": "surgery",
+    "apply_plan": "surgery",
+    "export_model": "surgery",
+    "load_pruned": "surgery",
+    "profile": "surgery",
+    "prunable": "surgery",
+}
+
+__all__ = [
+    "Allocation",
+    "BatchKeys",
+    "Calibration",
+    "ChannelGame",
+    "ChannelGraph",
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "ImageClassifier",
+    "Layers",
+    "LeNet",
+    "PrunedCheckpointMixin",
+    "PruningPlan",
+    "Schedule",
+    "ShapleyPruningCallback",
+    "SmallCNN",
+    "StructuredPruningCallback",
+    "apply_plan",
+    "cli",
+    "data",
+    "export_model",
+    "load_pruned",
+    "models",
+    "profile",
+    "prunable",
+    "pruning",
+    "reporting",
+    "shapley",
+    "split_batch",
+    "surgery",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
+    if name in _ROOM_OF:
+        value = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

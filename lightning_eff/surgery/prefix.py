@@ -1,0 +1,261 @@
+"""Compute once what does not depend on a gate, for any Python ``forward``.
+
+Scoring a deep layer evaluates the network many times with other gates on the same batch. Every module call before
+the gate gives the same result each time. Such calls are found by running the network with gates that require
+gradients (a result that requires none does not depend on them) and comparing with other gate values bit for bit (for
+paths that gradients do not follow). The outermost of these calls are then answered from a tape; of their results only
+those that something outside reads are stored.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_eff.surgery.gates import Gates
+from lightning_eff.surgery.state import parameters_require_grad
+
+Run = Callable[[], Any]
+Call = tuple[nn.Module, int]  # a module and the number of its call; calls inside of a free one are not counted
+Tape = dict[Call, Any]
+
+
+class PrefixCache:
+    """Answer the calls that gates do not reach from a tape.
+
+    Args:
+        model: the network, in evaluation mode while the cache is used.
+        run: one forward pass on a small batch, used to find the free calls.
+        gates: open gates; the values of ``name`` are changed here, set yours afterwards.
+        name: the gated group.
+        size: its number of channels.
+        device: where the model is.
+
+    Use :meth:`record` once per batch, then :meth:`replay` its tape as often as wanted with other gate values.
+    ``active`` is False, after a warning, where the network does not allow it: then nothing is stored and replaying is
+    an ordinary run.
+    """
+
+    def __init__(
+        self, model: nn.Module, run: Run, gates: Gates, name: str, size: int, *, device: torch.device | None = None
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        values = [torch.rand(size, generator=generator).to(device) for _ in range(3)]
+        with torch.inference_mode(False), parameters_require_grad(model, False):
+            with torch.enable_grad():
+                gates.set(name, values[0].requires_grad_())
+                first = _trace(model, run)
+            with torch.no_grad():
+                gates.set(name, values[1])
+                self._free = _outermost_free(first, _trace(model, run))
+                del first
+                self._live: set[Call] = set()
+                self._mutated: set[Call] = set()
+                watch = _Watch()
+                self._record(run, watch)
+                self._live, self._mutated = watch.read, watch.written
+                gates.set(name, values[2])
+                expected = run()
+                got = self.replay(self.record(run), run)
+        pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(expected), strict=True)
+        self.active = all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in pairs if isinstance(a, Tensor))
+        if not self.active:
+            warnings.warn(
+                f"{type(model).__name__} does not give the same outputs when calls before {name} are answered from "
+                "memory; it is run in full for every evaluation, which is slower",
+                stacklevel=2,
+            )
+            self._free = set()
+
+    def record(self, run: Run) -> Tape:
+        """Run once and keep what the free calls return."""
+        return self._record(run, None) if self._free else {}
+
+    def _record(self, run: Run, watch: _Watch | None) -> Tape:
+        tape: Tape = {}
+        depth = 0
+
+        def call(key: Call, forward: Run) -> Any:
+            nonlocal depth
+            depth += 1
+            try:
+                result = forward()
+            finally:
+                depth -= 1
+            if watch is not None:
+                watch.own(key, result)
+            elif key in self._mutated:
+                tape[key] = _map_tensors(torch.clone, result)
+            else:
+                tape[key] = result if key in self._live else _map_tensors(_hollow, result)
+            return result
+
+        if watch is not None:
+            watch.outside = lambda: depth == 0
+        with self._intercepted(call, visible=lambda: depth == 0), watch or nullcontext():
+            outputs = run()
+        if watch is not None:
+            watch.use(outputs)
+        return tape
+
+    def replay(self, tape: Tape, run: Run) -> Any:
+        """Run with the free calls answered from ``tape``."""
+        if not self._free:
+            return run()
+
+        def call(key: Call, forward: Run) -> Any:
+            return _map_tensors(torch.clone, tape[key]) if key in self._mutated else tape[key]
+
+        with self._intercepted(call, visible=lambda: True):
+            return run()
+
+    @contextmanager
+    def _intercepted(self, call: Callable[[Call, Run], Any], visible: Callable[[], bool]) -> Iterator[None]:
+        """Route the free calls of one run through ``call``."""
+        counts = {module: 0 for module, _ in self._free}
+
+        def wrap(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                if not visible():
+                    return forward(*args, **kwargs)
+                key = (module, counts[module])
+                counts[module] += 1
+                if key in self._free:
+                    return call(key, lambda: forward(*args, **kwargs))
+                return forward(*args, **kwargs)
+
+            return wrapper
+
+        with _wrapped_forwards(counts, wrap):
+            yield
+
+
+def tape_bytes(tape: Tape) -> int:
+    """Memory that the stored tensors hold."""
+    leaves = (leaf for result in tape.values() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in leaves}.values())
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape that nobody reads: one element, expanded."""
+    return tensor.new_zeros(()).expand(tensor.shape)
+
+
+@contextmanager
+def _wrapped_forwards(
+    modules: Any, wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Replace ``forward`` on the instances; what was there comes back, also after an exception."""
+    before = {module: module.__dict__.get("forward") for module in modules}
+    try:
+        for module in before:
+            module.__dict__["forward"] = wrap(module, module.forward)
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+class _Event(NamedTuple):
+    """One module call: which module, inside of which other call (-1: none), and what it returned."""
+
+    module: nn.Module
+    parent: int
+    depends: bool
+    result: list[Tensor]
+
+
+def _trace(model: nn.Module, run: Run) -> list[_Event]:
+    events: list[_Event | None] = []
+    stack = [-1]
+
+    def wrap(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            number = len(events)
+            events.append(None)
+            stack.append(number)
+            try:
+                result = forward(*args, **kwargs)
+            finally:
+                stack.pop()
+            tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+            depends = any(tensor.requires_grad for tensor in tensors)
+            kept = [] if depends else [tensor.detach().clone() for tensor in tensors]
+            events[number] = _Event(module, stack[-1], depends, kept)
+            return result
+
+        return wrapper
+
+    inner = [m for m in model.modules() if m is not model and not isinstance(m, torch.jit.ScriptModule)]
+    with _wrapped_forwards(inner, wrap):
+        run()
+    return [event for event in events if event is not None]
+
+
+def _outermost_free(first: Sequence[_Event], second: Sequence[_Event]) -> set[Call]:
+    """Return the calls that no gate reaches and that no other such call contains."""
+    if [(e.module, e.parent) for e in first] != [(e.module, e.parent) for e in second]:
+        return set()  # the order of calls depends on the gates
+    hidden: list[bool] = []
+    counts: dict[nn.Module, int] = {}
+    found: set[Call] = set()
+    for a, b in zip(first, second, strict=True):
+        free = not a.depends and _equal(a.result, b.result)
+        inside = a.parent >= 0 and hidden[a.parent]
+        if not inside:
+            number = counts.get(a.module, 0)
+            counts[a.module] = number + 1
+            if free:
+                found.add((a.module, number))
+        hidden.append(inside or free)
+    return found
+
+
+def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Note which results of free calls are read, and which are written to, by operations outside of such calls."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.outside: Callable[[], bool] = lambda: True
+        self.read: set[Call] = set()
+        self.written: set[Call] = set()
+        self._owners: dict[int, list[Call]] = {}
+        self._alive: list[Any] = []  # storages must not be freed, or their addresses would be used again
+
+    def own(self, key: Call, result: Any) -> None:
+        self._alive.append(result)
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._owners.setdefault(tensor.untyped_storage()._cdata, []).append(key)
+
+    def use(self, tree: Any) -> None:
+        for tensor in pytree.tree_leaves(tree):
+            if isinstance(tensor, Tensor):
+                self.read.update(self._owners.get(tensor.untyped_storage()._cdata, ()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.outside():
+            self.use((args, kwargs))
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+                    self.written.update(self._owners.get(value.untyped_storage()._cdata, ()))
+        return func(*args, **kwargs)

@@ -1,0 +1,38 @@
+"""Borrow a model: run it in evaluation mode and give it back as it was, also after an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from torch import nn
+
+
+@contextmanager
+def quiet_model(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` in evaluation mode, compiled parts eagerly; restore modes and random generators on leaving."""
+    modes = [(module, module.training) for module in model.modules()]
+    rng = _collect_rng_states()
+    try:
+        with torch.compiler.set_stance("force_eager"), torch.inference_mode(False):
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        _set_rng_states(rng)
+
+
+@contextmanager
+def parameters_require_grad(model: nn.Module, value: bool) -> Iterator[None]:
+    """Set ``requires_grad`` of every parameter, and put each one back on leaving."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(value)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
