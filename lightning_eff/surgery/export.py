@@ -14,17 +14,6 @@ from lightning_eff.batch import call_model, take
 from lightning_eff.surgery.state import quiet_model
 
 
-class _Forward(nn.Module):
-    """Nothing but the forward pass, so that what a LightningModule holds besides its layers is not exported."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        return self.model(*inputs, **named)
-
-
 def export_model(
     model: nn.Module, example_inputs: Any, path: str | Path, *, dynamic_batch: bool = True, tolerance: float = 1e-4
 ) -> Path:
@@ -53,9 +42,9 @@ def export_model(
     if dynamic_batch:
         batch = torch.export.Dim.AUTO
         shapes = pytree.tree_map(lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim else None, (args, named))
-        dynamic = {"inputs": shapes[0], "named": shapes[1]}
+        dynamic = shapes[1] if named else shapes[0]
     with quiet_model(model), torch.no_grad():
-        program = torch.export.export(_Forward(model).eval(), args, named, dynamic_shapes=dynamic, strict=False)
+        program = torch.export.export(model, args, named, dynamic_shapes=dynamic, strict=False)
         if path.suffix == ".pt2":
             _check(program.module(), model, args, named, tolerance, dynamic_batch)
             torch.export.save(program, path)
