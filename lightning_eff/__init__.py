@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_eff import cli, data, models, pruning, reporting, shapley, surgery
-    from lightning_eff.data import BatchKeys, DigitsDataModule, FashionMNISTDataModule, split_batch
+    from lightning_eff.batch import BatchKeys, split_batch
+    from lightning_eff.data import DigitsDataModule, FashionMNISTDataModule
     from lightning_eff.models import ImageClassifier, LeNet, SmallCNN
     from lightning_eff.pruning import (
         Allocation,
         Calibration,
         ChannelGame,
+        GameOptions,
         Layers,
         Schedule,
         ShapleyPruningCallback,
@@ -22,13 +24,13 @@ if TYPE_CHECKING:
     )
     from lightning_eff.surgery import (
         ChannelGraph,
-        PrunedCheckpointMixin,
         PruningPlan,
         apply_plan,
         export_model,
         load_pruned,
         profile,
         prunable,
+        save_pruned,
     )
 
 __version__ = "0.1.0"
@@ -36,28 +38,29 @@ __version__ = "0.1.0"
 _ROOMS = ("cli", "data", "models", "pruning", "reporting", "shapley", "surgery")
 
 _ROOM_OF = {
-    "BatchKeys": "data",
+    "BatchKeys": "batch",
+    "split_batch": "batch",
     "DigitsDataModule": "data",
     "FashionMNISTDataModule": "data",
-    "split_batch": "data",
     "ImageClassifier": "models",
     "LeNet": "models",
     "SmallCNN": "models",
     "Allocation": "pruning",
     "Calibration": "pruning",
     "ChannelGame": "pruning",
+    "GameOptions": "pruning",
     "Layers": "pruning",
     "Schedule": "pruning",
     "ShapleyPruningCallback": "pruning",
     "StructuredPruningCallback": "pruning",
     "ChannelGraph": "surgery",
-    "PrunedCheckpointMixin": "surgery",
     "PruningPlan": "surgery",
     "apply_plan": "surgery",
     "export_model": "surgery",
     "load_pruned": "surgery",
     "profile": "surgery",
     "prunable": "surgery",
+    "save_pruned": "surgery",
 }
 
 __all__ = [
@@ -68,10 +71,10 @@ __all__ = [
     "ChannelGraph",
     "DigitsDataModule",
     "FashionMNISTDataModule",
+    "GameOptions",
     "ImageClassifier",
     "Layers",
     "LeNet",
-    "PrunedCheckpointMixin",
     "PruningPlan",
     "Schedule",
     "ShapleyPruningCallback",
@@ -87,6 +90,7 @@ __all__ = [
     "prunable",
     "pruning",
     "reporting",
+    "save_pruned",
     "shapley",
     "split_batch",
     "surgery",

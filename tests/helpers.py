@@ -1,0 +1,130 @@
+"""Run scripts in new processes: alone, on two processes, through the command line, or killed half-way."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def run_python(
+    code_or_file: str | Path,
+    *args: str,
+    env: Mapping[str, str] | None = None,
+    cwd: str | Path | None = None,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """Run code (``str``) or a file (``Path``) in a new interpreter; AssertionError with the end of its output if it
+    fails or takes longer than ``timeout`` seconds. Processes it started end with it."""
+    command = [str(code_or_file)] if isinstance(code_or_file, Path) else ["-c", code_or_file]
+    return _run([*command, *args], env, cwd, timeout)
+
+
+def run_cli(
+    *args: str, cwd: str | Path, env: Mapping[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m lightning_eff ARGS``."""
+    return _run(["-m", "lightning_eff", *args], env, cwd, timeout)
+
+
+def run_ddp(
+    script: str | Path,
+    tmp_path: Path,
+    *args: str,
+    processes: int = 2,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """Run a script (source or file) that builds ``Trainer(accelerator="cpu", devices=DEVICES, strategy="ddp")``.
+
+    Lightning starts the other processes itself, on gloo. The number of processes is in the environment variable
+    ``DEVICES`` as well; the script runs in ``tmp_path``.
+    """
+    if isinstance(script, str):
+        path = tmp_path / "ddp_script.py"
+        path.write_text(script)
+        script = path
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ddp = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DEVICES": str(processes)}
+    return run_python(script, *args, env={**ddp, **(env or {})}, cwd=tmp_path, timeout=timeout)
+
+
+def run_and_kill(
+    script: str | Path,
+    marker: str,
+    *args: str,
+    env: Mapping[str, str] | None = None,
+    cwd: str | Path | None = None,
+    timeout: float = 300,
+) -> str:
+    """Start a script (source or file), kill it (SIGKILL) when it prints a line that holds ``marker``, and return what
+    it printed; AssertionError if it ends by itself or does not print the marker in time."""
+    command = [str(script)] if isinstance(script, Path) else ["-c", script]
+    process = _start([*command, *args], env, cwd)
+    late = threading.Timer(timeout, _kill, [process])
+    late.start()
+    lines = []
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if marker in line:
+                return "".join(lines)
+    finally:
+        late.cancel()
+        _kill(process)
+        process.stdout.close()
+    raise AssertionError(f"the script ended or was late before it printed {marker!r}:\n{_tail(''.join(lines))}")
+
+
+def _run(
+    command: list[str], env: Mapping[str, str] | None, cwd: str | Path | None, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    process = _start(command, env, cwd)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        output, _ = process.communicate()
+        raise AssertionError(f"expected an end within {timeout} s:\n{_tail(output)}") from None
+    finally:
+        _kill(process)
+    if process.returncode != 0:
+        raise AssertionError(f"the process ended with {process.returncode}:\n{_tail(output)}")
+    return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+
+def _start(command: list[str], env: Mapping[str, str] | None, cwd: str | Path | None) -> subprocess.Popen[str]:
+    # what a surrounding run may have set must not reach the new process
+    launcher = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "GROUP_RANK", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    inherited = {name: value for name, value in os.environ.items() if name not in launcher}
+    paths = [str(REPOSITORY), str(REPOSITORY / "tests"), *filter(None, [inherited.get("PYTHONPATH")])]
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env={**inherited, **ours, **(env or {})},
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that processes it starts can be ended with it
+    )
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End the process and those it started that are still there; gone ones are fine."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _tail(output: str, lines: int = 40) -> str:
+    return "\n".join(output.splitlines()[-lines:])
