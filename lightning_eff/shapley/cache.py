@@ -1,0 +1,167 @@
+"""Values of coalitions that were evaluated once and never again: `CachedGame`, in memory and as an NPZ file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_eff.shapley.games import (
+    Game,
+    Start,
+    as_values,
+    check_coalitions,
+    group_weights,
+    nested_coalitions,
+    require_finite,
+    walker,
+)
+
+_WHOLE = -1  # group number of values of the whole game
+
+
+class CachedGame:
+    """A game that remembers, group by group where it has groups; a walkable game still walks what is new.
+
+    When the game returns a NaN, the finite values of that call are kept before the error is raised.
+
+    Args:
+        game: the game to evaluate where a value is not known yet.
+        fingerprint: says what the values depend on beside the coalition (weights, metric, samples); a file with
+            another one is refused.
+
+    Attributes:
+        hits: coalitions answered from memory.
+        misses: coalitions the game had to evaluate.
+    """
+
+    def __init__(self, game: Game, fingerprint: str = "") -> None:
+        self.game, self.fingerprint = game, fingerprint
+        self.n_players = game.n_players
+        self.names = getattr(game, "names", None)
+        weights = group_weights(game)
+        self.n_groups = 1 if weights is None else len(weights)
+        self.group_weights = torch.ones(1, dtype=torch.float64) if weights is None else weights
+        self.hits = self.misses = 0
+        self._known: dict[int, dict[bytes, Any]] = {}  # group -> packed coalition -> float or list of D floats
+
+    def __len__(self) -> int:
+        return sum(map(len, self._known.values()))
+
+    def __call__(self, coalitions: Tensor) -> Tensor:
+        """As `Game.__call__`."""
+        return self._call(_WHOLE, coalitions)
+
+    def call_group(self, group: int, coalitions: Tensor) -> Tensor:
+        """As `GroupedGame.call_group`; a game without groups is one group, number 0."""
+        return self._call(self._table_of(group), coalitions)
+
+    def walk(self, orders: Tensor, *, start: Start = "full") -> Tensor:
+        """As `WalkableGame.walk`: a walk that meets anything new is walked whole."""
+        return self._walk(_WHOLE, orders, start)
+
+    def walk_group(self, group: int, orders: Tensor, *, start: Start = "full") -> Tensor:
+        """As `walk`, in one group."""
+        return self._walk(self._table_of(group), orders, start)
+
+    def save(self, path: str | Path) -> None:
+        """Write an NPZ file; an existing one is replaced in one step.
+
+        It holds `masks` uint8 `[M, ceil(n/8)]` (numpy.packbits, kept = 1), `values` float64 `[M]` or `[M, D]`,
+        `group` int64 `[M]` (-1 = whole game), `n` and `fingerprint`.
+        """
+        rows = [(group, key, value) for group, table in self._known.items() for key, value in table.items()]
+        packed = np.frombuffer(b"".join(key for _, key, _ in rows), np.uint8)
+        partial = Path(f"{path}.part")
+        with partial.open("wb") as file:
+            np.savez_compressed(
+                file,
+                masks=packed.reshape(len(rows), -(-self.n_players // 8)),
+                values=np.array([value for _, _, value in rows], np.float64),
+                group=np.array([group for group, _, _ in rows], np.int64),
+                n=np.array(self.n_players),
+                fingerprint=np.array(self.fingerprint),
+            )
+        os.replace(partial, path)
+
+    def load(self, path: str | Path) -> None:
+        """Add the values of a file that `save` wrote; values known already stay.
+
+        Raises:
+            ValueError: the file was made with another fingerprint, or for another number of players or groups.
+        """
+        with np.load(path, allow_pickle=False) as file:
+            n, fingerprint = int(file["n"]), str(file["fingerprint"])
+            masks, values, groups = file["masks"], file["values"], file["group"]
+        if fingerprint != self.fingerprint:
+            raise ValueError(
+                f"{path} holds values of another game: its fingerprint is {fingerprint!r}, "
+                f"this game's {self.fingerprint!r}; give another path or delete the file"
+            )
+        last_group = int(groups.max(initial=_WHOLE))
+        if n != self.n_players or last_group >= self.n_groups:
+            raise ValueError(
+                f"{path} holds values for {n} players and group numbers up to {last_group}; "
+                f"this game has {self.n_players} players and {self.n_groups} group(s)"
+            )
+        for mask, value, group in zip(masks, values.tolist(), groups.tolist(), strict=True):
+            self._known.setdefault(group, {}).setdefault(mask.tobytes(), value)
+
+    def _table_of(self, group: int) -> int:
+        if not 0 <= group < self.n_groups:
+            raise ValueError(f"group must lie in 0..{self.n_groups - 1}, got {group}")
+        return _WHOLE if self.n_groups == 1 else group
+
+    def _call(self, group: int, coalitions: Tensor) -> Tensor:
+        check_coalitions(coalitions, self.n_players)
+        keys = _keys(coalitions)
+        table = self._known.setdefault(group, {})
+        first_row = {key: row for row, key in reversed(list(enumerate(keys))) if key not in table}
+        self._count(len(first_row), len(keys))
+        if first_row:
+            new = coalitions[sorted(first_row.values())]
+            raw = self.game(new) if group == _WHOLE else self.game.call_group(group, new)  # type: ignore[attr-defined]
+            self._remember(table, new, as_values(raw, (len(new),)))
+        return self._recall(table, keys)
+
+    def _walk(self, group: int, orders: Tensor, start: Start) -> Tensor:
+        first = torch.full((len(orders), 1, self.n_players), start == "full")
+        coalitions = torch.cat([first, nested_coalitions(orders, self.n_players, start)], dim=1)  # [P, K + 1, n]
+        flat = coalitions.flatten(0, 1)
+        inner = walker(self.game, None if group == _WHOLE else group)
+        if inner is None:
+            values = self._call(group, flat)
+            return values.reshape(*coalitions.shape[:2], *values.shape[1:])
+        keys = _keys(flat)
+        table = self._known.setdefault(group, {})
+        self._count(len({key for key in keys if key not in table}), len(keys))
+        new = torch.tensor([key not in table for key in keys]).view(coalitions.shape[:2]).any(1)
+        if bool(new.any()):
+            walked = as_values(inner(orders[new], start=start), (int(new.sum()), coalitions.shape[1]))
+            self._remember(table, coalitions[new].flatten(0, 1), walked.flatten(0, 1))
+        values = self._recall(table, keys)
+        return values.reshape(*coalitions.shape[:2], *values.shape[1:])
+
+    def _count(self, new: int, asked: int) -> None:
+        self.misses += new
+        self.hits += asked - new
+
+    @staticmethod
+    def _remember(table: dict[bytes, Any], coalitions: Tensor, values: Tensor) -> None:
+        finite = torch.isfinite(values.reshape(len(values), -1)).all(1).tolist()
+        for key, value, good in zip(_keys(coalitions), values.tolist(), finite, strict=True):
+            if good:
+                table.setdefault(key, value)
+        require_finite(values, coalitions)
+
+    @staticmethod
+    def _recall(table: dict[bytes, Any], keys: list[bytes]) -> Tensor:
+        return torch.tensor([table[key] for key in keys], dtype=torch.float64)
+
+
+def _keys(coalitions: Tensor) -> list[bytes]:
+    return [row.tobytes() for row in np.packbits(coalitions.cpu().numpy(), axis=1)]

@@ -1,0 +1,228 @@
+"""Values without sampling: enumeration of all coalitions (up to a depth), and leave-one-out.
+
+With L_i(r) the mean marginal loss of player i over all removed sets R of size r without i, the partial value of depth
+K is (1/K) sum_{r<K} L_i(r): K = n is the Shapley value (Shapley 1953), K = 1 is leave-one-out.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, combinations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_eff.shapley.estimator import (
+    Depth,
+    Direction,
+    Progress,
+    ShapleyEstimator,
+    StopRule,
+    check_depth,
+    check_direction,
+    player_count,
+    resolve_depth,
+    warn_if_silent,
+)
+from lightning_eff.shapley.games import Game, evaluate, evaluate_walks
+from lightning_eff.shapley.result import ShapleyResult
+
+
+@dataclass(frozen=True)
+class ExactShapley(ShapleyEstimator):
+    """Exact (partial) Shapley values from every coalition: 2**n evaluations, sum over r <= K of C(n, r) at depth K.
+
+    Args:
+        max_players: most players for full depth; 2**max_players evaluations is the limit for a partial depth too.
+        depth: `"full"` for the Shapley value; K: the mean over the first K removals only; `"matched"`: to be replaced
+            by the caller, as in `PermutationShapley`.
+        direction: which end a partial depth starts from: all players, removing, or none, adding. Without meaning at
+            full depth.
+        chunk_size: most coalitions a call of the game; it has no influence on the values.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    max_players: int = 20
+    depth: Depth = "full"
+    direction: Direction = "remove"
+    chunk_size: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("max_players", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_depth(self.depth)
+        check_direction(self.direction)
+
+    def cost(self, n: int) -> int:
+        """As `ShapleyEstimator.cost`."""
+        return sum(math.comb(n, size) for size in range(resolve_depth(self.depth, n) + 1))
+
+    def estimate(
+        self,
+        game: Game,
+        *,
+        generator: torch.Generator | int | None = None,
+        resume: ShapleyResult | None = None,
+        stop: StopRule | None = None,
+        progress: Progress | None = None,
+    ) -> ShapleyResult:
+        """As `ShapleyEstimator.estimate`; there is nothing to resume, and a budget below `cost` is a ValueError.
+
+        Raises:
+            ValueError: also when more evaluations are needed than `max_players` allows.
+            TimeoutError: `stop.max_seconds` passed before all coalitions were evaluated.
+        """
+        n = player_count(game)
+        depth = resolve_depth(self.depth, n)
+        self._check_size(n)
+        work = _Work(self.cost(n), resume, stop, progress)
+
+        # L_i(r) = mean of v over sets of size r without i, minus the mean over sets of size r + 1 with i
+        total, without_player, origin = torch.zeros(n, 1, dtype=torch.float64), torch.empty(0), torch.empty(0)
+        for size in range(depth + 1):
+            moved = _subsets(n, size)
+            coalitions = ~moved if self.direction == "remove" else moved
+            values = torch.cat([work.done(evaluate(game, part)) for part in torch.split(coalitions, self.chunk_size)])
+            if size == 0:
+                origin = values[0]
+            change = (values - origin).reshape(len(values), -1)
+            if size > 0:
+                with_player = torch.stack([change[moved[:, i]].sum(0) for i in range(n)])
+                total = total + (with_player - without_player) / math.comb(n - 1, size - 1)
+            without_player = torch.stack([change[~moved[:, i]].sum(0) for i in range(n)])
+        sign = -1 if self.direction == "remove" else 1
+        shapley = (sign * total / depth + 0.0).reshape(n, *origin.shape)  # + 0.0 turns -0 into 0
+        return work.result(game, shapley, "exact", depth, self.direction, origin, values[0] if depth == n else None)
+
+    def _check_size(self, n: int) -> None:
+        evaluations = self.cost(n)
+        if evaluations <= 2**self.max_players:
+            return
+        needs = f"2**{n} = {evaluations:,}" if self.depth == "full" else f"{evaluations:,}"
+        raise ValueError(
+            f"exact values of {n} players at depth {self.depth} need {needs} evaluations, "
+            f"max_players={self.max_players} allows {2**self.max_players:,}; "
+            f"use PermutationShapley (about {n} evaluations a walk), ExactShapley(depth=2) "
+            f"({1 + n + math.comb(n, 2):,} evaluations), LeaveOneOut ({n + 1}), or raise max_players"
+        )
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(ShapleyEstimator):
+    """What the game loses when one player goes alone, v(N) - v(N without i): depth 1, n + 1 evaluations.
+
+    Args:
+        direction: `"remove"`, or `"add"` for what it gains when one player comes alone, v({i}) - v(none).
+        chunk_size: most coalitions a call of the game; it has no influence on the values.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    direction: Direction = "remove"
+    chunk_size: int = 256
+
+    def __post_init__(self) -> None:
+        check_direction(self.direction)
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
+
+    def cost(self, n: int) -> int:
+        """As `ShapleyEstimator.cost`."""
+        return n + 1
+
+    def estimate(
+        self,
+        game: Game,
+        *,
+        generator: torch.Generator | int | None = None,
+        resume: ShapleyResult | None = None,
+        stop: StopRule | None = None,
+        progress: Progress | None = None,
+    ) -> ShapleyResult:
+        """As `ExactShapley.estimate`, and raises likewise."""
+        n = player_count(game)
+        work = _Work(self.cost(n), resume, stop, progress)
+        remove = self.direction == "remove"
+        origin = work.done(evaluate(game, torch.full((1, n), remove)))[0]
+        first_steps = [
+            work.done(evaluate_walks(game, part, start="full" if remove else "empty", chunk_size=self.chunk_size)[:, 0])
+            for part in torch.split(torch.arange(n)[:, None], self.chunk_size)
+        ]
+        values = torch.cat(first_steps)
+        change = origin - values if remove else values - origin
+        return work.result(game, change, "leave_one_out", 1, self.direction, origin, values[0] if n == 1 else None)
+
+
+class _Work:
+    """Bookkeeping of an enumeration that is worth nothing before it is complete."""
+
+    def __init__(
+        self, cost: int, resume: ShapleyResult | None, stop: StopRule | None, progress: Progress | None
+    ) -> None:
+        if resume is not None:
+            raise ValueError("an exact result is complete, nothing is left to resume; CachedGame keeps evaluations")
+        if stop is not None and stop.max_evals is not None and stop.max_evals < cost:
+            raise ValueError(
+                f"this needs {cost:,} evaluations, the budget is {stop.max_evals:,}; PermutationShapley samples"
+            )
+        self.cost, self.progress, self.begin = cost, progress, time.perf_counter()
+        self.limit = math.inf if stop is None or stop.max_seconds is None else stop.max_seconds
+        self.n_evals = 0
+
+    def done(self, values: Tensor) -> Tensor:
+        """Count `values` `[M]` or `[M, D]` as evaluated, and pass them on."""
+        self.n_evals += len(values)
+        if self.progress is not None:
+            self.progress(len(values))
+        if time.perf_counter() - self.begin > self.limit and self.n_evals < self.cost:
+            raise TimeoutError(
+                f"{self.n_evals:,} of {self.cost:,} evaluations in {self.limit} s; CachedGame keeps them"
+            )
+        return values
+
+    def result(
+        self,
+        game: Game,
+        values: Tensor,
+        method: str,
+        depth: int,
+        direction: Direction,
+        origin: Tensor,
+        end: Tensor | None,
+    ) -> ShapleyResult:
+        """The finished result; `origin` and `end` are the values of the first and of the last coalition."""
+        full, empty = (origin, end) if direction == "remove" else (end, origin)
+        return warn_if_silent(
+            ShapleyResult(
+                values=values,
+                stderr=torch.zeros_like(values),
+                n_evals=self.n_evals,
+                n_unique=self.n_evals,
+                v_empty=empty,
+                v_full=full,
+                method=method,
+                depth=depth,
+                seconds=time.perf_counter() - self.begin,
+                converged=True,
+                names=getattr(game, "names", None),
+            )
+        )
+
+
+def _subsets(n: int, size: int) -> Tensor:
+    """All subsets of `size` of `n` players, bool `[C(n, size), n]`, in lexicographic order.
+
+    The order matters: it lists S and S + i alike, so that the sums of a null player cancel to the last bit.
+    """
+    count = math.comb(n, size)
+    members: Iterator[int] = chain.from_iterable(combinations(range(n), size))
+    index = torch.from_numpy(np.fromiter(members, np.int64, count * size)).view(count, size)
+    return torch.zeros(count, n, dtype=torch.bool).scatter_(1, index, True)

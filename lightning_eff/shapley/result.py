@@ -1,0 +1,138 @@
+"""What an estimator returns: values with standard errors, what they cost, and what is needed to go on from there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class ShapleyResult:
+    """Shapley values (or partial ones) of a game with `n` players, all tensors float64 on the CPU.
+
+    Attributes:
+        values: `[n]`, or `[n, D]` for a vector-valued game, in the unit of the game. NaN: the budget never reached
+            this player.
+        stderr: standard errors, shaped like `values`; 0 where nothing was sampled, inf below two samples.
+        n_evals: evaluations spent; for a grouped game, forwards over all groups divided by their number.
+        n_unique: distinct coalitions among them, counted the same way.
+        v_empty: value of no player, `[]` or `[D]`; None where the method did not need it.
+        v_full: value of all players, likewise.
+        method: `"exact"`, `"leave_one_out"` or `"permutation"`.
+        depth: number of removals (or insertions) averaged over; n is the Shapley value itself.
+        seconds: wall-clock time, resumed parts included.
+        converged: the precision the stop rule asked for was reached; without such a rule, all requested work was done.
+        truncated: fraction of marginal contributions taken as 0 instead of evaluated.
+        names: a name for each player, from the game's `names`.
+        state: plain Python from which `estimate(resume=...)` goes on; None where there is nothing to go on with.
+    """
+
+    values: Tensor
+    stderr: Tensor
+    n_evals: int
+    n_unique: int
+    v_empty: Tensor | None
+    v_full: Tensor | None
+    method: str
+    depth: int
+    seconds: float
+    converged: bool
+    truncated: float = 0.0
+    names: list[str] | None = None
+    state: dict[str, Any] | None = None
+
+    @property
+    def efficiency_gap(self) -> Tensor:
+        """v(all) - v(none) - sum of values, `[]` or `[D]`: 0 up to rounding unless walks were truncated.
+
+        Raises:
+            ValueError: a partial value (depth < n), for which the axiom does not hold.
+        """
+        if self.v_full is None or self.v_empty is None or self.depth < len(self.values):
+            raise ValueError(f"efficiency belongs to depth n = {len(self.values)}, this result has depth {self.depth}")
+        return self.v_full - self.v_empty - self.values.sum(0)
+
+    def rank(self) -> Tensor:
+        """Players from the highest value to the lowest, int64 `[n]`; equal values by index, lowest first.
+
+        Raises:
+            ValueError: vector values (use `select`), or a player without a value.
+        """
+        if self.values.ndim > 1:
+            components = self.values.shape[1]
+            raise ValueError(f"values are vectors of {components} components: rank one with result.select(d).rank()")
+        missing = self.values.isnan().nonzero().flatten().tolist()
+        if missing:
+            raise ValueError(f"players {missing} have no value yet: use estimate(resume=result) or a larger budget")
+        return self.values.argsort(descending=True, stable=True)
+
+    def top(self, k: int) -> Tensor:
+        """The `k` players of highest value, best first, int64 `[k]`; raises as `rank`, or unless 0 <= k <= n."""
+        return self.rank()[: self._checked_count(k)]
+
+    def bottom(self, k: int) -> Tensor:
+        """The `k` players of lowest value, worst first, int64 `[k]`; raises as `rank`, or unless 0 <= k <= n."""
+        return self.rank().flip(0)[: self._checked_count(k)]
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Ends of normal confidence intervals, each shaped like `values`; too narrow below about ten samples.
+
+        Raises:
+            ValueError: `level` outside (0, 1).
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level must lie in (0, 1), got {level}")
+        half = NormalDist().inv_cdf((1 + level) / 2) * self.stderr
+        return self.values - half, self.values + half
+
+    def select(self, d: int) -> ShapleyResult:
+        """The result of component `d` of a vector-valued game; it can be ranked but not resumed.
+
+        Raises:
+            ValueError: values are no vectors, or have no component `d`.
+        """
+        if self.values.ndim < 2 or not 0 <= d < self.values.shape[1]:
+            raise ValueError(f"no component {d} in values of shape {list(self.values.shape)}")
+        return replace(
+            self,
+            values=self.values[:, d],
+            stderr=self.stderr[:, d],
+            v_empty=None if self.v_empty is None else self.v_empty[d],
+            v_full=None if self.v_full is None else self.v_full[d],
+            state=None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python (numbers, strings, lists, dicts), fit for JSON and for checkpoints with `weights_only=True`."""
+        entries = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: entry.tolist() if isinstance(entry, Tensor) else entry for name, entry in entries.items()}
+
+    @classmethod
+    def from_dict(cls, entries: dict[str, Any]) -> ShapleyResult:
+        """The result that `to_dict` described, to the bit."""
+        tensors = {
+            name: torch.tensor(entries[name], dtype=torch.float64)
+            for name in ("values", "stderr", "v_empty", "v_full")
+            if entries[name] is not None
+        }
+        return cls(**{**entries, **tensors})
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON (with Python's `NaN` and `Infinity` where a player has no value or no error bar)."""
+        Path(path).write_text(json.dumps(self.to_dict()))
+
+    @classmethod
+    def load(cls, path: str | Path) -> ShapleyResult:
+        """Read what `save` wrote, to the bit."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    def _checked_count(self, k: int) -> int:
+        if not 0 <= k <= len(self.values):
+            raise ValueError(f"k must lie in 0..{len(self.values)}, got {k}")
+        return k
