@@ -1,0 +1,91 @@
+"""The cost of cutting and of counting, against torch-pruning.
+
+Both contenders cut the same channels out of a fresh copy, tracing included, and must give the same tensors. Counting
+is compared with what torch-pruning needs for one configuration: copy, prune, count.
+
+Run: python examples/benchmarks/surgery.py          (about 3 minutes)
+"""
+
+import copy
+import time
+
+import torch
+import torch_pruning as tp
+import torchvision
+from harness import compare, machine, main, one_thread
+from torch import Tensor, nn
+
+from lightning_eff.reporting import Column, Table
+from lightning_eff.surgery import ChannelGraph, PruningPlan, apply_plan
+
+
+def _cut(name: str) -> Table:
+    torch.manual_seed(0)
+    model, x = getattr(torchvision.models, name)(weights=None), torch.randn(2, 3, 64, 64)
+    graph = ChannelGraph.from_model(model, x)
+    keep = {group: list(range(graph.groups[group].size // 2)) for group in graph.prunable}
+
+    def ours() -> dict[str, Tensor]:
+        net = copy.deepcopy(model)
+        fresh = ChannelGraph.from_model(net, x, check=False)
+        apply_plan(net, PruningPlan(keep), x, graph=fresh, verify=False)
+        return net.state_dict()
+
+    def traced_before() -> dict[str, Tensor]:
+        net = copy.deepcopy(model)
+        apply_plan(net, PruningPlan(keep), x, graph=graph, verify=False)
+        return net.state_dict()
+
+    def peer() -> dict[str, Tensor]:
+        net: nn.Module = copy.deepcopy(model)
+        dependency = tp.DependencyGraph().build_dependency(net, x, verbose=False)
+        for group, kept in keep.items():
+            gone = list(range(len(kept), graph.groups[group].size))
+            dependency.get_pruning_group(net.get_submodule(group), tp.prune_conv_out_channels, gone).prune()
+        return net.state_dict()
+
+    return compare(
+        {"torch-pruning": peer, "lightning_eff": ours, "lightning_eff, graph known": traced_before},
+        reference="torch-pruning",
+        title=f"Cut half of every layer of a copy of {name}, tracing included",
+        repeats=3,
+    )
+
+
+def _count() -> Table:
+    rows = []
+    for name in ("resnet18", "resnet50", "mobilenet_v2"):
+        torch.manual_seed(0)
+        model, x = getattr(torchvision.models, name)(weights=None), torch.randn(1, 3, 224, 224)
+        graph = ChannelGraph.from_model(model, x, check=False)
+        sizes = torch.tensor(list(graph.sizes.values()))
+        config = (torch.rand(10_000, len(sizes)) * sizes).floor() + 1
+        start = time.process_time()
+        graph.macs(config)
+        ours = (time.process_time() - start) / len(config)
+        start = time.process_time()
+        net = copy.deepcopy(model)
+        dependency = tp.DependencyGraph().build_dependency(net, x, verbose=False)
+        for group in graph.prunable:
+            gone = list(range(graph.groups[group].size // 2))
+            dependency.get_pruning_group(net.get_submodule(group), tp.prune_conv_out_channels, gone).prune()
+        tp.utils.count_ops_and_params(net, x)
+        peer = time.process_time() - start
+        rows.append((name, peer * 1e3, ours * 1e6, peer / ours))
+    columns = [
+        "network",
+        Column("torch-pruning: copy, prune, count [ms]", ".1f"),
+        Column("closed form, one of 10,000 [us]", ".2f"),
+        Column("faster [x]", ",.0f"),
+    ]
+    return Table("Multiply-adds of one configuration", columns, rows, machine())
+
+
+def tables() -> list[Table]:
+    """Measure cutting and counting."""
+    with one_thread():
+        return [_cut("resnet50"), _cut("densenet121"), _cut("mobilenet_v2"), _count()]
+
+
+if __name__ == "__main__":
+    main(tables)

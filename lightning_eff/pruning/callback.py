@@ -1,0 +1,466 @@
+"""What every pruning callback shares: when to prune, by how much, the cut, resume, and the report.
+
+A new ranking rule subclasses :class:`StructuredPruningCallback` and writes ``score``.
+
+The cut happens before an epoch, so a checkpoint at an epoch's end is of one piece. Lightning restores weights before it
+restores callbacks; the shapes of a checkpoint are therefore taken on by the module class (``surgery.prunable``), and
+this file only remembers which steps are done.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_eff.batch import take
+from lightning_eff.pruning.allocation import Dense, budget_counts, counts_per_layer, global_counts, uniform_counts
+from lightning_eff.pruning.memory import ScoreMemory, fingerprint
+from lightning_eff.pruning.report import PruneReport, Scores, Stage
+from lightning_eff.pruning.samples import Samples
+from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule, check_amount
+from lightning_eff.pruning.trainer_data import TrainerData
+from lightning_eff.pruning.values import Value, value_function
+from lightning_eff.surgery import ChannelGraph, Gates, PruningPlan, measure_latency, prunable
+from lightning_eff.surgery.graph import groups_from_dict
+from lightning_eff.surgery.in_trainer import apply_plan_in_trainer, refuse_unsupported
+from lightning_eff.surgery.structure import is_prunable, structure_of, unprunable
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a ranking rule has to work with.
+
+    Attributes:
+        trainer: the running Trainer.
+        pl_module: the user's module.
+        model: the part of it that is pruned.
+        graph: its channel graph.
+        samples: calibration samples on the model's device.
+        expected: channels each group will about keep after this step; exact unless the allocation needs the scores.
+        curves: also give sensitivity curves.
+        seed: of this step.
+        verbose: show progress.
+        remembered: ``remembered(name, compute)`` returns the scores of a group from an interrupted earlier run over
+            the same network and data, or computes and stores them.
+    """
+
+    trainer: Trainer
+    pl_module: LightningModule
+    model: nn.Module
+    graph: ChannelGraph
+    samples: Samples
+    expected: Mapping[str, int]
+    curves: bool
+    seed: int
+    verbose: bool
+    remembered: Callable[[str, Callable[[], Scores]], Scores]
+
+
+class StructuredPruningCallback(Callback):
+    """Base of the pruning callbacks; subclasses write :meth:`score`.
+
+    Args:
+        amount: fraction **removed** in [0, 1) of what ``allocation.target`` says; or per layer the channels (int) or
+            fraction (float) **kept**.
+        allocation: how the amount is shared out between layers.
+        schedule: when channels are removed, in how many steps, cut or masked.
+        layers: which layers may be pruned.
+        calibration: the data that channels are judged on.
+        value: what the network is worth on a sample: ``"accuracy"``, ``"neg_loss"`` or a callable ``(outputs, target)
+            -> [B]``, higher is better.
+        plan: path of a plan to follow instead of scoring.
+        dirpath: where plan, report, figure and unfinished scores are written; None writes nothing.
+        seed: of everything random in the scoring; the global generators are never touched.
+        verbose: print progress and the report.
+
+    After ``fit``: ``report`` (tables and figure) and ``plan`` (kept channels of the original network).
+    """
+
+    technique = "prune"  # prefix of logged names
+
+    def __init__(
+        self,
+        amount: float | dict[str, int | float] = 0.5,
+        *,
+        allocation: Allocation = Allocation(),  # noqa: B008 (frozen)
+        schedule: Schedule = Schedule(),  # noqa: B008
+        layers: Layers = Layers(),  # noqa: B008
+        calibration: Calibration = Calibration(),  # noqa: B008
+        value: Value = "accuracy",
+        plan: str | Path | None = None,
+        dirpath: str | Path | None = None,
+        seed: int = 0,
+        verbose: bool = True,
+    ) -> None:
+        check_amount(amount)
+        if plan is not None and schedule.steps != 1:
+            raise ValueError(f"a given plan is applied in one step, got schedule.steps={schedule.steps}")
+        self.amount = amount
+        self.allocation = allocation
+        self.schedule = schedule
+        self.layers = layers
+        self.calibration = calibration
+        self.value = value_function(value)
+        self.value_name = value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
+        self.given_plan = None if plan is None else PruningPlan.load(plan)
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.seed = seed
+        self.verbose = verbose
+        self._made_prunable: type | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.plan: PruningPlan | None = None
+        self.report: PruneReport | None = None
+        self._steps_done = 0
+        self._finished = False
+        self._dense: Dense | None = None
+        self._stages: list[Stage] = []
+        self._scores: dict[str, tuple[Scores, list[int]]] = {}
+        self._removed_value: dict[str, float] = {}
+        self._protected: dict[str, str] | None = None
+        self._masked_groups: dict[str, Any] | None = None
+        self._graph: ChannelGraph | None = None
+        self._gates = ExitStack()
+        self._example: Any = None
+        self._notes: list[str] = []
+
+    calibration_groups: int | None = 1  # rules that give groups of samples coalitions of their own say so
+
+    @abstractmethod
+    def score(self, scoring: Scoring) -> Mapping[str, Scores]:
+        """Return scores for every group in ``scoring.graph.prunable`` that may lose channels."""
+
+    # Lightning hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and let checkpoints of this module carry their shapes."""
+        refuse_unsupported(trainer)
+        if stage == "fit" and structure_of(pl_module) is None:
+            self._reset()  # another network than the one this callback pruned before
+        if self.layers.submodule:
+            pl_module.get_submodule(self.layers.submodule)
+        if not is_prunable(type(pl_module)):
+            prunable(type(pl_module))
+            self._made_prunable = type(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take gates away; a class none of whose instances was cut gets its own hooks back."""
+        self._gates.close()
+        self._graph = None
+        if self._made_prunable is not None and structure_of(pl_module) is None:
+            unprunable(self._made_prunable)
+        self._made_prunable = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind; Lightning does not call ``teardown`` after an exception."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mask again what a resumed run had masked."""
+        self._mask_again(pl_module)
+
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run the next step when its epoch has come."""
+        if self._steps_done < self.schedule.steps and trainer.current_epoch >= self.schedule.epoch(self._steps_done):
+            with _untouched_generators():
+                self._prune(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cut what was only masked, measure the fine-tuned network, write and print the report."""
+        if self._dense is None:
+            return
+        with _untouched_generators():
+            graph = self._graph or self._trace(trainer, pl_module)
+            if self._masked_groups is not None and not self._finished:
+                self._end_masking(trainer, pl_module, graph)
+            if not self._stages or self._stages[-1].name != "fine-tuned":
+                self._stages.append(self._measure("fine-tuned", trainer, pl_module))
+            self._finish_report(trainer)
+        self._finished = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which steps are done and what they did, plain Python."""
+        return {
+            "steps_done": self._steps_done,
+            "finished": self._finished,
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "dense": None if self._dense is None else {**vars(self._dense), "sizes": dict(self._dense.sizes)},
+            "stages": [vars(stage) for stage in self._stages],
+            "scores": {name: [scores.to_dict(), kept] for name, (scores, kept) in self._scores.items()},
+            "removed_value": dict(self._removed_value),
+            "protected": self._protected,
+            "masked_groups": self._masked_groups,
+            "notes": list(self._notes),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` wrote: a step that is done is not done twice."""
+        self._steps_done = state_dict["steps_done"]
+        self._finished = state_dict["finished"]
+        self.plan = None if state_dict["plan"] is None else PruningPlan.from_dict(state_dict["plan"])
+        self._dense = None if state_dict["dense"] is None else Dense(**state_dict["dense"])
+        self._stages = [Stage(**stage) for stage in state_dict["stages"]]
+        self._scores = {name: (Scores.from_dict(s), kept) for name, (s, kept) in state_dict["scores"].items()}
+        self._removed_value = dict(state_dict["removed_value"])
+        self._protected = state_dict["protected"]
+        self._masked_groups = state_dict["masked_groups"]
+        self._notes = list(state_dict["notes"])
+        self._graph = None
+
+    # One step
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = self._steps_done
+        graph = self._graph or self._trace(trainer, pl_module)
+        if self._dense is None:
+            self._dense = Dense.of(graph)
+        if not graph.prunable:
+            reasons = "; ".join(f"{name}: {g.protected or 'one channel'}" for name, g in graph.groups.items())
+            raise ValueError(f"there is nothing to prune in {type(pl_module).__name__}: {reasons or 'no layers found'}")
+        if not self._stages:
+            self._stages.append(self._measure("dense", trainer, pl_module))
+        scores: Mapping[str, Scores] = {}
+        if self.given_plan is not None:
+            plan = self.given_plan
+        else:
+            scores, config = self._scored(trainer, pl_module, graph, step)
+            values = {name: one.values for name, one in scores.items()}
+            plan = PruningPlan.from_scores(graph, self._without_masked(values), config)
+        plan = PruningPlan.from_dict(trainer.strategy.broadcast(plan.to_dict()))
+        named = PruningPlan(plan.validate(graph), graph.sizes)
+        for name, kept in named.keep.items():
+            if name in scores:
+                self._scores[name] = (scores[name], list(kept))
+                gone = torch.ones(len(scores[name].values), dtype=torch.bool)
+                gone[list(kept)] = False
+                lost = float(scores[name].values[gone].nan_to_num().sum())
+                self._removed_value[name] = self._removed_value.get(name, 0.0) + lost
+        if self.schedule.physical == "immediate":
+            cut = apply_plan_in_trainer(
+                trainer, pl_module, named, self._example, graph=graph, submodule=self.layers.submodule
+            )
+            self._graph = cut.graph
+            self.plan = named if self.plan is None else self.plan.compose(named)
+        else:
+            self.plan = named  # masked channels stay in the network, so indices are always of the original
+            self._masked_groups = {
+                "groups": [g for g in graph.to_dict()["groups"] if g["name"] in named.keep],
+                "keep": {name: list(kept) for name, kept in named.keep.items()},
+            }
+            self._gates.close()
+            self._mask_again(pl_module)
+        self._steps_done += 1
+        self._stages.append(self._measure(f"pruned, step {self._steps_done}", trainer, pl_module))
+        self._log(pl_module)
+        if self.dirpath is not None and trainer.is_global_zero:
+            self._full_plan().save(self.dirpath / "plan.json")
+
+    def _scored(
+        self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph, step: int
+    ) -> tuple[Mapping[str, Scores], dict[str, int]]:
+        """Score channels and choose how many of each group stay."""
+        assert self._dense is not None
+        mode = "per_layer" if isinstance(self.amount, dict) else self.allocation.mode
+        if isinstance(self.amount, dict):
+            expected = counts_per_layer(graph, self._dense, self.amount, self.schedule, step)
+            graph = graph.protect({name: "not named in amount" for name in graph.groups if name not in expected})
+        else:
+            amount = self.schedule.amount(step, self.amount)
+            expected = uniform_counts(graph, self._dense, amount, self.allocation)
+        samples = self._data(trainer, pl_module).samples(self.calibration_groups)
+        scoring = Scoring(
+            trainer=trainer,
+            pl_module=pl_module,
+            model=self._model(pl_module),
+            graph=graph,
+            samples=samples,
+            expected=expected,
+            curves=mode == "budget",
+            seed=self.seed + 1_000_003 * step,
+            verbose=self.verbose and trainer.is_global_zero,
+            remembered=ScoreMemory(
+                self.dirpath if trainer.world_size == 1 else None,
+                step,
+                fingerprint(pl_module, samples, (*self.fingerprint_settings(), self.amount, step)),
+            ),
+        )
+        scores = self.score(scoring)
+        if mode == "global":
+            values = self._without_masked({name: one.values for name, one in scores.items()})
+            return scores, global_counts(graph, self._dense, amount, self.allocation, values)
+        if mode == "budget":
+            curves = {name: one.curve for name, one in scores.items() if one.curve is not None}
+            return scores, budget_counts(graph, self._dense, amount, self.allocation, curves)
+        return scores, expected
+
+    def _without_masked(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Channels that are masked already rank last: they stay removed."""
+        out = {}
+        for name, value in values.items():
+            out[name] = value
+            if self._masked_groups is not None and name in self._masked_groups["keep"]:
+                gone = torch.ones(len(value), dtype=torch.bool)
+                gone[self._masked_groups["keep"][name]] = False
+                out[name] = value.masked_fill(gone, -torch.inf)
+        return out
+
+    def _full_plan(self) -> PruningPlan:
+        assert self.plan is not None
+        assert self._dense is not None
+        scores = {name: scores.to_dict() for name, (scores, _) in self._scores.items()}
+        settings = {"amount": self.amount, "technique": self.technique, "value": self.value_name, "seed": self.seed}
+        return PruningPlan(self.plan.keep, dict(self._dense.sizes), {"scores": scores, "settings": settings})
+
+    # Masking without cutting
+
+    def _mask_again(self, pl_module: LightningModule) -> None:
+        if self._masked_groups is None or self._finished:
+            return
+        self._gates.close()
+        groups = groups_from_dict(self._masked_groups)
+        values = {}
+        for name, kept in self._masked_groups["keep"].items():
+            values[name] = torch.zeros(groups[name].size)
+            values[name][kept] = 1
+        self._gates.enter_context(Gates(groups, self._model(pl_module), values))
+
+    def _end_masking(self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph) -> None:
+        assert self.plan is not None
+        assert self._masked_groups is not None
+        self._gates.close()
+        if self.schedule.physical == "at_end":
+            cut = apply_plan_in_trainer(
+                trainer, pl_module, self.plan, self._example, graph=graph, submodule=self.layers.submodule
+            )
+            self._graph = cut.graph
+        else:
+            _zero_readers(self._model(pl_module), graph, self.plan)
+        self._masked_groups = None
+
+    # Data and measurements
+
+    def _model(self, pl_module: LightningModule) -> nn.Module:
+        return pl_module.get_submodule(self.layers.submodule)
+
+    def _trace(self, trainer: Trainer, pl_module: LightningModule) -> ChannelGraph:
+        """Find the channel groups; in a resumed run with the protections that the first trace found."""
+        self._example = take(self._data(trainer, pl_module).first(), slice(0, 2))
+        graph = ChannelGraph.from_model(
+            self._model(pl_module),
+            self._example,
+            include=None if self._protected is not None else self.layers.include,
+            exclude=() if self._protected is not None else self.layers.exclude,
+            allow_norm_coupled=self.layers.allow_norm_coupled,
+            check=self._protected is None,
+        )
+        if self._protected is None:
+            if self.layers.coupled == "inner":
+                shared = {name: "several layers produce it" for name, g in graph.groups.items() if len(g.producers) > 1}
+                graph = graph.protect(shared)
+            self._protected = {name: g.protected for name, g in graph.groups.items() if g.protected}
+        self._graph = graph.protect(self._protected)
+        return self._graph
+
+    def _data(self, trainer: Trainer, pl_module: LightningModule) -> TrainerData:
+        return TrainerData(trainer, pl_module, self.calibration, self._notes)
+
+    def _measure(self, name: str, trainer: Trainer, pl_module: LightningModule) -> Stage:
+        """Evaluate the network as it is on the whole validation set."""
+        model = self._model(pl_module)
+        value = self._data(trainer, pl_module).mean_value(model, self.value)
+        assert self._graph is not None
+        latency = measure_latency({"": model}, take(self._example, slice(0, 1)), repeats=10)[""]
+        return Stage(
+            name,
+            trainer.current_epoch,
+            value,
+            round(self._graph.macs().item()),
+            round(self._graph.params().item()),
+            latency.median,
+        )
+
+    def fingerprint_settings(self) -> tuple[Any, ...]:
+        """Whatever else the scores depend on; subclasses add their own."""
+        return (self.value_name, self.seed, self.allocation, self.schedule)
+
+    # Report
+
+    def _log(self, pl_module: LightningModule) -> None:
+        dense, now = self._stages[0], self._stages[-1]
+        values = {
+            "macs": float(now.macs),
+            "params": float(now.params),
+            "macs_ratio": now.macs / max(dense.macs, 1),
+            "params_ratio": now.params / max(dense.params, 1),
+            "value_before": self._stages[-2].value,
+            "value_after": now.value,
+        }
+        pl_module.log_dict(
+            {f"{self.technique}/{name}": value for name, value in values.items()}, on_step=False, on_epoch=True
+        )
+
+    def _finish_report(self, trainer: Trainer) -> None:
+        assert self._graph is not None
+        assert self._dense is not None
+        data = "the calibration loader" if self.calibration.loader is not None else "the whole validation set"
+        self.report = PruneReport(
+            self.value_name,
+            "the training set" if self._notes else data,
+            self._dense,
+            self._graph,
+            self._stages,
+            self._scores,
+            self._removed_value,
+            self._notes,
+        )
+        if not trainer.is_global_zero:
+            return
+        if self.verbose:
+            self.report.layers().print()
+            self.report.course().print()
+        if self.dirpath is not None and self.plan is not None:
+            self._full_plan().save(self.dirpath / "plan.json")
+            self.report.save(self.dirpath)
+            rank_zero_info(f"{type(self).__name__}: plan, tables and figure are in {self.dirpath}")
+
+
+def _zero_readers(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> None:
+    """Set the weights that read removed channels to zero: the masked network without masks."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, keep in plan.keep_masks(graph).items():
+        for m in graph.groups[name].consumers:
+            module = modules[m.path]
+            gone = m.index[~keep[m.root]].to(module.weight.device)
+            if isinstance(module, nn.modules.conv._ConvTransposeNd):
+                module.weight.data[gone] = 0
+            elif getattr(module, "groups", 1) > 1:
+                width = module.weight.shape[1]
+                per_block = module.weight.shape[0] // module.groups
+                for position in gone.tolist():
+                    block = position // width
+                    module.weight.data[block * per_block : (block + 1) * per_block, position % width] = 0
+            else:
+                module.weight.data[:, gone] = 0
+
+
+@contextmanager
+def _untouched_generators() -> Iterator[None]:
+    """Give the global random generators back as they were."""
+    states = _collect_rng_states()
+    try:
+        yield
+    finally:
+        _set_rng_states(states)

@@ -1,0 +1,54 @@
+"""Scores on disk until a step is done, so that an interrupted scoring goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_eff.pruning.report import Scores
+from lightning_eff.pruning.samples import Samples
+
+
+class ScoreMemory:
+    """``memory(name, compute)`` returns stored scores of a group, or computes and stores them.
+
+    Args:
+        dirpath: where to keep them; None keeps nothing.
+        step: of the schedule.
+        fingerprint: of the game; scores stored under another one are computed anew.
+    """
+
+    def __init__(self, dirpath: Path | None, step: int, fingerprint: str) -> None:
+        self._dirpath = dirpath
+        self._step = step
+        self._fingerprint = fingerprint
+
+    def __call__(self, name: str, compute: Callable[[], Scores]) -> Scores:
+        """Return the scores of the group ``name``."""
+        if self._dirpath is None:
+            return compute()
+        path = self._dirpath / "scores" / f"step{self._step}-{name}.json"
+        if path.exists():
+            stored = json.loads(path.read_text())
+            if stored["fingerprint"] == self._fingerprint:
+                return Scores.from_dict(stored["scores"])
+        scores = compute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"fingerprint": self._fingerprint, "scores": scores.to_dict()}))
+        return scores
+
+
+def fingerprint(model: nn.Module, samples: Samples, settings: tuple[Any, ...]) -> str:
+    """Hash what scores depend on: weights, number of samples, the first batch, settings."""
+    digest = hashlib.sha256(repr((settings, samples.counts.tolist())).encode())
+    for leaf in (*model.state_dict().values(), *pytree.tree_leaves(samples.groups[0][0])):
+        if isinstance(leaf, Tensor):
+            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

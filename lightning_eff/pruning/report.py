@@ -1,0 +1,193 @@
+"""What pruning did: a table of layers, the course of the run, and pictures of the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_eff.pruning.allocation import Dense
+from lightning_eff.reporting import KEPT, REMOVED, Column, Table, human, new_figure, save_figure
+from lightning_eff.surgery import ChannelGraph
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one group's channels, higher is better.
+
+    Attributes:
+        values: ``[C]``.
+        stderr: standard errors ``[C]``; None where the criterion has none.
+        curve: value of the network without its ``r`` worst channels, ``[C]`` for r = 0..C-1; None when not measured.
+    """
+
+    values: Tensor
+    stderr: Tensor | None = None
+    curve: Tensor | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists for JSON and checkpoints."""
+        return {
+            name: None if tensor is None else tensor.tolist()
+            for name, tensor in (("values", self.values), ("stderr", self.stderr), ("curve", self.curve))
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Scores:
+        """Read what :meth:`to_dict` wrote."""
+        columns = (data.get(name) for name in ("values", "stderr", "curve"))
+        return cls(*(None if column is None else torch.tensor(column, dtype=torch.float64) for column in columns))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The network at one moment of the run.
+
+    Attributes:
+        name: ``"dense"``, ``"cut 1"`` ..., ``"fine-tuned"``.
+        epoch: epochs trained.
+        value: mean value on the evaluation data.
+        macs: multiply-adds per sample.
+        params: parameters.
+        latency_ms: one sample, one thread.
+    """
+
+    name: str
+    epoch: int
+    value: float
+    macs: int
+    params: int
+    latency_ms: float
+
+
+@dataclass
+class PruneReport:
+    """Everything to show of one run; ``print(report)`` shows the tables.
+
+    Attributes:
+        value_name: what ``Stage.value`` is.
+        data: what it was measured on, in words.
+        dense: the network before the first cut.
+        graph: the channel graph as it is now.
+        stages: the course of the run.
+        scores: the last scores of each group, with the channels (as scored) that stayed.
+        removed_value: sum of the scores of the channels removed, over all steps.
+        notes: what a reader must know.
+    """
+
+    value_name: str
+    data: str
+    dense: Dense
+    graph: ChannelGraph
+    stages: Sequence[Stage]
+    scores: Mapping[str, tuple[Scores, Sequence[int]]] = field(default_factory=dict)
+    removed_value: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def layers(self) -> Table:
+        """One row per channel group that could be pruned, and the total."""
+        rows: list[tuple[Any, ...]] = []
+        before, now = (
+            self.graph.costs.by_path(torch.tensor([list(sizes.values())], dtype=torch.float64))
+            for sizes in (self.dense.sizes, self.graph.sizes)
+        )
+        for name, group in self.graph.groups.items():
+            if group.protected and group.size == self.dense.sizes[name]:
+                continue
+            paths = {m.path for m in group.members if m.axis == "out"}
+            rows.append(
+                (
+                    name if len(group.producers) == 1 else f"{name} (+{len(group.producers) - 1})",
+                    self.dense.sizes[name],
+                    group.size,
+                    self.removed_value.get(name),
+                    *(sum(costs.get(path, (0, 0))[i] for path in paths) for i in (1, 0) for costs in (before, now)),
+                )
+            )
+        first, last = self.stages[0], self.stages[-1]
+        rows.append(
+            (
+                "whole network",
+                sum(row[1] for row in rows),
+                sum(row[2] for row in rows),
+                None,
+                first.params,
+                last.params,
+                first.macs,
+                last.macs,
+            )
+        )
+        columns = [
+            "layer",
+            Column("channels", format=","),
+            Column("kept", format=","),
+            Column("value removed", format=".4f"),
+            Column("parameters", format=","),
+            Column("now", format=","),
+            Column("MACs", format=","),
+            Column("MACs now", format=","),
+        ]
+        caption = (
+            f"value removed: sum of the scores of the removed channels. {human(first.macs)}MACs -> "
+            f"{human(last.macs)}MACs per sample ({last.macs / max(first.macs, 1):.0%})."
+        )
+        return Table("Channels", columns, rows, caption=caption)
+
+    def course(self) -> Table:
+        """One row per stage: value, size and speed of the network."""
+        columns = [
+            "stage",
+            Column("epoch", format="d"),
+            Column(self.value_name, format=".4f"),
+            Column("parameters", format=","),
+            Column("MACs", format=","),
+            Column("latency ms", format=".3f"),
+        ]
+        rows = [(s.name, s.epoch, s.value, s.params, s.macs, s.latency_ms) for s in self.stages]
+        caption = " ".join((f"{self.value_name} on {self.data}; latency of one sample on one thread.", *self.notes))
+        return Table("Course", columns, rows, caption=caption)
+
+    def __str__(self) -> str:
+        return f"{self.layers()}\n{self.course()}"
+
+    def figure(self, groups: int = 12) -> Figure:
+        """Scores of each group from best to worst with 95 % intervals, removed channels in another colour."""
+        names = list(self.scores)[:groups]
+        columns = min(3, max(1, len(names)))
+        lines = max(1, -(-len(names) // columns))
+        figure, axes = new_figure(lines, columns, width=3.6 * columns, height=2.6 * lines)
+        for axis, name in zip(axes.flat, names, strict=False):
+            scores, kept = self.scores[name]
+            order = scores.values.sort(descending=True, stable=True).indices
+            stays = torch.zeros(len(order), dtype=torch.bool)
+            stays[list(kept)] = True
+            colours = [KEPT if stay else REMOVED for stay in stays[order].tolist()]
+            error = None if scores.stderr is None else (1.96 * scores.stderr[order]).nan_to_num(posinf=0).tolist()
+            axis.bar(range(len(order)), scores.values[order].tolist(), yerr=error, color=colours, error_kw={"lw": 0.8})
+            axis.set_title(f"{name}: {int(stays.sum())} of {len(order)} kept")
+            axis.set_xlabel("channel, best first")
+            axis.set_ylabel("score")
+        for axis in axes.flat[len(names) :]:
+            axis.set_visible(False)
+        return figure
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Write ``layers`` and ``course`` as CSV, Markdown and JSON and the scores as ``scores.png``."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        written = []
+        for stem, table in (("layers", self.layers()), ("course", self.course())):
+            for suffix in ("csv", "md", "json"):
+                written.append(directory / f"{stem}.{suffix}")
+                table.save(written[-1])
+        if self.scores:
+            written.append(directory / "scores.png")
+            save_figure(self.figure(), written[-1])
+        return written

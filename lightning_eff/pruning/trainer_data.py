@@ -1,0 +1,100 @@
+"""The Trainer's data for scoring and measuring: loaders, device transfer, sums over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_eff.batch import batch_size, call_model, split_batch
+from lightning_eff.pruning.samples import Samples
+from lightning_eff.pruning.settings import Calibration
+from lightning_eff.pruning.values import ValueFunction, per_sample
+from lightning_eff.surgery.state import quiet_model
+
+
+class TrainerData:
+    """Batches of a running Trainer, on the module's device.
+
+    Args:
+        trainer: inside of ``fit``.
+        pl_module: its module.
+        calibration: which loader, how many samples, how a batch is split.
+        notes: what a reader of the report must know is appended here.
+    """
+
+    def __init__(
+        self, trainer: Trainer, pl_module: LightningModule, calibration: Calibration, notes: list[str]
+    ) -> None:
+        self._trainer = trainer
+        self._pl_module = pl_module
+        self._calibration = calibration
+        self._split = calibration.split_batch or split_batch
+        self._notes = notes
+
+    def first(self) -> Any:
+        """Inputs of the first calibration batch."""
+        for batch in self._batches(self._calibration.source):
+            return self._split(batch)[0]
+        raise ValueError("the calibration loader gave no batch")
+
+    def samples(self, groups: int | None) -> Samples:
+        """Calibration samples; every process takes its share."""
+        return Samples.collect(
+            self._batches(self._calibration.source),
+            self._calibration.samples,
+            self._split,
+            groups=groups,
+            reduce=self._sum,
+            world_size=self._trainer.world_size,
+        )
+
+    def mean_value(self, model: nn.Module, value: ValueFunction) -> float:
+        """Mean value per sample over the whole validation loader and all processes."""
+        total = torch.zeros(2, dtype=torch.float64)
+        with quiet_model(self._pl_module), torch.no_grad(), self._trainer.precision_plugin.forward_context():
+            for batch in self._batches("val"):
+                inputs, target = self._split(batch)
+                count = batch_size(inputs)
+                values = per_sample(value, call_model(model, inputs), target, count)
+                total += torch.tensor([float(values.sum()), count], dtype=torch.float64)
+        total = self._sum(total)
+        return float(total[0] / total[1])
+
+    def _sum(self, values: Tensor) -> Tensor:
+        if self._trainer.world_size == 1:
+            return values
+        strategy = self._trainer.strategy
+        total = strategy.reduce(values.to(strategy.root_device), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total.cpu()
+
+    def _batches(self, source: str) -> Iterator[Any]:
+        own = self._calibration.loader
+        loader, limit = (own, None) if own is not None else self._loader(source)
+        for batch in islice(loader, limit):
+            yield self._trainer.strategy.batch_to_device(batch, self._pl_module.device)
+
+    def _loader(self, source: str) -> tuple[Any, int | None]:
+        """The first loader for ``source`` and the most batches to take; training data where there is no other."""
+        trainer = self._trainer
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        loaders: Any = trainer.val_dataloaders
+        limit: Any = trainer.num_val_batches
+        if source == "train" or not loaders:
+            trainer.fit_loop.setup_data()
+            loaders, limit = trainer.train_dataloader, trainer.num_training_batches
+            note = "There is no validation loader: training data is used instead."
+            if source != "train" and note not in self._notes:
+                self._notes.append(note)
+                rank_zero_warn(note)
+        while isinstance(loaders, list | tuple | dict):
+            loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders))
+        while isinstance(limit, list):
+            limit = limit[0]
+        return loaders, None if limit == float("inf") else int(limit)
