@@ -4,7 +4,7 @@ Every contender walks the same orders from no channel to all and returns the sam
 The official-style loop sets weights to zero in the network, runs the calibration set in batches of 105 and puts the
 weights back, as the authors' code does; captum's ``ShapleyValueSampling`` works on a mask of channels.
 
-Needs the extra ``bench``. Run: python examples/benchmarks/shapley_channels.py          (about 5 minutes)
+Needs the extra ``bench``. Run: python examples/benchmarks/shapley_channels.py          (about 8 minutes)
 """
 
 from collections.abc import Callable, Iterator
@@ -145,8 +145,8 @@ def tables() -> list[Table]:
         _table("LeNet layer 1: 10 channels, 512 images, 10 walks", [Layer(lenet, "c1.0", images, labels, 10, 10)], 3),
         _table("LeNet layer 2: 20 channels, 512 images, 10 walks", [Layer(lenet, "c3.0", images, labels, 20, 10)], 3),
         _table(
-            "VGG-16, all 14 layers: blocks of 8 channels, 16 images, 1 walk",
-            [Layer(vgg, name, small, classes, _width(vgg, name) // 8, 1) for name in names],
+            "VGG-16, all 14 layers: blocks of 4 channels, 16 images, 1 walk",
+            [Layer(vgg, name, small, classes, _width(vgg, name) // 4, 1) for name in names],
             1,
         ),
     ]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ValueFunction = Callable[[Any, Any], Tensor]  # (outputs, target) -> [B]
+# (outputs, target) -> [B]. Any, not Tensor: jsonargparse would look for classes derived from Tensor.
+ValueFunction = Callable[[Any, Any], Any]
 Value = Literal["accuracy", "neg_loss"] | ValueFunction
 
 

@@ -40,7 +40,7 @@ def test_half_of_every_layer_goes_and_training_continues() -> None:
     assert model.head.in_features == 8 * 4
     stages = {stage.name: stage for stage in callback.report.stages}
     assert list(stages) == ["dense", "pruned, step 1", "fine-tuned"]
-    assert stages["fine-tuned"].value > 0.8
+    assert stages["fine-tuned"].value > stages["pruned, step 1"].value + 0.3
     assert stages["fine-tuned"].params == sum(p.numel() for p in model.parameters())
 
 
@@ -306,12 +306,20 @@ def test_failing_scoring_leaves_model_modes_generators_and_hooks_alone() -> None
         modes = [module.training for module in model.modules()]
         callback = Failing(0.5, **QUIET)
         callback.interrupt = interrupt
-        rng = torch.get_rng_state()
+        generators: list[Tensor] = []
+
+        class Before(pl.Callback):
+            def on_train_epoch_start(self, *_: object) -> None:
+                generators.append(torch.get_rng_state())
+
+            def on_exception(self, *_: object) -> None:
+                generators.append(torch.get_rng_state())
+
         with pytest.raises(SystemExit if interrupt else RuntimeError):
-            trainer(callback, num_sanity_val_steps=0).fit(model, TRAIN, VAL)
+            trainer(Before(), callback, num_sanity_val_steps=0).fit(model, TRAIN, VAL)
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
         assert [module.training for module in model.modules()] == modes
-        assert torch.equal(torch.get_rng_state(), rng)
+        assert torch.equal(*generators)
         assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
         assert not is_prunable(Net)
 
