@@ -43,7 +43,6 @@ def counts_per_layer(
 ) -> dict[str, int]:
     """Channels kept per named layer after ``step``: the way from all to the wanted number follows the schedule."""
     config = {}
-    share = schedule.amount(step, 0.5) / 0.5 if schedule.shape != "geometric" else (step + 1) / schedule.steps
     for path, wanted in amount.items():
         group = graph.resolve(path)
         size = dense.sizes[group.name]
@@ -54,7 +53,8 @@ def counts_per_layer(
             raise ValueError(f"{path} cannot be pruned: {group.protected}")
         if group.name in config:
             raise ValueError(f"amount[{path!r}]: the layer goes together with {group.name}, which is named as well")
-        config[group.name] = min(group.size, size - math.floor(share * (size - keep) + 1e-9))
+        removed = math.floor(schedule.amount(step, (size - keep) / size) * size + 1e-9)
+        config[group.name] = min(group.size, size - removed)
     return config
 
 
@@ -99,11 +99,12 @@ def global_counts(
     for row, (_, _, name) in enumerate(ranked, start=1):
         removed[row, columns[name]] = 1
     configs = torch.tensor([list(graph.sizes.values())], dtype=torch.float64) - removed.cumsum(0)
-    costs = {"macs": graph.macs, "params": graph.params, "channels": lambda c: c[:, _prunable(graph)].sum(1)}
+    if allocation.round_to is not None:
+        configs = ((configs / allocation.round_to).ceil() * allocation.round_to).minimum(configs[0])
+    costs = {"macs": graph.macs, "params": graph.params, "channels": lambda c: c[:, _unprotected(graph)].sum(1)}
     enough = (costs[allocation.target](configs) <= limit + 1e-9).nonzero()
     row = int(enough[0]) if len(enough) else len(configs) - 1
-    counts = {name: int(configs[row, columns[name]]) for name in graph.prunable}
-    return {name: allocation.rounded(count, graph.groups[name].size) for name, count in counts.items()}
+    return {name: int(configs[row, columns[name]]) for name in graph.prunable}
 
 
 def budget_counts(
@@ -117,21 +118,29 @@ def budget_counts(
     floors = _floors(graph, dense, allocation)
     limit = _limit(graph, dense, amount, allocation)
     _check_reachable(graph, floors, limit, allocation)
-    moves: list[tuple[float, int, str, int]] = []
+    lost = {name: (curves[name][0] - curves[name])[: graph.groups[name].size - floors[name] + 1] for name in floors}
+    moves: list[tuple[float, int, str, int, int]] = []
     for order, name in enumerate(graph.prunable):
         size = graph.groups[name].size
-        removed = torch.arange(size - floors[name] + 1)
-        lost = (curves[name][0] - curves[name])[: len(removed)]
         saving = _cost(graph, {}, allocation) - _cost(graph, {name: size - 1}, allocation)
-        for r_from, r_to in _hull(removed.tolist(), lost.tolist()):
-            slope = float(lost[r_to] - lost[r_from]) / max((r_to - r_from) * saving, 1e-12)
-            moves.append((slope, order, name, r_to))
+        for r_from, r_to in _hull(list(range(len(lost[name]))), lost[name].tolist()):
+            slope = float(lost[name][r_to] - lost[name][r_from]) / max((r_to - r_from) * saving, 1e-12)
+            moves.append((slope, order, name, r_from, r_to))
     config = {name: graph.groups[name].size for name in graph.prunable}
-    for _, _, name, r in sorted(moves):
-        if _cost(graph, config, allocation) <= limit:
-            break
-        config[name] = graph.groups[name].size - r
-    return {name: allocation.rounded(count, graph.groups[name].size) for name, count in config.items()}
+    if _cost(graph, config, allocation) <= limit + 1e-9:
+        return config
+    for _, _, name, r_from, r_to in sorted(moves):
+        # the move that reaches the limit is shortened to the removal in reach of it that loses least
+        enough = []
+        for r in range(r_to, r_from, -1):
+            config[name] = allocation.rounded(graph.groups[name].size - r, graph.groups[name].size)
+            if _cost(graph, config, allocation) > limit + 1e-9:
+                break
+            enough.append((float(lost[name][r]), r, config[name]))
+        if enough:
+            return {**config, name: min(enough)[2]}
+        config[name] = allocation.rounded(graph.groups[name].size - r_to, graph.groups[name].size)
+    return config
 
 
 def _hull(x: list[int], y: list[float]) -> list[tuple[int, int]]:
@@ -147,8 +156,9 @@ def _hull(x: list[int], y: list[float]) -> list[tuple[int, int]]:
     return list(pairwise(hull))
 
 
-def _prunable(graph: ChannelGraph) -> list[int]:
-    return [column for column, name in enumerate(graph.groups) if name in set(graph.prunable)]
+def _unprotected(graph: ChannelGraph) -> list[int]:
+    """Columns of the groups that count, those that earlier steps left with one channel too."""
+    return [column for column, group in enumerate(graph.groups.values()) if not group.protected]
 
 
 def _floors(graph: ChannelGraph, dense: Dense, allocation: Allocation) -> dict[str, int]:
@@ -157,13 +167,13 @@ def _floors(graph: ChannelGraph, dense: Dense, allocation: Allocation) -> dict[s
 
 def _limit(graph: ChannelGraph, dense: Dense, amount: float, allocation: Allocation) -> float:
     if allocation.target == "channels":
-        return (1 - amount) * sum(dense.sizes[name] for name in graph.prunable)
+        return (1 - amount) * sum(dense.sizes[name] for name, group in graph.groups.items() if not group.protected)
     return float((1 - amount) * getattr(dense, allocation.target))
 
 
 def _cost(graph: ChannelGraph, config: Mapping[str, int], allocation: Allocation) -> float:
     if allocation.target == "channels":
-        return float(sum(config.get(name, graph.groups[name].size) for name in graph.prunable))
+        return float(sum(config.get(name, group.size) for name, group in graph.groups.items() if not group.protected))
     return float((graph.macs if allocation.target == "macs" else graph.params)(config).item())
 
 

@@ -10,29 +10,28 @@ this file only remembers which steps are done.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from lightning_eff.batch import take
 from lightning_eff.pruning.allocation import Dense, budget_counts, counts_per_layer, global_counts, uniform_counts
+from lightning_eff.pruning.masking import Masks, zero_readers
 from lightning_eff.pruning.memory import ScoreMemory, fingerprint
 from lightning_eff.pruning.report import PruneReport, Scores, Stage
 from lightning_eff.pruning.samples import Samples
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule, check_amount
 from lightning_eff.pruning.trainer_data import TrainerData
 from lightning_eff.pruning.values import Value, value_function
-from lightning_eff.surgery import ChannelGraph, Gates, PruningPlan, measure_latency, prunable
-from lightning_eff.surgery.graph import groups_from_dict
+from lightning_eff.surgery import ChannelGraph, PruningPlan, measure_latency, prunable
 from lightning_eff.surgery.in_trainer import apply_plan_in_trainer, refuse_unsupported
+from lightning_eff.surgery.state import untouched_generators
 from lightning_eff.surgery.structure import is_prunable, structure_of, unprunable
 
 
@@ -129,9 +128,8 @@ class StructuredPruningCallback(Callback):
         self._scores: dict[str, tuple[Scores, list[int]]] = {}
         self._removed_value: dict[str, float] = {}
         self._protected: dict[str, str] | None = None
-        self._masked_groups: dict[str, Any] | None = None
+        self._masks = Masks()
         self._graph: ChannelGraph | None = None
-        self._gates = ExitStack()
         self._example: Any = None
         self._notes: list[str] = []
 
@@ -156,7 +154,7 @@ class StructuredPruningCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take gates away; a class none of whose instances was cut gets its own hooks back."""
-        self._gates.close()
+        self._masks.close()
         self._graph = None
         if self._made_prunable is not None and structure_of(pl_module) is None:
             unprunable(self._made_prunable)
@@ -168,23 +166,29 @@ class StructuredPruningCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mask again what a resumed run had masked."""
-        self._mask_again(pl_module)
+        if not self._finished:
+            self._masks.open(self._model(pl_module))
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the next step when its epoch has come."""
         if self._steps_done < self.schedule.steps and trainer.current_epoch >= self.schedule.epoch(self._steps_done):
-            with _untouched_generators():
+            with untouched_generators():
                 self._prune(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut what was only masked, measure the fine-tuned network, write and print the report."""
+        if self._steps_done < self.schedule.steps:
+            rank_zero_warn(
+                f"{type(self).__name__}: {self._steps_done} of {self.schedule.steps} steps ran; the next one is due at "
+                f"epoch {self.schedule.epoch(self._steps_done)}, training ended at {trainer.current_epoch}"
+            )
         if self._dense is None:
             return
-        with _untouched_generators():
+        with untouched_generators():
             graph = self._graph or self._trace(trainer, pl_module)
-            if self._masked_groups is not None and not self._finished:
+            if self._masks.state is not None and not self._finished:
                 self._end_masking(trainer, pl_module, graph)
             if not self._stages or self._stages[-1].name != "fine-tuned":
                 self._stages.append(self._measure("fine-tuned", trainer, pl_module))
@@ -202,7 +206,7 @@ class StructuredPruningCallback(Callback):
             "scores": {name: [scores.to_dict(), kept] for name, (scores, kept) in self._scores.items()},
             "removed_value": dict(self._removed_value),
             "protected": self._protected,
-            "masked_groups": self._masked_groups,
+            "masks": self._masks.state,
             "notes": list(self._notes),
         }
 
@@ -216,7 +220,7 @@ class StructuredPruningCallback(Callback):
         self._scores = {name: (Scores.from_dict(s), kept) for name, (s, kept) in state_dict["scores"].items()}
         self._removed_value = dict(state_dict["removed_value"])
         self._protected = state_dict["protected"]
-        self._masked_groups = state_dict["masked_groups"]
+        self._masks = Masks(state_dict["masks"])
         self._notes = list(state_dict["notes"])
         self._graph = None
 
@@ -237,8 +241,12 @@ class StructuredPruningCallback(Callback):
             plan = self.given_plan
         else:
             scores, config = self._scored(trainer, pl_module, graph, step)
-            values = {name: one.values for name, one in scores.items()}
-            plan = PruningPlan.from_scores(graph, self._without_masked(values), config)
+            values = self._masks.last({name: one.values for name, one in scores.items()})
+            ranked = {
+                name: value if (ties := scores[name].ties) is None else torch.stack([value, ties.to(value)], 1)
+                for name, value in values.items()
+            }
+            plan = PruningPlan.from_scores(graph, ranked, config)
         plan = PruningPlan.from_dict(trainer.strategy.broadcast(plan.to_dict()))
         named = PruningPlan(plan.validate(graph), graph.sizes)
         for name, kept in named.keep.items():
@@ -256,12 +264,8 @@ class StructuredPruningCallback(Callback):
             self.plan = named if self.plan is None else self.plan.compose(named)
         else:
             self.plan = named  # masked channels stay in the network, so indices are always of the original
-            self._masked_groups = {
-                "groups": [g for g in graph.to_dict()["groups"] if g["name"] in named.keep],
-                "keep": {name: list(kept) for name, kept in named.keep.items()},
-            }
-            self._gates.close()
-            self._mask_again(pl_module)
+            self._masks.replace(graph, named.keep)
+            self._masks.open(self._model(pl_module))
         self._steps_done += 1
         self._stages.append(self._measure(f"pruned, step {self._steps_done}", trainer, pl_module))
         self._log(pl_module)
@@ -280,6 +284,8 @@ class StructuredPruningCallback(Callback):
         else:
             amount = self.schedule.amount(step, self.amount)
             expected = uniform_counts(graph, self._dense, amount, self.allocation)
+            if mode != "uniform":  # channels may go anywhere, so every group needs scores
+                expected = {name: min(kept, graph.groups[name].size - 1) for name, kept in expected.items()}
         samples = self._data(trainer, pl_module).samples(self.calibration_groups)
         scoring = Scoring(
             trainer=trainer,
@@ -299,23 +305,12 @@ class StructuredPruningCallback(Callback):
         )
         scores = self.score(scoring)
         if mode == "global":
-            values = self._without_masked({name: one.values for name, one in scores.items()})
+            values = self._masks.last({name: one.values for name, one in scores.items()})
             return scores, global_counts(graph, self._dense, amount, self.allocation, values)
         if mode == "budget":
             curves = {name: one.curve for name, one in scores.items() if one.curve is not None}
             return scores, budget_counts(graph, self._dense, amount, self.allocation, curves)
         return scores, expected
-
-    def _without_masked(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Channels that are masked already rank last: they stay removed."""
-        out = {}
-        for name, value in values.items():
-            out[name] = value
-            if self._masked_groups is not None and name in self._masked_groups["keep"]:
-                gone = torch.ones(len(value), dtype=torch.bool)
-                gone[self._masked_groups["keep"][name]] = False
-                out[name] = value.masked_fill(gone, -torch.inf)
-        return out
 
     def _full_plan(self) -> PruningPlan:
         assert self.plan is not None
@@ -324,31 +319,18 @@ class StructuredPruningCallback(Callback):
         settings = {"amount": self.amount, "technique": self.technique, "value": self.value_name, "seed": self.seed}
         return PruningPlan(self.plan.keep, dict(self._dense.sizes), {"scores": scores, "settings": settings})
 
-    # Masking without cutting
-
-    def _mask_again(self, pl_module: LightningModule) -> None:
-        if self._masked_groups is None or self._finished:
-            return
-        self._gates.close()
-        groups = groups_from_dict(self._masked_groups)
-        values = {}
-        for name, kept in self._masked_groups["keep"].items():
-            values[name] = torch.zeros(groups[name].size)
-            values[name][kept] = 1
-        self._gates.enter_context(Gates(groups, self._model(pl_module), values))
-
     def _end_masking(self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph) -> None:
+        """Turn masks into a cut, or into weights that are zero."""
         assert self.plan is not None
-        assert self._masked_groups is not None
-        self._gates.close()
+        self._masks.close()
         if self.schedule.physical == "at_end":
             cut = apply_plan_in_trainer(
                 trainer, pl_module, self.plan, self._example, graph=graph, submodule=self.layers.submodule
             )
             self._graph = cut.graph
         else:
-            _zero_readers(self._model(pl_module), graph, self.plan)
-        self._masked_groups = None
+            zero_readers(self._model(pl_module), graph, self.plan)
+        self._masks = Masks()
 
     # Data and measurements
 
@@ -409,7 +391,10 @@ class StructuredPruningCallback(Callback):
             "value_after": now.value,
         }
         pl_module.log_dict(
-            {f"{self.technique}/{name}": value for name, value in values.items()}, on_step=False, on_epoch=True
+            {f"{self.technique}/{name}": value for name, value in values.items()},
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
         )
 
     def _finish_report(self, trainer: Trainer) -> None:
@@ -435,32 +420,3 @@ class StructuredPruningCallback(Callback):
             self._full_plan().save(self.dirpath / "plan.json")
             self.report.save(self.dirpath)
             rank_zero_info(f"{type(self).__name__}: plan, tables and figure are in {self.dirpath}")
-
-
-def _zero_readers(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> None:
-    """Set the weights that read removed channels to zero: the masked network without masks."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name, keep in plan.keep_masks(graph).items():
-        for m in graph.groups[name].consumers:
-            module = modules[m.path]
-            gone = m.index[~keep[m.root]].to(module.weight.device)
-            if isinstance(module, nn.modules.conv._ConvTransposeNd):
-                module.weight.data[gone] = 0
-            elif getattr(module, "groups", 1) > 1:
-                width = module.weight.shape[1]
-                per_block = module.weight.shape[0] // module.groups
-                for position in gone.tolist():
-                    block = position // width
-                    module.weight.data[block * per_block : (block + 1) * per_block, position % width] = 0
-            else:
-                module.weight.data[:, gone] = 0
-
-
-@contextmanager
-def _untouched_generators() -> Iterator[None]:
-    """Give the global random generators back as they were."""
-    states = _collect_rng_states()
-    try:
-        yield
-    finally:
-        _set_rng_states(states)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_eff.batch import batch_size, call_model
+from lightning_eff.batch import batch_size, call_model, take
 from lightning_eff.pruning.samples import Samples
 from lightning_eff.pruning.values import Value, per_sample, value_function
 from lightning_eff.surgery import ChannelGraph, Gates, PrefixCache
@@ -102,6 +102,7 @@ class ChannelGame:
                     self.group.name,
                     self.n_players,
                     device=device,
+                    other=lambda: call_model(model, _backwards(samples.example)),
                 )
 
     def __call__(self, coalitions: Tensor) -> Tensor:
@@ -180,3 +181,7 @@ class ChannelGame:
                 handle.remove()
         totals = {path: self.samples.reduce(total) for path, total in sums.items()}
         return {path: total[:-1] / total[-1] for path, total in totals.items()}
+
+
+def _backwards(inputs: Any) -> Any:
+    return take(inputs, list(range(batch_size(inputs)))[::-1])

@@ -41,7 +41,9 @@ class ScoreMemory:
                 return Scores.from_dict(stored["scores"])
         scores = compute()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"fingerprint": self._fingerprint, "scores": scores.to_dict()}))
+        unfinished = path.with_suffix(".part")  # a process that dies while writing leaves no half of a file
+        unfinished.write_text(json.dumps({"fingerprint": self._fingerprint, "scores": scores.to_dict()}))
+        unfinished.replace(path)
         return scores
 
 

@@ -25,24 +25,23 @@ class Scores:
     Attributes:
         values: ``[C]``.
         stderr: standard errors ``[C]``; None where the criterion has none.
+        ties: breaks ties between equal values ``[C]``, higher is better; None for the channel's number.
         curve: value of the network without its ``r`` worst channels, ``[C]`` for r = 0..C-1; None when not measured.
     """
 
     values: Tensor
     stderr: Tensor | None = None
+    ties: Tensor | None = None
     curve: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists for JSON and checkpoints."""
-        return {
-            name: None if tensor is None else tensor.tolist()
-            for name, tensor in (("values", self.values), ("stderr", self.stderr), ("curve", self.curve))
-        }
+        return {name: None if tensor is None else tensor.tolist() for name, tensor in vars(self).items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:
         """Read what :meth:`to_dict` wrote."""
-        columns = (data.get(name) for name in ("values", "stderr", "curve"))
+        columns = (data.get(name) for name in ("values", "stderr", "ties", "curve"))
         return cls(*(None if column is None else torch.tensor(column, dtype=torch.float64) for column in columns))  # type: ignore[arg-type]
 
 
@@ -124,7 +123,7 @@ class PruneReport:
                 last.macs,
             )
         )
-        columns = [
+        columns: list[str | Column] = [
             "layer",
             Column("channels", format=","),
             Column("kept", format=","),
@@ -142,7 +141,7 @@ class PruneReport:
 
     def course(self) -> Table:
         """One row per stage: value, size and speed of the network."""
-        columns = [
+        columns: list[str | Column] = [
             "stage",
             Column("epoch", format="d"),
             Column(self.value_name, format=".4f"),

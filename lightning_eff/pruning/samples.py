@@ -75,6 +75,7 @@ class Samples:
         if count == 0:
             raise ValueError("the calibration loader gave no sample")
         wanted = groups or max(1, min(MAX_GROUPS, total // MIN_GROUP))
+        wanted = max(1, min(wanted, total // world_size))  # no group without a sample
         joined = _joined(taken)
         if joined is None:  # samples of different shapes: the loader's batches are the groups
             dealt = [[batch] for batch in taken] if world_size == 1 else [taken]

@@ -114,7 +114,7 @@ class Schedule:
             return amount * (1 - (1 - t) ** 3)
         if self.shape == "linear":
             return amount * t
-        return 1 - (1 - amount) ** t
+        return 1 - math.pow(1 - amount, t)
 
 
 @dataclass(frozen=True)

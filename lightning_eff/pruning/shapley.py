@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_eff.pruning.callback import Scoring, StructuredPruningCallback
 from lightning_eff.pruning.channel_game import ChannelGame, GameOptions
@@ -85,11 +88,9 @@ class ShapleyPruningCallback(StructuredPruningCallback):
     def score(self, scoring: Scoring) -> Mapping[str, Scores]:
         """Estimate the Shapley values of every group that loses channels."""
         removed = {name: scoring.graph.groups[name].size - kept for name, kept in scoring.expected.items()}
-        if scoring.curves:
-            removed = {name: max(1, r) for name, r in removed.items()}
         names = [name for name in scoring.graph.prunable if removed.get(name, 0) > 0]
         return {
-            name: scoring.remembered(name, lambda n=name: self._group(scoring, n, removed[n], names)) for name in names
+            name: scoring.remembered(name, partial(self._group, scoring, name, removed[name], names)) for name in names
         }
 
     def _group(self, scoring: Scoring, name: str, removed: int, names: list[str]) -> Scores:
@@ -116,13 +117,14 @@ class ShapleyPruningCallback(StructuredPruningCallback):
             for r in range(1, game.n_players):
                 coalitions[r:, worst_first[r - 1]] = False
             curve = game(coalitions)
-        return Scores(result.values, result.stderr, curve)
+        return Scores(result.values, result.stderr, _norms(scoring, name), curve)
 
     def _estimator(self, n: int, removed: int) -> ShapleyEstimator:
         estimator = self.estimator
         if estimator is None:
             walks = PermutationShapley(walks=32, depth="matched")
-            estimator = ExactShapley(depth="matched") if 2**n <= walks.walks * n else walks
+            exact_is_cheap = 2**n <= walks.walks * n and self.stop is None
+            estimator = ExactShapley(depth="matched") if exact_is_cheap else walks
         if any(field.name == "depth" for field in fields(estimator)) and estimator.depth == "matched":  # type: ignore[arg-type,attr-defined]
             estimator = replace(estimator, depth=removed)  # type: ignore[type-var]
         return estimator
@@ -130,3 +132,18 @@ class ShapleyPruningCallback(StructuredPruningCallback):
     def fingerprint_settings(self) -> tuple[Any, ...]:
         """Add what the Shapley values depend on."""
         return (*super().fingerprint_settings(), self.estimator, self.stop, self.game)
+
+
+def _norms(scoring: Scoring, name: str) -> Tensor:
+    """L2 norm of the weights that produce each channel, over all producers: decides between equal values."""
+    group = scoring.graph.groups[name]
+    squares = torch.zeros(group.size, dtype=torch.float64)
+    for m in group.members:
+        if m.axis == "out" and m.path in group.producers:
+            layer = scoring.model.get_submodule(m.path)
+            weight: Tensor = layer.get_parameter("weight").detach().double().cpu()
+            rows = (
+                (weight.transpose(0, 1) if isinstance(layer, _ConvTransposeNd) else weight).flatten(1).square().sum(1)
+            )
+            squares.index_add_(0, m.root, rows[m.index % len(rows)])
+    return squares.sqrt()

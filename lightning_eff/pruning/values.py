@@ -27,7 +27,12 @@ class Accuracy:
     def __call__(self, outputs: Any, target: Tensor) -> Tensor:
         """Logits ``[B, K, ...]`` and labels ``[B, ...]`` -> ``[B]``."""
         logits = _logits(outputs, self.output)
-        return (logits.argmax(1) == target).double().flatten(1).mean(1) if target.ndim > 1 else _right(logits, target)
+        if logits.ndim < 2 or logits.select(1, 0).shape != target.shape:
+            raise ValueError(
+                f"expected logits [B, K, ...] and labels [B, ...], got {list(logits.shape)} and {list(target.shape)}: "
+                "pass value=, a callable (outputs, target) -> [B]"
+            )
+        return (logits.argmax(1) == target).double().reshape(len(target), -1).mean(1)
 
 
 class NegativeLoss:
@@ -43,11 +48,7 @@ class NegativeLoss:
     def __call__(self, outputs: Any, target: Tensor) -> Tensor:
         """Logits ``[B, K, ...]`` and labels ``[B, ...]`` -> ``[B]``."""
         loss = F.cross_entropy(_logits(outputs, self.output).float(), target, reduction="none")
-        return -loss.double().flatten(1).mean(1) if loss.ndim > 1 else -loss.double()
-
-
-def _right(logits: Tensor, target: Tensor) -> Tensor:
-    return (logits.argmax(1) == target).double()
+        return -loss.double().reshape(len(loss), -1).mean(1)
 
 
 def _logits(outputs: Any, output: str | int | None) -> Tensor:
@@ -55,8 +56,9 @@ def _logits(outputs: Any, output: str | int | None) -> Tensor:
     if not isinstance(logits, Tensor):
         keys = f" with {sorted(map(str, outputs))}" if isinstance(outputs, dict) else ""
         raise TypeError(
-            f"expected the model to return logits, got a {type(logits).__name__}{keys}: pass value=Accuracy(output=...) "
-            "or NegativeLoss(output=...) with the key or position of the logits, or a callable (outputs, target) -> [B]"
+            f"expected the model to return logits, got a {type(logits).__name__}{keys}: pass "
+            "value=Accuracy(output=...) or NegativeLoss(output=...) with the key or position of the logits, or a "
+            "callable (outputs, target) -> [B]"
         )
     return logits
 

@@ -120,6 +120,6 @@ class Gates:
                 if m.path == path and m.axis == self._axis:
                     spread = value[..., m.root.to(x.device)]
                     vector = vector.expand(*spread.shape[:-1], width).index_copy(-1, m.index.to(x.device), spread)
-        if not vector.requires_grad:
+        if not vector.is_inference() and not any(value.requires_grad for value in self._values.values()):
             self._vectors[path] = vector
         return vector

@@ -43,7 +43,8 @@ class PruningPlan:
 
         Args:
             graph: the model's channel graph.
-            scores: one score per channel ``[C]`` of every group that loses channels; higher is better.
+            scores: one score per channel ``[C]`` of every group that loses channels, higher is better; ``[C, K]``
+                breaks ties of one column by the next.
             config: channels to keep per group, ``1..C``.
             meta: kept in the plan.
 
@@ -62,13 +63,16 @@ class PruningPlan:
             if group.name not in by_name:
                 raise ValueError(f"{group.name}: channels are to be removed but it has no scores")
             score = by_name[group.name].detach().double().cpu()
-            if score.shape != (group.size,):
+            if score.ndim not in (1, 2) or len(score) != group.size:
                 raise ValueError(f"{group.name}: expected {group.size} scores, got {list(score.shape)}")
-            if score.isnan().any():
-                bad = score.isnan().nonzero().flatten().tolist()
+            columns = score.reshape(group.size, -1)
+            if columns.isnan().any():
+                bad = columns.isnan().any(1).nonzero().flatten().tolist()
                 raise ValueError(f"{group.name}: the scores of channels {bad} are not numbers")
-            best = torch.sort(score, descending=True, stable=True).indices[:count]
-            keep[group.name] = sorted(best.tolist())
+            order = torch.arange(group.size)
+            for column in columns.flip(1).T:  # stable sorts from the last column to the first
+                order = order[torch.sort(column[order], descending=True, stable=True).indices]
+            keep[group.name] = sorted(order[:count].tolist())
         return cls(keep, graph.sizes, meta or {})
 
     def validate(self, graph: ChannelGraph) -> dict[str, tuple[int, ...]]:

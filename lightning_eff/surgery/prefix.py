@@ -1,10 +1,9 @@
 """Compute once what does not depend on a gate, for any Python ``forward``.
 
 Scoring a deep layer evaluates the network many times with other gates on the same batch. Every module call before
-the gate gives the same result each time. Such calls are found by running the network with gates that require
-gradients (a result that requires none does not depend on them) and comparing with other gate values bit for bit (for
-paths that gradients do not follow). The outermost of these calls are then answered from a tape; of their results only
-those that something outside reads are stored.
+the gate gives the same result each time. Such calls are found by following the gate's values through every operation,
+differentiable or not, and comparing with other gate values bit for bit (for paths outside of torch). The outermost of
+these calls are then answered from a tape; of their results only those that something outside reads are stored.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_eff.surgery.gates import Gates
-from lightning_eff.surgery.state import parameters_require_grad
 
 Run = Callable[[], Any]
 Call = tuple[nn.Module, int]  # a module and the number of its call; calls inside of a free one are not counted
@@ -37,6 +35,7 @@ class PrefixCache:
         name: the gated group.
         size: its number of channels.
         device: where the model is.
+        other: one forward pass on other inputs, used to find networks that hand results on in attributes or hooks.
 
     Use :meth:`record` once per batch, then :meth:`replay` its tape as often as wanted with other gate values.
     ``active`` is False, after a warning, where the network does not allow it: then nothing is stored and replaying is
@@ -44,35 +43,64 @@ class PrefixCache:
     """
 
     def __init__(
-        self, model: nn.Module, run: Run, gates: Gates, name: str, size: int, *, device: torch.device | None = None
+        self,
+        model: nn.Module,
+        run: Run,
+        gates: Gates,
+        name: str,
+        size: int,
+        *,
+        device: torch.device | None = None,
+        other: Run | None = None,
     ) -> None:
+        self._free: set[Call] = set()
+        self._live: set[Call] = set()
+        self._mutated: set[Call] = set()
         generator = torch.Generator().manual_seed(0)
-        values = [torch.rand(size, generator=generator).to(device) for _ in range(3)]
-        with torch.inference_mode(False), parameters_require_grad(model, False):
-            with torch.enable_grad():
-                gates.set(name, values[0].requires_grad_())
-                first = _trace(model, run)
-            with torch.no_grad():
-                gates.set(name, values[1])
-                self._free = _outermost_free(first, _trace(model, run))
-                del first
-                self._live: set[Call] = set()
-                self._mutated: set[Call] = set()
-                watch = _Watch()
-                self._record(run, watch)
-                self._live, self._mutated = watch.read, watch.written
-                gates.set(name, values[2])
-                expected = run()
-                got = self.replay(self.record(run), run)
-        pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(expected), strict=True)
-        self.active = all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in pairs if isinstance(a, Tensor))
-        if not self.active:
+        values = torch.rand(size, generator=generator).to(device)
+        half = (torch.rand(size, generator=generator) < 0.5).to(values)
+        with torch.inference_mode(False), torch.no_grad():
+            problem = self._find(model, run, gates, name, values.clone(), half)
+            if not problem and self._free:
+                problem = self._try(run, other or run, gates, name, 1 - half)
+        self.active = not problem
+        if problem:
             warnings.warn(
-                f"{type(model).__name__} does not give the same outputs when calls before {name} are answered from "
-                "memory; it is run in full for every evaluation, which is slower",
+                f"{type(model).__name__} {problem} when calls before {name} are answered from memory; it is run in "
+                "full for every evaluation, which is slower",
                 stacklevel=2,
             )
             self._free = set()
+
+    def _find(self, model: nn.Module, run: Run, gates: Gates, name: str, values: Tensor, half: Tensor) -> str:
+        """Find the free calls, and which of their results are read; say why they cannot be trusted, else ``""``."""
+        gates.set(name, values)
+        reach = _Reach(values)
+        with reach:
+            first = _trace(model, run, reach)
+        if reach.decides:
+            return "decides by gated values what to compute, so it cannot be trusted"
+        gates.set(name, half)
+        self._free = _outermost_free(first, _trace(model, run, None))
+        del first
+        watch = _Watch()
+        self._record(run, watch)
+        self._live, self._mutated = watch.read, watch.written
+        return ""
+
+    def _try(self, run: Run, other: Run, gates: Gates, name: str, values: Tensor) -> str:
+        """Answer from a tape that other gate values recorded, after another pass; compare with an ordinary run."""
+        tape = self.record(run)
+        gates.set(name, values)
+        other()
+        try:
+            got = pytree.tree_leaves(self.replay(tape, run))
+        except Exception as error:  # an ordinary run passes: this one alone is the reason
+            return f"fails ({type(error).__name__}: {error})"
+        expected = pytree.tree_leaves(run())
+        pairs = [(a, b) for a, b in zip(got, expected, strict=False) if isinstance(a, Tensor)]
+        same = len(got) == len(expected) and all(_close(a, b) for a, b in pairs)
+        return "" if same else "does not give the same outputs"
 
     def record(self, run: Run) -> Tape:
         """Run once and keep what the free calls return."""
@@ -137,6 +165,14 @@ class PrefixCache:
             yield
 
 
+def _close(a: Tensor, b: Any) -> bool:
+    if not isinstance(b, Tensor) or a.shape != b.shape:
+        return False
+    if a.is_floating_point() or a.is_complex():
+        return torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+    return torch.equal(a, b)
+
+
 def tape_bytes(tape: Tape) -> int:
     """Memory that the stored tensors hold."""
     leaves = (leaf for result in tape.values() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
@@ -170,16 +206,19 @@ def _wrapped_forwards(
                 module.__dict__["forward"] = forward
 
 
+_PLAIN = (Tensor, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
+
+
 class _Event(NamedTuple):
     """One module call: which module, inside of which other call (-1: none), and what it returned."""
 
     module: nn.Module
     parent: int
-    depends: bool
+    depends: bool  # on the gate, or unknown: no tensors that could tell
     result: list[Tensor]
 
 
-def _trace(model: nn.Module, run: Run) -> list[_Event]:
+def _trace(model: nn.Module, run: Run, reach: _Reach | None) -> list[_Event]:
     events: list[_Event | None] = []
     stack = [-1]
 
@@ -192,8 +231,10 @@ def _trace(model: nn.Module, run: Run) -> list[_Event]:
                 result = forward(*args, **kwargs)
             finally:
                 stack.pop()
-            tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-            depends = any(tensor.requires_grad for tensor in tensors)
+            leaves = pytree.tree_leaves(result)
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            unknown = not tensors or not all(isinstance(leaf, _PLAIN) for leaf in leaves)
+            depends = unknown or (reach is not None and reach.reached(tensors))
             kept = [] if depends else [tensor.detach().clone() for tensor in tensors]
             events[number] = _Event(module, stack[-1], depends, kept)
             return result
@@ -226,11 +267,61 @@ def _outermost_free(first: Sequence[_Event], second: Sequence[_Event]) -> set[Ca
 
 
 def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Compare bit for bit; not-a-number equals itself."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            yield leaf.untyped_storage()
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Arguments that an operation writes to."""
+    values = {**{a.name: v for a, v in zip(func._schema.arguments, args, strict=False)}, **kwargs}
+    return [
+        values[a.name]
+        for a in func._schema.arguments
+        if a.alias_info is not None and a.alias_info.is_write and a.name in values
+    ]
+
+
+class _Reach(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follow a tensor's values through every operation; ``decides`` when Python reads one of them."""
+
+    def __init__(self, source: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.decides = False
+        self._storages: dict[int, torch.UntypedStorage] = {}  # kept, or their addresses would be used again
+        self._mark(source)
+
+    def reached(self, tree: Any) -> bool:
+        return any(storage._cdata in self._storages for storage in _storages(tree))
+
+    def _mark(self, tree: Any) -> None:
+        self._storages.update({storage._cdata: storage for storage in _storages(tree)})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self.reached((args, kwargs)):
+            self.decides |= isinstance(result, bool | int | float | complex)
+            self._mark((result, _written(func, args, kwargs)))
+        return result
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Note which results of free calls are read, and which are written to, by operations outside of such calls."""
+    """Note which results of free calls are read, and which are written to, by operations outside of such calls.
+
+    A free call that writes to the result of another one counts where that result was read before.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -242,20 +333,21 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def own(self, key: Call, result: Any) -> None:
         self._alive.append(result)
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._owners.setdefault(tensor.untyped_storage()._cdata, []).append(key)
+        for storage in _storages(result):
+            self._owners.setdefault(storage._cdata, []).append(key)
 
     def use(self, tree: Any) -> None:
-        for tensor in pytree.tree_leaves(tree):
-            if isinstance(tensor, Tensor):
-                self.read.update(self._owners.get(tensor.untyped_storage()._cdata, ()))
+        self.read.update(self._owned(tree))
+
+    def _owned(self, tree: Any) -> set[Call]:
+        return {key for storage in _storages(tree) for key in self._owners.get(storage._cdata, ())}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        owned = self._owned(_written(func, args, kwargs))
         if self.outside():
             self.use((args, kwargs))
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
-                    self.written.update(self._owners.get(value.untyped_storage()._cdata, ()))
+            self.written |= owned
+        else:
+            self.written |= owned & self.read
         return func(*args, **kwargs)

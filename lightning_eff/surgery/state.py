@@ -11,18 +11,26 @@ from torch import nn
 
 
 @contextmanager
+def untouched_generators() -> Iterator[None]:
+    """Give the global random generators of Python, NumPy and torch back as they were."""
+    states = _collect_rng_states()
+    try:
+        yield
+    finally:
+        _set_rng_states(states)
+
+
+@contextmanager
 def quiet_model(model: nn.Module) -> Iterator[None]:
     """Run ``model`` in evaluation mode, compiled parts eagerly; restore modes and random generators on leaving."""
     modes = [(module, module.training) for module in model.modules()]
-    rng = _collect_rng_states()
     try:
-        with torch.compiler.set_stance("force_eager"), torch.inference_mode(False):
+        with untouched_generators(), torch.compiler.set_stance("force_eager"), torch.inference_mode(False):
             model.eval()
             yield
     finally:
         for module, mode in modes:
             module.training = mode
-        _set_rng_states(rng)
 
 
 @contextmanager

@@ -75,8 +75,8 @@ def digits(count: int = 512, batch_size: int = 64) -> tuple[DataLoader, DataLoad
 
 
 def trainer(*callbacks: pl.Callback, **options: object) -> pl.Trainer:
-    defaults = dict(
-        accelerator="cpu", devices=1, max_epochs=2, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    defaults = {
+        "accelerator": "cpu", "devices": 1, "max_epochs": 2, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False,
+    }  # fmt: skip
     return pl.Trainer(callbacks=list(callbacks), **{**defaults, **options})

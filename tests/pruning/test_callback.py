@@ -207,7 +207,9 @@ def test_averaged_run_resumes_with_its_shapes(tmp_path: Path) -> None:
         assert torch.equal(value, resumed.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 3}, {"val_check_interval": 3}])
+@pytest.mark.parametrize(
+    "options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 3}, {"val_check_interval": 3}]
+)
 def test_composes_with_trainer_features(options: dict[str, Any]) -> None:
     model = fit(Magnitude(0.5, schedule=Schedule(start=1, steps=2), **QUIET), max_epochs=4, **options)
     assert model.body[0].out_channels == 4

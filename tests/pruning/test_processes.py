@@ -27,7 +27,9 @@ def callback(**options):
         calibration=Calibration(samples=64), verbose=False, **options)
 """
 
-TRAINING = PRELUDE + """
+TRAINING = (
+    PRELUDE
+    + """
 directory, until = sys.argv[1], int(sys.argv[2])
 class Tell(pl.Callback):
     def on_train_epoch_end(self, trainer, module):
@@ -42,6 +44,7 @@ run = trainer(callback(), Tell(), ModelCheckpoint(directory, save_last=True), ma
 run.fit(model, *digits(), ckpt_path=resume)
 torch.save(model.state_dict(), directory + "/end.pt")
 """
+)
 
 
 def test_killed_after_the_second_of_three_steps_and_resumed_in_a_new_process(tmp_path: Path) -> None:
@@ -56,13 +59,16 @@ def test_killed_after_the_second_of_three_steps_and_resumed_in_a_new_process(tmp
     assert first.keys() == second.keys()
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
-    evaluate = PRELUDE + """
+    evaluate = (
+        PRELUDE
+        + """
 path, (_, val) = sys.argv[1], digits()
 run = trainer(callback())
 print("loss", run.test(Net(), val, ckpt_path=path, verbose=False)[0]["test_loss"])
 outputs = run.predict(Net(), val, ckpt_path=path)
 assert torch.equal(outputs[0], load_pruned(Net, path).eval()(next(iter(val))[0]))
 """
+    )
     lines = [
         run_python(evaluate, str(folder / "last.ckpt")).stdout.split("loss ")[1].split()[0]
         for folder in (straight, broken)
@@ -71,7 +77,9 @@ assert torch.equal(outputs[0], load_pruned(Net, path).eval()(next(iter(val))[0])
 
 
 def test_two_processes_end_with_equal_plans_and_weights(tmp_path: Path) -> None:
-    script = PRELUDE + """
+    script = (
+        PRELUDE
+        + """
 import os
 from pathlib import Path
 model = Net()
@@ -83,6 +91,7 @@ torch.save({"weights": model.state_dict(), "plan": prune.plan.to_dict(), "stages
             "optimizer": [v["exp_avg"].shape == p.shape for p, v in run.optimizers[0].state.items()]},
            f"rank{run.global_rank}.pt")
 """
+    )
     run_ddp(script, tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["plan"] == second["plan"]
@@ -95,7 +104,9 @@ torch.save({"weights": model.state_dict(), "plan": prune.plan.to_dict(), "stages
 
 
 def test_scores_under_two_processes_are_those_of_one(tmp_path: Path) -> None:
-    script = PRELUDE + """
+    script = (
+        PRELUDE
+        + """
 import os
 devices = int(sys.argv[1])
 prune = ShapleyPruningCallback(0.5, estimator=PermutationShapley(walks=4, depth="matched"),
@@ -107,6 +118,7 @@ run.fit(Net(), *digits())
 if run.global_rank == 0:
     torch.save({"before": prune.report.stages[0].value, "after": prune.report.stages[1].value}, f"of{devices}.pt")
 """
+    )
     run_ddp(script, tmp_path, "2")
     run_ddp(script, tmp_path, "1", processes=1)
     two, one = (torch.load(tmp_path / f"of{n}.pt", weights_only=True) for n in (2, 1))

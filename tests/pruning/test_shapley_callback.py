@@ -80,7 +80,9 @@ def test_scores_are_the_shapley_values_of_the_channel_game(trained: Net) -> None
     trainer(callback, max_epochs=1).fit(small, TRAIN, VAL)
     scores, kept = callback._scores["body.0"]
     assert torch.allclose(scores.values, expected)
-    assert sorted(kept) == sorted(expected.sort(descending=True, stable=True).indices[:3].tolist())
+    removed = [c for c in range(6) if c not in kept]
+    assert len(kept) == 3
+    assert expected[list(kept)].min() >= expected[removed].max()
 
 
 @pytest.mark.parametrize("mode", ["uniform", "global", "budget"])

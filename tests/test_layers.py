@@ -1,0 +1,70 @@
+"""Imports point downward: command line, techniques, shared rooms, torch."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "lightning_eff"
+TECHNIQUES = {"pruning", "early_exit", "privacy", "synthesis", "moe", "glimpse", "lidar"}
+SHARED = {"shapley", "surgery", "accounting", "data", "models", "reporting", "batch"}
+# What a shared room may import of the others; the package's techniques may import every shared room.
+ALLOWED = {
+    "shapley": set(),
+    "accounting": set(),
+    "reporting": set(),
+    "batch": set(),
+    "models": set(),
+    "surgery": {"batch"},
+    "data": {"batch"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    """Return the folder, or the file's stem at the top of the package."""
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else path.stem
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms that a file imports anywhere, also inside of functions and under TYPE_CHECKING."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found |= {name.split(".")[1] for name in names if name.startswith("lightning_eff.")}
+    return found & (TECHNIQUES | SHARED | {"cli"})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_file_imports_only_downward(path: Path) -> None:
+    here = room(path)
+    others = imported(path) - {here}
+    if here in TECHNIQUES:
+        assert not others & (TECHNIQUES | {"cli"})
+    elif here in ALLOWED:
+        assert others <= ALLOWED[here]
+
+
+def test_shapley_knows_no_lightning_and_only_one_surgery_file_touches_its_strategies() -> None:
+    for path in FILES:
+        text = path.read_text()
+        if room(path) in ("shapley", "accounting"):
+            assert "import lightning" not in text.replace("import lightning_eff", "")
+            assert "from lightning." not in text
+        if room(path) == "surgery" and path.name != "in_trainer.py":
+            assert "lightning.pytorch" not in text
+
+
+@pytest.mark.parametrize("folder", sorted(TECHNIQUES | {"shapley", "surgery"}))
+def test_every_room_has_a_readme(folder: str) -> None:
+    if not (PACKAGE / folder).is_dir():
+        pytest.skip(f"{folder} is not built yet")
+    assert (PACKAGE / folder / "README.md").stat().st_size > 500
