@@ -158,23 +158,36 @@ class PruneReport:
 
     def figure(self, groups: int = 12) -> Figure:
         """Scores of each group from best to worst with 95 % intervals, removed channels in another colour."""
+        from matplotlib.patches import Patch
+        from matplotlib.ticker import MaxNLocator
+
         names = list(self.scores)[:groups]
         columns = min(3, max(1, len(names)))
         lines = max(1, -(-len(names) // columns))
-        figure, axes = new_figure(lines, columns, width=3.6 * columns, height=2.6 * lines)
+        figure, axes = new_figure(lines, columns, width=3.6 * columns, height=2.6 * lines + 0.3)
         for axis, name in zip(axes.flat, names, strict=False):
             scores, kept = self.scores[name]
             order = scores.values.sort(descending=True, stable=True).indices
             stays = torch.zeros(len(order), dtype=torch.bool)
             stays[list(kept)] = True
             colours = [KEPT if stay else REMOVED for stay in stays[order].tolist()]
-            error = None if scores.stderr is None else (1.96 * scores.stderr[order]).nan_to_num(posinf=0).tolist()
-            axis.bar(range(len(order)), scores.values[order].tolist(), yerr=error, color=colours, error_kw={"lw": 0.8})
-            axis.set_title(f"{name}: {int(stays.sum())} of {len(order)} kept")
+            values = scores.values[order].tolist()
+            axis.bar(range(len(order)), values, width=0.8 if len(order) <= _FEW else 1.0, color=colours)
+            if scores.stderr is not None:
+                _draw_intervals(axis, values, (1.96 * scores.stderr[order]).nan_to_num(posinf=0).tolist())
+            short = name if len(name) <= 20 else f"\N{HORIZONTAL ELLIPSIS}{name[-19:]}"
+            axis.set_title(f"{short}: {int(stays.sum())} of {len(order)} kept")
             axis.set_xlabel("channel, best first")
             axis.set_ylabel("score")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axis in axes.flat[len(names) :]:
             axis.set_visible(False)
+        figure.legend(
+            handles=[Patch(color=KEPT, label="kept"), Patch(color=REMOVED, label="removed")],
+            loc="outside lower center",
+            ncols=2,
+            frameon=False,
+        )
         return figure
 
     def save(self, directory: str | Path) -> list[Path]:
@@ -190,3 +203,15 @@ class PruneReport:
             written.append(directory / "scores.png")
             save_figure(self.figure(), written[-1])
         return written
+
+
+_FEW = 40  # channels; more are drawn without gaps, their intervals as a band
+
+
+def _draw_intervals(axis: Any, values: Sequence[float], halves: Sequence[float]) -> None:
+    x = range(len(values))
+    if len(values) <= _FEW:
+        axis.errorbar(x, values, yerr=halves, fmt="none", ecolor="black", elinewidth=0.8)
+        return
+    low, high = ([v + sign * h for v, h in zip(values, halves, strict=True)] for sign in (-1, 1))
+    axis.fill_between(x, low, high, step="mid", color="black", alpha=0.3, linewidth=0)

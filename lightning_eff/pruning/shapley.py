@@ -1,8 +1,8 @@
 """Prune the channels with the smallest Shapley values (arXiv 2407.15875).
 
-The players are the channels of one layer, the pay-off is the network's value without the rest of them. Removing ``k``
-channels, the default ranks by the marginal contributions at the first ``k`` removals ("matched" depth): nobody cares
-what a channel is worth in a network that has lost nearly the whole layer.
+The players are the channels of one layer, the pay-off is the network's value without the rest of them. An estimator
+of depth ``"matched"`` averages only the first ``k`` removals when ``k`` channels go: cheaper, sometimes better where one
+layer is pruned, clearly worse where several wide layers are pruned together. Hence the full value is the default.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ShapleyPruningCallback(StructuredPruningCallback):
         calibration: the data that channels are judged on.
         value: what the network is worth on a sample: ``"accuracy"``, ``"neg_loss"`` (for small or saturated
             calibration sets) or a callable ``(outputs, target) -> [B]``, higher is better.
-        estimator: how values are estimated; None takes antithetic permutations at matched depth, or exact values
+        estimator: how values are estimated; None takes 32 antithetic permutations, or exact values
             where those cost no more.
         stop: when to stop estimating a layer early.
         game: how the network is evaluated without some of its channels.
@@ -122,9 +122,9 @@ class ShapleyPruningCallback(StructuredPruningCallback):
     def _estimator(self, n: int, removed: int) -> ShapleyEstimator:
         estimator = self.estimator
         if estimator is None:
-            walks = PermutationShapley(walks=32, depth="matched")
+            walks = PermutationShapley(walks=32)
             exact_is_cheap = 2**n <= walks.walks * n and self.stop is None
-            estimator = ExactShapley(depth="matched") if exact_is_cheap else walks
+            estimator = ExactShapley() if exact_is_cheap else walks
         if any(field.name == "depth" for field in fields(estimator)) and estimator.depth == "matched":  # type: ignore[arg-type,attr-defined]
             estimator = replace(estimator, depth=removed)  # type: ignore[type-var]
         return estimator

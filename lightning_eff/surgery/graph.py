@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -40,6 +41,11 @@ class Member:
     axis: str
     index: Tensor
     root: Tensor
+
+    @cached_property
+    def stop(self) -> int:
+        """One behind the last position."""
+        return int(self.index.max()) + 1
 
 
 @dataclass(frozen=True)
@@ -287,7 +293,7 @@ def axis_masks(graph: ChannelGraph, keep: Mapping[str, Tensor]) -> dict[tuple[st
     for group in graph.groups.values():
         for m in group.members:
             at = (m.path, m.axis)
-            length[at] = max(length.get(at, 0), int(m.index.max()) + 1)
+            length[at] = max(length.get(at, 0), m.stop)
     masks: dict[tuple[str, str], Tensor] = {}
     for name, mask in keep.items():
         for m in graph.groups[name].members:

@@ -57,9 +57,8 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in own if tensor is not None}
 
 
-def _owner(model: nn.Module, path: str) -> str:
+def _owner(modules: Mapping[str, nn.Module], path: str) -> str:
     """Return ``path`` if it is a module, else the path of the module that holds the parameter."""
-    modules = dict(model.named_modules(remove_duplicate=False))
     owner = path if path in modules else path.rpartition(".")[0]
     if owner not in modules:
         raise KeyError(path)
@@ -71,7 +70,7 @@ def remember_cut(model: nn.Module, paths: Iterable[str]) -> None:
     memory = model.__dict__.setdefault(_MEMORY, {})
     modules = dict(model.named_modules(remove_duplicate=False))
     for path in paths:
-        owner = _owner(model, path)
+        owner = _owner(modules, path)
         memory.setdefault(owner, _attributes(modules[owner]))
     if hasattr(type(model), "on_save_checkpoint"):
         prunable(type(model))

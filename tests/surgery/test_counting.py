@@ -35,7 +35,12 @@ def test_macs_and_params_equal_the_counter_dense_and_cut(name: str) -> None:
 # Known sizes at 224 x 224: multiply-adds and parameters of torchvision's models.
 @pytest.mark.parametrize(
     ("name", "gmacs", "mparams"),
-    [("resnet18", 1.814, 11.69), ("resnet50", 4.089, 25.56), ("mobilenet_v2", 0.301, 3.50), ("vit_b_16", 17.564, 86.57)],
+    [
+        ("resnet18", 1.814, 11.69),
+        ("resnet50", 4.089, 25.56),
+        ("mobilenet_v2", 0.301, 3.50),
+        ("vit_b_16", 17.564, 86.57),
+    ],
 )
 def test_published_sizes(name: str, gmacs: float, mparams: float) -> None:
     with torch.device("meta"):
