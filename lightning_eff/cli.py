@@ -41,3 +41,8 @@ def main(args: Sequence[str] | None = None) -> EfficiencyCLI:
     for room in ROOMS:
         import_module(f"lightning_eff.{room}")
     return EfficiencyCLI(save_config_kwargs={"overwrite": True}, args=None if args is None else list(args))
+
+
+def command() -> None:
+    """Run the command line from the shell; returns nothing, so that the shell sees success."""
+    main()

@@ -134,3 +134,9 @@ def test_help_names_the_program(capsys, args):
         cli.main(args)
     assert ended.value.code == 0
     assert "usage: lightning-eff" in capsys.readouterr().out
+
+
+def test_console_command_ends_with_success(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lightning-eff", "fit", "--config", DIGITS, *QUICK, "--model.net.width=5"])
+    assert cli.command() is None  # what it returns is the exit status

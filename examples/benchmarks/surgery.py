@@ -1,9 +1,10 @@
 """The cost of cutting and of counting, against torch-pruning.
 
 All contenders cut the same channels out of a fresh copy and must give the same tensors. torch-pruning must trace every
-copy; a channel graph names modules by path, so one trace serves all copies and all later cuts. Counting is compared with what torch-pruning needs for one configuration: copy, prune, count.
+copy; a channel graph names modules by path, so one trace serves all copies and all later cuts. Counting is compared
+with what torch-pruning needs for one configuration: copy, prune, count.
 
-Run: python examples/benchmarks/surgery.py          (about 3 minutes)
+Run: python examples/benchmarks/surgery.py          (about 2 minutes)
 """
 
 import copy

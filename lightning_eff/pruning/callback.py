@@ -102,6 +102,8 @@ class StructuredPruningCallback(Callback):
         verbose: bool = True,
     ) -> None:
         check_amount(amount)
+        if isinstance(amount, float) and allocation.target == "channels" and amount > allocation.max_ratio:
+            raise ValueError(f"amount {amount} (fraction removed) is above allocation.max_ratio {allocation.max_ratio}")
         if plan is not None and schedule.steps != 1:
             raise ValueError(f"a given plan is applied in one step, got schedule.steps={schedule.steps}")
         self.amount = amount

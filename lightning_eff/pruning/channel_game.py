@@ -22,6 +22,8 @@ from lightning_eff.surgery import ChannelGraph, Gates, PrefixCache
 from lightning_eff.surgery.prefix import Tape, tape_bytes
 from lightning_eff.surgery.state import quiet_model
 
+MAX_HALVINGS = 5  # of the batches, when memory runs out
+
 
 @dataclass(frozen=True)
 class GameOptions:
@@ -91,6 +93,8 @@ class ChannelGame:
         self._cache: PrefixCache | None = None
         self._tapes: dict[int, Tape] = {}
         self._stored = 0
+        self._batches = [list(group) for group in samples.groups]
+        self._halved = 0
         if self._options.removal == "mean":
             self._gates.fill.update(self._means())
         if self._options.accelerate == "prefix":
@@ -115,11 +119,23 @@ class ChannelGame:
         return self.samples.reduce(self._sums(group, coalitions)) / self._counts[group]
 
     def _sums(self, group: int, coalitions: Tensor) -> Tensor:
-        """Sum of values over the samples of this process."""
+        """Sum of values over the samples of this process; out of memory, the batches are halved, five times at most."""
+        while True:
+            try:
+                return self._evaluate(group, coalitions)
+            except torch.OutOfMemoryError:
+                if self._halved == MAX_HALVINGS:
+                    raise
+                self._halved += 1
+                self._tapes.clear()
+                self._stored = 0
+                self._batches = [[half for batch in group for half in _halves(batch)] for group in self._batches]
+
+    def _evaluate(self, group: int, coalitions: Tensor) -> Tensor:
         sums = torch.zeros(len(coalitions), dtype=torch.float64)
         gates = coalitions.to(torch.get_default_dtype())
         with self._evaluating():
-            for number, (inputs, target) in enumerate(self.samples.groups[group]):
+            for number, (inputs, target) in enumerate(self._batches[group]):
                 count = batch_size(inputs)
                 if not count:
                     continue
@@ -185,3 +201,12 @@ class ChannelGame:
 
 def _backwards(inputs: Any) -> Any:
     return take(inputs, list(range(batch_size(inputs)))[::-1])
+
+
+def _halves(batch: tuple[Any, Any]) -> list[tuple[Any, Any]]:
+    count = batch_size(batch[0])
+    if count < 2:
+        return [batch]
+    first: tuple[Any, Any] = take(batch, slice(0, count // 2))
+    second: tuple[Any, Any] = take(batch, slice(count // 2, count))
+    return [first, second]

@@ -134,8 +134,8 @@ class PruneReport:
             Column("MACs now", format=","),
         ]
         caption = (
-            f"value removed: sum of the scores of the removed channels. {human(first.macs)}MACs -> "
-            f"{human(last.macs)}MACs per sample ({last.macs / max(first.macs, 1):.0%})."
+            f"value removed: sum of the scores of the removed channels. {human(first.macs, 'MACs')} -> "
+            f"{human(last.macs, 'MACs')} per sample ({last.macs / max(first.macs, 1):.0%})."
         )
         return Table("Channels", columns, rows, caption=caption)
 

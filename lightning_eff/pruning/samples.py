@@ -71,9 +71,11 @@ class Samples:
         mine = -(-samples // world_size)
         taken = list(_first(map(split_batch, batches), mine))
         count = sum(batch_size(inputs) for inputs, _ in taken)
-        total = int(reduce(torch.tensor([float(count)], dtype=torch.float64)).item())
-        if count == 0:
-            raise ValueError("the calibration loader gave no sample")
+        total, empty = reduce(torch.tensor([count, count == 0], dtype=torch.float64)).int().tolist()
+        if empty:  # on every process, so that none waits for another
+            raise ValueError(
+                "the calibration loader gave no sample" + (f" on {empty} processes" if world_size > 1 else "")
+            )
         wanted = groups or max(1, min(MAX_GROUPS, total // MIN_GROUP))
         wanted = max(1, min(wanted, total // world_size))  # no group without a sample
         joined = _joined(taken)

@@ -1,7 +1,7 @@
 """Prune the channels with the smallest Shapley values (arXiv 2407.15875).
 
-The players are the channels of one layer, the pay-off is the network's value without the rest of them. An estimator
-of depth ``"matched"`` averages only the first ``k`` removals when ``k`` channels go: cheaper, sometimes better where one
+The players are the channels of one layer, the pay-off is the network's value without the rest of them. An estimator of
+depth ``"matched"`` averages only the first ``k`` removals when ``k`` channels go: cheaper, sometimes better where one
 layer is pruned, clearly worse where several wide layers are pruned together. Hence the full value is the default.
 """
 

@@ -6,6 +6,7 @@ the network whose removed channels are gated to zero.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ def apply_plan(
     graph = graph or ChannelGraph.from_model(model, example_inputs)
     keep = plan.keep_masks(graph)
     named = PruningPlan(plan.validate(graph), graph.sizes, plan.meta)
-    after = graph.after(named)
+    axes = axis_masks(graph, keep)
+    after = graph.without(keep, axes)
     cut = Cut(
         named,
         after,
@@ -85,7 +87,7 @@ def apply_plan(
     )
     if not keep:
         return cut
-    edits = _Edits(model, axis_masks(graph, keep))
+    edits = _Edits(model, axes)
     if verify:
         problem = _mismatch(model, example_inputs, graph, keep, edits)
         if problem:
@@ -95,7 +97,9 @@ def apply_plan(
                 f"removing channels of {where} does not give the masked network: {problem}. "
                 "Is there a hard-coded shape or a channel operation in forward? Exclude the layer; nothing was changed."
             )
-    all_edits = [edits, *(_Edits(twin, axis_masks(graph, keep)) for twin in twins)]
+        if all(not bool(t.any()) for t in _masked_outputs(model, example_inputs, graph, keep)):
+            warnings.warn("the outputs are zero for the example inputs: the cut could not be checked", stacklevel=2)
+    all_edits = [edits, *(_Edits(twin, axes) for twin in twins)]
     for one in all_edits:
         remember_cut(one.model, [path for path, _ in one.masks])
         one.commit(optimizers)
@@ -139,10 +143,8 @@ def _mismatch(
 ) -> str:
     """Say how the smaller network differs from the gated one on the example; ``""`` when it does not."""
     edits = edits or _Edits(model, axis_masks(graph, keep))
-    gates = {name: mask.float() for name, mask in keep.items()}
+    masked = _masked_outputs(model, example_inputs, graph, keep)
     with quiet_model(model), torch.no_grad():
-        with Gates(graph.groups, model, gates):
-            masked = _outputs(model, example_inputs)
         try:
             with edits.on_trial():
                 smaller = _outputs(model, example_inputs)
@@ -160,6 +162,14 @@ def _mismatch(
         if relative > TOLERANCE * (1 if a.dtype in (torch.float32, torch.float64) else 100) and not loose:
             return f"relative output error {relative:.2g}"
     return ""
+
+
+def _masked_outputs(
+    model: nn.Module, example_inputs: Any, graph: ChannelGraph, keep: Mapping[str, Tensor]
+) -> list[Tensor]:
+    gates = {name: mask.float() for name, mask in keep.items()}
+    with quiet_model(model), torch.no_grad(), Gates(graph.groups, model, gates):
+        return _outputs(model, example_inputs)
 
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:

@@ -212,7 +212,10 @@ class ChannelGraph:
     def after(self, plan: PruningPlan) -> ChannelGraph:
         """Return the graph of the model that ``plan`` leaves, by renumbering; nothing is traced."""
         keep = plan.keep_masks(self)
-        axes = axis_masks(self, keep)
+        return self.without(keep, axis_masks(self, keep))
+
+    def without(self, keep: Mapping[str, Tensor], axes: Mapping[tuple[str, str], Tensor]) -> ChannelGraph:
+        """Return the graph that keep masks ``[C]`` and their :func:`axis_masks` leave."""
         position = {axis: mask.cumsum(0) - 1 for axis, mask in axes.items()}
         groups = []
         for group in self.groups.values():

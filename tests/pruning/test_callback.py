@@ -295,6 +295,18 @@ def test_submodule_alone_is_pruned() -> None:
     assert model.body[7].out_channels == 16
 
 
+class Generators(pl.Callback):
+    """Note the state of the global generator before the step and after its failure."""
+
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []
+
+    def on_train_epoch_start(self, *_: object) -> None:
+        self.states.append(torch.get_rng_state())
+
+    on_exception = on_train_epoch_start
+
+
 def test_failing_scoring_leaves_model_modes_generators_and_hooks_alone() -> None:
     class Failing(Magnitude):
         def score(self, scoring: Scoring) -> Any:
@@ -308,20 +320,12 @@ def test_failing_scoring_leaves_model_modes_generators_and_hooks_alone() -> None
         modes = [module.training for module in model.modules()]
         callback = Failing(0.5, **QUIET)
         callback.interrupt = interrupt
-        generators: list[Tensor] = []
-
-        class Before(pl.Callback):
-            def on_train_epoch_start(self, *_: object) -> None:
-                generators.append(torch.get_rng_state())
-
-            def on_exception(self, *_: object) -> None:
-                generators.append(torch.get_rng_state())
-
+        watch = Generators()
         with pytest.raises(SystemExit if interrupt else RuntimeError):
-            trainer(Before(), callback, num_sanity_val_steps=0).fit(model, TRAIN, VAL)
+            trainer(watch, callback, num_sanity_val_steps=0).fit(model, TRAIN, VAL)
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
         assert [module.training for module in model.modules()] == modes
-        assert torch.equal(*generators)
+        assert torch.equal(*watch.states)
         assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
         assert not is_prunable(Net)
 
@@ -392,6 +396,7 @@ def test_layers_are_chosen_by_name() -> None:
         ({"amount": {"body.0": 0}}, "channels kept"),
         ({"amount": {"body.0": 1.5}}, "fraction kept"),
         ({"value": "speed"}, 'expected value "accuracy"'),
+        ({"amount": 0.95}, "above allocation.max_ratio 0.9"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:
@@ -443,7 +448,7 @@ def test_scores_that_are_not_numbers_are_refused() -> None:
         def one(self, scoring: Scoring, name: str) -> Scores:
             return Scores(torch.full((scoring.graph.groups[name].size,), torch.nan))
 
-    with pytest.raises(ValueError, match="body.0: the scores of channels .* are not numbers"):
+    with pytest.raises(ValueError, match=r"body\.0: the scores of channels .* are not numbers"):
         fit(Nan(0.5, **QUIET))
 
 
@@ -466,3 +471,16 @@ def test_sharded_strategies_are_refused_before_any_work() -> None:
 def test_spawned_processes_are_refused_with_the_way_out() -> None:
     with pytest.raises(Exception, match='Use strategy="ddp"'):
         trainer(Magnitude(0.5, **QUIET), strategy="ddp_fork", devices=2).fit(Net(), TRAIN, VAL)
+
+
+def test_logged_names_begin_with_the_technique(tmp_path: Path) -> None:
+    logger = pl.loggers.CSVLogger(tmp_path)
+    fit(Magnitude(0.5, **QUIET), max_epochs=1, logger=logger)
+    columns = set((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(","))
+    names = ("macs", "params", "macs_ratio", "params_ratio", "value_before", "value_after")
+    assert {f"prune/{name}" for name in names} <= columns
+
+
+def test_steps_that_never_came_are_told() -> None:
+    with pytest.warns(UserWarning, match=r"0 of 1 steps ran; the next one is due at epoch 9"):
+        fit(Magnitude(0.5, schedule=Schedule(start=9), **QUIET))

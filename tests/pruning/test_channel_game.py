@@ -387,3 +387,32 @@ def test_accuracy_refuses_labels_that_do_not_fit(target: tuple[int, ...]) -> Non
 def test_accuracy_refuses_logits_without_classes() -> None:
     with pytest.raises(ValueError, match=r"got \[4\] and \[4\]"):
         Accuracy()(torch.randn(4), torch.zeros(4))
+
+
+class Hungry(nn.Module):
+    """Runs out of memory on batches above a size."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.a, self.b, self.most = nn.Linear(4, 6), nn.Linear(6, 3), most
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError(f"no room for {len(x)}")
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_batches_are_halved_when_memory_runs_out_and_the_error_comes_through_after_five_times() -> None:
+    torch.manual_seed(0)
+    model = Hungry(most=1000)
+    x, y = torch.randn(128, 4), torch.randint(0, 3, (128,))
+    graph = ChannelGraph.from_model(model, x[:2])
+    coalitions = torch.rand(5, 6) < 0.5
+    samples = Samples.collect([(x, y)], 128, lambda batch: batch, groups=1)
+    expected = ChannelGame(model, graph, "a", samples)(coalitions)
+    model.most = 20  # 128 -> 16
+    assert torch.equal(ChannelGame(model, graph, "a", samples)(coalitions), expected)
+    model.most = 3  # 128 -> 4
+    with pytest.raises(torch.OutOfMemoryError, match="no room for 4"):
+        ChannelGame(model, graph, "a", samples)(coalitions)
+    assert not any(module._forward_pre_hooks for module in model.modules())

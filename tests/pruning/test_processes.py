@@ -87,7 +87,8 @@ prune = callback()
 run = pl.Trainer(accelerator="cpu", devices=int(os.environ["DEVICES"]), strategy="ddp", max_epochs=5, logger=False,
                  enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[prune])
 run.fit(model, *digits())
-torch.save({"weights": model.state_dict(), "plan": prune.plan.to_dict(), "stages": [s.value for s in prune.report.stages],
+torch.save({"weights": model.state_dict(), "plan": prune.plan.to_dict(),
+            "stages": [s.value for s in prune.report.stages],
             "optimizer": [v["exp_avg"].shape == p.shape for p, v in run.optimizers[0].state.items()]},
            f"rank{run.global_rank}.pt")
 """
@@ -111,8 +112,8 @@ import os
 devices = int(sys.argv[1])
 prune = ShapleyPruningCallback(0.5, estimator=PermutationShapley(walks=4, depth="matched"),
                                calibration=Calibration(samples=256), verbose=False)
-run = pl.Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1, logger=False,
-                 limit_train_batches=1, enable_checkpointing=False, enable_progress_bar=False,
+run = pl.Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1,
+                 logger=False, limit_train_batches=1, enable_checkpointing=False, enable_progress_bar=False,
                  enable_model_summary=False, callbacks=[prune], num_sanity_val_steps=0)
 run.fit(Net(), *digits())
 if run.global_rank == 0:

@@ -296,3 +296,11 @@ def test_works_under_no_grad() -> None:
     model, x = build("SmallCNN")
     with torch.no_grad():
         assert ChannelGraph.from_model(model, x).prunable
+
+
+def test_cut_that_cannot_be_seen_is_told() -> None:
+    model, x = build("SmallCNN")
+    nn.init.zeros_(model.layers.out.weight)
+    nn.init.zeros_(model.layers.out.bias)
+    with pytest.warns(UserWarning, match="could not be checked"):
+        apply_plan(model, half_plan(ChannelGraph.from_model(model, x)), x)
