@@ -10,8 +10,7 @@ this file only remembers which steps are done.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,44 +24,14 @@ from lightning_eff.pruning.allocation import Dense, budget_counts, counts_per_la
 from lightning_eff.pruning.masking import Masks, zero_readers
 from lightning_eff.pruning.memory import ScoreMemory, fingerprint
 from lightning_eff.pruning.report import PruneReport, Scores, Stage
-from lightning_eff.pruning.samples import Samples
+from lightning_eff.pruning.scoring import Scoring
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule, check_amount
-from lightning_eff.pruning.trainer_data import TrainerData
+from lightning_eff.pruning.trainer_data import NO_VALIDATION, TrainerData
 from lightning_eff.pruning.values import Value, value_function
 from lightning_eff.surgery import ChannelGraph, PruningPlan, measure_latency, prunable
 from lightning_eff.surgery.in_trainer import apply_plan_in_trainer, refuse_unsupported
 from lightning_eff.surgery.state import untouched_generators
 from lightning_eff.surgery.structure import is_prunable, structure_of, unprunable
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What a ranking rule has to work with.
-
-    Attributes:
-        trainer: the running Trainer.
-        pl_module: the user's module.
-        model: the part of it that is pruned.
-        graph: its channel graph.
-        samples: calibration samples on the model's device.
-        expected: channels each group will about keep after this step; exact unless the allocation needs the scores.
-        curves: also give sensitivity curves.
-        seed: of this step.
-        verbose: show progress.
-        remembered: ``remembered(name, compute)`` returns the scores of a group from an interrupted earlier run over
-            the same network and data, or computes and stores them.
-    """
-
-    trainer: Trainer
-    pl_module: LightningModule
-    model: nn.Module
-    graph: ChannelGraph
-    samples: Samples
-    expected: Mapping[str, int]
-    curves: bool
-    seed: int
-    verbose: bool
-    remembered: Callable[[str, Callable[[], Scores]], Scores]
 
 
 class StructuredPruningCallback(Callback):
@@ -289,6 +258,11 @@ class StructuredPruningCallback(Callback):
             if mode != "uniform":  # channels may go anywhere, so every group needs scores
                 expected = {name: min(kept, graph.groups[name].size - 1) for name, kept in expected.items()}
         samples = self._data(trainer, pl_module).samples(self.calibration_groups)
+        note = (
+            f"Scores are of {int(samples.counts.sum())} samples, all there are of {self.calibration.samples} asked for."
+        )
+        if samples.counts.sum() < self.calibration.samples and note not in self._notes:
+            self._notes.append(note)
         scoring = Scoring(
             trainer=trainer,
             pl_module=pl_module,
@@ -355,6 +329,9 @@ class StructuredPruningCallback(Callback):
                 shared = {name: "several layers produce it" for name, g in graph.groups.items() if len(g.producers) > 1}
                 graph = graph.protect(shared)
             self._protected = {name: g.protected for name, g in graph.groups.items() if g.protected}
+            if self.verbose and self._protected:
+                told = "; ".join(f"{name} ({reason})" for name, reason in self._protected.items())
+                rank_zero_info(f"{type(self).__name__} leaves alone: {told}")
         self._graph = graph.protect(self._protected)
         return self._graph
 
@@ -405,7 +382,7 @@ class StructuredPruningCallback(Callback):
         data = "the calibration loader" if self.calibration.loader is not None else "the whole validation set"
         self.report = PruneReport(
             self.value_name,
-            "the training set" if self._notes else data,
+            "the training set" if NO_VALIDATION in self._notes else data,
             self._dense,
             self._graph,
             self._stages,

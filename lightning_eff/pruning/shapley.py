@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_eff.pruning.callback import Scoring, StructuredPruningCallback
+from lightning_eff.pruning.callback import StructuredPruningCallback
 from lightning_eff.pruning.channel_game import ChannelGame, GameOptions
 from lightning_eff.pruning.report import Scores
+from lightning_eff.pruning.scoring import Scoring
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule
 from lightning_eff.pruning.values import Value
 from lightning_eff.reporting import progress

@@ -17,6 +17,8 @@ from lightning_eff.pruning.settings import Calibration
 from lightning_eff.pruning.values import ValueFunction, per_sample
 from lightning_eff.surgery.state import quiet_model
 
+NO_VALIDATION = "There is no validation loader: training data is used instead."
+
 
 class TrainerData:
     """Batches of a running Trainer, on the module's device.
@@ -89,10 +91,9 @@ class TrainerData:
         if source == "train" or not loaders:
             trainer.fit_loop.setup_data()
             loaders, limit = trainer.train_dataloader, trainer.num_training_batches
-            note = "There is no validation loader: training data is used instead."
-            if source != "train" and note not in self._notes:
-                self._notes.append(note)
-                rank_zero_warn(note)
+            if source != "train" and NO_VALIDATION not in self._notes:
+                self._notes.append(NO_VALIDATION)
+                rank_zero_warn(NO_VALIDATION)
         while isinstance(loaders, list | tuple | dict):
             loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders))
         while isinstance(limit, list):

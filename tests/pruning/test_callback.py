@@ -484,3 +484,10 @@ def test_logged_names_begin_with_the_technique(tmp_path: Path) -> None:
 def test_steps_that_never_came_are_told() -> None:
     with pytest.warns(UserWarning, match=r"0 of 1 steps ran; the next one is due at epoch 9"):
         fit(Magnitude(0.5, schedule=Schedule(start=9), **QUIET))
+
+
+def test_fewer_samples_than_asked_for_are_used_and_said() -> None:
+    callback = Magnitude(0.5, calibration=Calibration(samples=1000), **QUIET)
+    fit(callback)
+    assert "256 samples, all there are of 1000 asked for" in str(callback.report)
+    assert "the whole validation set" in str(callback.report)

@@ -247,7 +247,8 @@ def test_norm_coupled_groups_are_cut_only_when_allowed() -> None:
     x = torch.randn(3, 4)
     assert ChannelGraph.from_model(model, x).prunable == ()
     graph = ChannelGraph.from_model(model, x, allow_norm_coupled=True)
-    apply_plan(model, PruningPlan({"0": [1, 2, 5]}), x, graph=graph)
+    with pytest.warns(UserWarning, match="more than the missing channels"):
+        apply_plan(model, PruningPlan({"0": [1, 2, 5]}), x, graph=graph)
     assert model[1].normalized_shape == (3,)
     assert model(x).shape == (3, 2)
 
@@ -257,7 +258,8 @@ def test_group_norm_loses_the_same_position_of_every_group() -> None:
     x = torch.randn(2, 3, 4, 4)
     graph = ChannelGraph.from_model(model, x, allow_norm_coupled=True)
     assert graph.groups["0"].size == 3
-    apply_plan(model, PruningPlan({"0": [0, 2]}), x, graph=graph)
+    with pytest.warns(UserWarning, match="more than the missing channels"):
+        apply_plan(model, PruningPlan({"0": [0, 2]}), x, graph=graph)
     assert (model[1].num_channels, model[1].num_groups) == (8, 4)
     model(x)
 
@@ -304,3 +306,20 @@ def test_cut_that_cannot_be_seen_is_told() -> None:
     nn.init.zeros_(model.layers.out.bias)
     with pytest.warns(UserWarning, match="could not be checked"):
         apply_plan(model, half_plan(ChannelGraph.from_model(model, x)), x)
+
+
+@pytest.mark.parametrize("kind", [nn.MultiheadAttention, nn.LSTM])
+def test_channels_that_reach_attention_or_a_recurrent_layer_are_protected(kind: type[nn.Module]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.mix = nn.MultiheadAttention(8, 2) if kind is nn.MultiheadAttention else nn.LSTM(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b((self.mix(x, x, x) if kind is nn.MultiheadAttention else self.mix(x))[0])
+
+    graph = ChannelGraph.from_model(Net(), torch.randn(5, 2, 4))
+    assert graph.prunable == ()
+    assert all(group.protected for group in graph.groups.values())
