@@ -258,10 +258,9 @@ class StructuredPruningCallback(Callback):
             if mode != "uniform":  # channels may go anywhere, so every group needs scores
                 expected = {name: min(kept, graph.groups[name].size - 1) for name, kept in expected.items()}
         samples = self._data(trainer, pl_module).samples(self.calibration_groups)
-        note = (
-            f"Scores are of {int(samples.counts.sum())} samples, all there are of {self.calibration.samples} asked for."
-        )
-        if samples.counts.sum() < self.calibration.samples and note not in self._notes:
+        found, asked = int(samples.counts.sum()), self.calibration.samples
+        note = f"Scores are of {found} samples, all there are of {asked} asked for."
+        if found < asked and note not in self._notes:
             self._notes.append(note)
         scoring = Scoring(
             trainer=trainer,

@@ -90,8 +90,8 @@ def apply_plan(
     coupled = [name for name in keep if graph.groups[name].norm_coupled]
     if coupled:
         warnings.warn(
-            f"channels of {', '.join(coupled)} pass a norm that takes statistics over them: outputs change by more than "
-            "the missing channels, and the cut is checked for shapes only",
+            f"channels of {', '.join(coupled)} pass a norm that takes statistics over them: outputs change by more "
+            "than the missing channels, and the cut is checked for shapes only",
             stacklevel=2,
         )
     edits = _Edits(model, axes)
