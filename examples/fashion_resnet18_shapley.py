@@ -1,7 +1,7 @@
 """Prune a torchvision ResNet-18 on Fashion-MNIST in three steps, with the validation accuracy of every step.
 
-Run: python examples/fashion_resnet18_shapley.py            (about 25 minutes on two cores)
-     python examples/fashion_resnet18_shapley.py --fast     (about a minute: few images, to see that it works)
+Run: python examples/fashion_resnet18_shapley.py            (long: 20,000 images, seven epochs)
+     python examples/fashion_resnet18_shapley.py --fast     (two minutes: few images, to see that it works)
 """
 
 import argparse
