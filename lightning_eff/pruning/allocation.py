@@ -47,8 +47,16 @@ def counts_per_layer(
         group = graph.resolve(path)
         size = dense.sizes[group.name]
         keep = wanted if isinstance(wanted, int) else max(1, math.ceil(wanted * size - 1e-9))
+        if isinstance(wanted, int) and group.block > 1:
+            if wanted % group.block:
+                raise ValueError(
+                    f"amount[{path!r}] must be a multiple of the layer's {group.block} blocks, got {wanted}"
+                )
+            keep = wanted // group.block
         if keep > size:
-            raise ValueError(f"amount[{path!r}] keeps {keep} channels but the layer has {size}")
+            raise ValueError(
+                f"amount[{path!r}] keeps {keep * group.block} channels but the layer has {size * group.block}"
+            )
         if keep < size and group.protected:
             raise ValueError(f"{path} cannot be pruned: {group.protected}")
         if group.name in config:

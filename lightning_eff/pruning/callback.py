@@ -9,20 +9,23 @@ this file only remembers which steps are done.
 
 from __future__ import annotations
 
+import pickle
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_eff.batch import take
 from lightning_eff.pruning.allocation import Dense, budget_counts, counts_per_layer, global_counts, uniform_counts
 from lightning_eff.pruning.masking import Masks, zero_readers
-from lightning_eff.pruning.memory import ScoreMemory, fingerprint
+from lightning_eff.pruning.memory import ScoreMemory, fingerprint, forget
 from lightning_eff.pruning.report import PruneReport, Scores, Stage
 from lightning_eff.pruning.scoring import Scoring
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule, check_amount
@@ -31,7 +34,7 @@ from lightning_eff.pruning.values import Value, value_function
 from lightning_eff.surgery import ChannelGraph, PruningPlan, measure_latency, prunable
 from lightning_eff.surgery.in_trainer import apply_plan_in_trainer, refuse_unsupported
 from lightning_eff.surgery.state import untouched_generators
-from lightning_eff.surgery.structure import is_prunable, structure_of, unprunable
+from lightning_eff.surgery.structure import averaged_models, is_prunable, structure_of, unprunable
 
 
 class StructuredPruningCallback(Callback):
@@ -47,7 +50,8 @@ class StructuredPruningCallback(Callback):
         value: what the network is worth on a sample: ``"accuracy"``, ``"neg_loss"`` or a callable ``(outputs, target)
             -> [B]``, higher is better.
         plan: path of a plan to follow instead of scoring.
-        dirpath: where plan, report, figure and unfinished scores are written; None writes nothing.
+        dirpath: where plan, report, figure, the final weights (``pruned.ckpt``) and unfinished scores are written; None
+            writes nothing.
         seed: of everything random in the scoring; the global generators are never touched.
         verbose: print progress and the report.
 
@@ -115,6 +119,13 @@ class StructuredPruningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let checkpoints of this module carry their shapes."""
         refuse_unsupported(trainer)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for later in callbacks[callbacks.index(self) + 1 :] if self in callbacks else ():
+            if isinstance(later, WeightAveraging | StochasticWeightAveraging):
+                raise MisconfigurationException(
+                    f"{type(later).__name__} must come before {type(self).__name__} in callbacks: at the end of the "
+                    "fit it replaces the weights, which are measured and masked after that"
+                )
         if stage == "fit" and structure_of(pl_module) is None:
             self._reset()  # another network than the one this callback pruned before
         if self.layers.submodule:
@@ -142,6 +153,19 @@ class StructuredPruningCallback(Callback):
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Trace before training, so that what cannot work is told before hours are spent."""
+        if self._steps_done < self.schedule.steps:
+            with untouched_generators():
+                graph = self._trace(trainer, pl_module)
+                if not graph.prunable:
+                    reasons = "; ".join(f"{name}: {g.protected or 'one channel'}" for name, g in graph.groups.items())
+                    name = type(pl_module).__name__
+                    raise ValueError(f"there is nothing to prune in {name}: {reasons or 'no layers found'}")
+                self._dense = self._dense or Dense.of(graph)
+                if self.given_plan is None:
+                    self._counts(graph, self._dense, self.schedule.steps - 1)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the next step when its epoch has come."""
         if self._steps_done < self.schedule.steps and trainer.current_epoch >= self.schedule.epoch(self._steps_done):
@@ -165,6 +189,8 @@ class StructuredPruningCallback(Callback):
                 self._stages.append(self._measure("fine-tuned", trainer, pl_module))
             self._finish_report(trainer)
         self._finished = True
+        if self.dirpath is not None:
+            trainer.save_checkpoint(self.dirpath / "pruned.ckpt", weights_only=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Which steps are done and what they did, plain Python."""
@@ -200,11 +226,6 @@ class StructuredPruningCallback(Callback):
     def _prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = self._steps_done
         graph = self._graph or self._trace(trainer, pl_module)
-        if self._dense is None:
-            self._dense = Dense.of(graph)
-        if not graph.prunable:
-            reasons = "; ".join(f"{name}: {g.protected or 'one channel'}" for name, g in graph.groups.items())
-            raise ValueError(f"there is nothing to prune in {type(pl_module).__name__}: {reasons or 'no layers found'}")
         if not self._stages:
             self._stages.append(self._measure("dense", trainer, pl_module))
         scores: Mapping[str, Scores] = {}
@@ -242,21 +263,19 @@ class StructuredPruningCallback(Callback):
         self._log(pl_module)
         if self.dirpath is not None and trainer.is_global_zero:
             self._full_plan().save(self.dirpath / "plan.json")
+            forget(self.dirpath, step)
 
     def _scored(
         self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph, step: int
     ) -> tuple[Mapping[str, Scores], dict[str, int]]:
         """Score channels and choose how many of each group stay."""
         assert self._dense is not None
+        expected = self._counts(graph, self._dense, step)
         mode = "per_layer" if isinstance(self.amount, dict) else self.allocation.mode
         if isinstance(self.amount, dict):
-            expected = counts_per_layer(graph, self._dense, self.amount, self.schedule, step)
             graph = graph.protect({name: "not named in amount" for name in graph.groups if name not in expected})
-        else:
-            amount = self.schedule.amount(step, self.amount)
-            expected = uniform_counts(graph, self._dense, amount, self.allocation)
-            if mode != "uniform":  # channels may go anywhere, so every group needs scores
-                expected = {name: min(kept, graph.groups[name].size - 1) for name, kept in expected.items()}
+        elif mode != "uniform":  # channels may go anywhere, so every group needs scores
+            expected = {name: min(kept, graph.groups[name].size - 1) for name, kept in expected.items()}
         samples = self._data(trainer, pl_module).samples(self.calibration_groups)
         found, asked = int(samples.counts.sum()), self.calibration.samples
         note = f"Scores are of {found} samples, all there are of {asked} asked for."
@@ -273,19 +292,28 @@ class StructuredPruningCallback(Callback):
             seed=self.seed + 1_000_003 * step,
             verbose=self.verbose and trainer.is_global_zero,
             remembered=ScoreMemory(
-                self.dirpath if trainer.world_size == 1 else None,
+                self.dirpath if trainer.world_size == 1 and self._value_bytes() is not None else None,
                 step,
                 fingerprint(pl_module, samples, (*self.fingerprint_settings(), self.amount, step)),
             ),
         )
         scores = self.score(scoring)
-        if mode == "global":
-            values = self._masks.last({name: one.values for name, one in scores.items()})
-            return scores, global_counts(graph, self._dense, amount, self.allocation, values)
-        if mode == "budget":
-            curves = {name: one.curve for name, one in scores.items() if one.curve is not None}
-            return scores, budget_counts(graph, self._dense, amount, self.allocation, curves)
-        return scores, expected
+        config = expected
+        if not isinstance(self.amount, dict) and mode != "uniform":
+            amount = self.schedule.amount(step, self.amount)
+            if mode == "global":
+                values = self._masks.last({name: one.values for name, one in scores.items()})
+                config = global_counts(graph, self._dense, amount, self.allocation, values)
+            else:
+                curves = {name: one.curve for name, one in scores.items() if one.curve is not None}
+                config = budget_counts(graph, self._dense, amount, self.allocation, curves)
+        return scores, self._masks.cap(config)
+
+    def _counts(self, graph: ChannelGraph, dense: Dense, step: int) -> dict[str, int]:
+        """Channels kept after ``step``: exact for per-layer and uniform amounts, about right for the others."""
+        if isinstance(self.amount, dict):
+            return counts_per_layer(graph, dense, self.amount, self.schedule, step)
+        return uniform_counts(graph, dense, self.schedule.amount(step, self.amount), self.allocation)
 
     def _full_plan(self) -> PruningPlan:
         assert self.plan is not None
@@ -304,7 +332,8 @@ class StructuredPruningCallback(Callback):
             )
             self._graph = cut.graph
         else:
-            zero_readers(self._model(pl_module), graph, self.plan)
+            for module in (pl_module, *averaged_models(trainer)):
+                zero_readers(module.get_submodule(self.layers.submodule), graph, self.plan)
         self._masks = Masks()
 
     # Data and measurements
@@ -354,7 +383,14 @@ class StructuredPruningCallback(Callback):
 
     def fingerprint_settings(self) -> tuple[Any, ...]:
         """Whatever else the scores depend on; subclasses add their own."""
-        return (self.value_name, self.seed, self.allocation, self.schedule)
+        return (self.value_name, self._value_bytes(), self.seed, self.allocation, self.schedule)
+
+    def _value_bytes(self) -> bytes | None:
+        """What tells one value function from another; None for a lambda, whose scores are never taken up again."""
+        try:
+            return pickle.dumps(self.value)
+        except Exception:
+            return None
 
     # Report
 

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_eff.batch import batch_size, call_model, take
 from lightning_eff.pruning.samples import Samples
+from lightning_eff.pruning.settings import check_choices
 from lightning_eff.pruning.values import Value, per_sample, value_function
 from lightning_eff.surgery import ChannelGraph, Gates, PrefixCache
 from lightning_eff.surgery.prefix import Tape, tape_bytes
@@ -43,7 +44,8 @@ class GameOptions:
     max_memory_mb: int = 512
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check choices and ranges."""
+        check_choices(self)
         if self.groups is not None and self.groups < 1:
             raise ValueError(f"groups must be >= 1 or None, got {self.groups}")
         if self.max_memory_mb < 0:
@@ -91,7 +93,7 @@ class ChannelGame:
         everything = torch.ones(self.n_players, device=device)
         self._gates = Gates(graph.groups, model, {self.group.name: everything}, site=site)
         self._cache: PrefixCache | None = None
-        self._tapes: dict[int, Tape] = {}
+        self._tapes: dict[tuple[int, int], Tape] = {}
         self._stored = 0
         self._batches = [list(group) for group in samples.groups]
         self._halved = 0
@@ -143,14 +145,14 @@ class ChannelGame:
                 def run(inputs: Any = inputs) -> Any:
                     return call_model(self._model, inputs)
 
-                tape = self._tape(group * 100_000 + number, run)
+                tape = self._tape((group, number), run)
                 for row, gate in enumerate(gates):
                     self._gates.set(self.group.name, gate)
                     outputs = run() if self._cache is None else self._cache.replay(tape, run)
                     sums[row] += per_sample(self._value, outputs, target, count).sum().cpu()
         return sums
 
-    def _tape(self, key: int, run: Callable[[], Any]) -> Tape:
+    def _tape(self, key: tuple[int, int], run: Callable[[], Any]) -> Tape:
         if self._cache is None:
             return {}
         if key not in self._tapes:

@@ -47,6 +47,11 @@ class Masks:
             self._gates.__exit__()
             self._gates = None
 
+    def cap(self, config: Mapping[str, int]) -> dict[str, int]:
+        """Limit kept counts to what is not masked yet."""
+        kept = self.state["keep"] if self.state is not None else {}
+        return {name: min(count, len(kept[name])) if name in kept else count for name, count in config.items()}
+
     def last(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rank channels that are masked already last, so that they stay removed."""
         out = dict(values)

@@ -47,10 +47,16 @@ class ScoreMemory:
         return scores
 
 
+def forget(dirpath: Path, step: int) -> None:
+    """Delete the scores of a step that is done."""
+    for path in (dirpath / "scores").glob(f"step{step}-*"):
+        path.unlink()
+
+
 def fingerprint(model: nn.Module, samples: Samples, settings: tuple[Any, ...]) -> str:
-    """Hash what scores depend on: weights, number of samples, the first batch, settings."""
+    """Hash what scores depend on: weights, samples with their targets, settings."""
     digest = hashlib.sha256(repr((settings, samples.counts.tolist())).encode())
-    for leaf in (*model.state_dict().values(), *pytree.tree_leaves(samples.groups[0][0])):
+    for leaf in (*model.state_dict().values(), *pytree.tree_leaves(list(samples.groups))):
         if isinstance(leaf, Tensor):
             digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

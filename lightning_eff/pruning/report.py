@@ -50,7 +50,7 @@ class Stage:
     """The network at one moment of the run.
 
     Attributes:
-        name: ``"dense"``, ``"cut 1"`` ..., ``"fine-tuned"``.
+        name: ``"dense"``, ``"pruned, step 1"`` ..., ``"fine-tuned"``.
         epoch: epochs trained.
         value: mean value on the evaluation data.
         macs: multiply-adds per sample.
@@ -104,8 +104,8 @@ class PruneReport:
             rows.append(
                 (
                     name if len(group.producers) == 1 else f"{name} (+{len(group.producers) - 1})",
-                    self.dense.sizes[name],
-                    group.size,
+                    self.dense.sizes[name] * group.block,
+                    group.size * group.block,
                     self.removed_value.get(name),
                     *(sum(costs.get(path, (0, 0))[i] for path in paths) for i in (1, 0) for costs in (before, now)),
                 )

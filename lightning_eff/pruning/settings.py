@@ -8,11 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch.utils.data import DataLoader
 
 from lightning_eff.batch import SplitBatch
+
+
+def check_choices(settings: Any) -> None:
+    """Raise ValueError where a field of a settings object that is a Literal holds anything else."""
+    for name, kind in get_type_hints(type(settings)).items():
+        if get_origin(kind) is Literal and getattr(settings, name) not in get_args(kind):
+            choices = ", ".join(map(repr, get_args(kind)))
+            raise ValueError(f"{name} must be one of {choices}, got {getattr(settings, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,10 @@ class Layers:
     coupled: Literal["inner", "all"] = "inner"
     submodule: str = ""
     allow_norm_coupled: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        check_choices(self)
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,8 @@ class Allocation:
     round_to: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check choices and ranges."""
+        check_choices(self)
         if not (self.min_keep >= 1 and float(self.min_keep).is_integer()) and not 0 < self.min_keep < 1:
             raise ValueError(f"min_keep must be a count >= 1 or a fraction in (0, 1), got {self.min_keep}")
         if not 0 < self.max_ratio <= 1:
@@ -98,7 +111,8 @@ class Schedule:
     physical: Literal["immediate", "at_end", "never"] = "immediate"
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check choices and ranges."""
+        check_choices(self)
         for name, least in (("start", 0), ("steps", 1), ("every_n_epochs", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
@@ -136,7 +150,8 @@ class Calibration:
     loader: DataLoader[Any] | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check choices and ranges."""
+        check_choices(self)
         if self.samples < 1:
             raise ValueError(f"calibration samples must be >= 1, got {self.samples}")
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_eff.pruning.callback import StructuredPruningCallback
 from lightning_eff.pruning.channel_game import ChannelGame, GameOptions
@@ -44,7 +42,8 @@ class ShapleyPruningCallback(StructuredPruningCallback):
         stop: when to stop estimating a layer early.
         game: how the network is evaluated without some of its channels.
         plan: path of a plan to follow instead of scoring.
-        dirpath: where plan, report, figure and unfinished scores are written; None writes nothing.
+        dirpath: where plan, report, figure, the final weights (``pruned.ckpt``) and unfinished scores are written; None
+            writes nothing.
         seed: of the permutations; the global generators are never touched.
         verbose: print progress and the report.
     """
@@ -118,7 +117,7 @@ class ShapleyPruningCallback(StructuredPruningCallback):
             for r in range(1, game.n_players):
                 coalitions[r:, worst_first[r - 1]] = False
             curve = game(coalitions)
-        return Scores(result.values, result.stderr, _norms(scoring, name), curve)
+        return Scores(result.values, result.stderr, scoring.graph.weight_norms(scoring.model)[name], curve)
 
     def _estimator(self, n: int, removed: int) -> ShapleyEstimator:
         estimator = self.estimator
@@ -133,18 +132,3 @@ class ShapleyPruningCallback(StructuredPruningCallback):
     def fingerprint_settings(self) -> tuple[Any, ...]:
         """Add what the Shapley values depend on."""
         return (*super().fingerprint_settings(), self.estimator, self.stop, self.game)
-
-
-def _norms(scoring: Scoring, name: str) -> Tensor:
-    """L2 norm of the weights that produce each channel, over all producers: decides between equal values."""
-    group = scoring.graph.groups[name]
-    squares = torch.zeros(group.size, dtype=torch.float64)
-    for m in group.members:
-        if m.axis == "out" and m.path in group.producers:
-            layer = scoring.model.get_submodule(m.path)
-            weight: Tensor = layer.get_parameter("weight").detach().double().cpu()
-            rows = (
-                (weight.transpose(0, 1) if isinstance(layer, _ConvTransposeNd) else weight).flatten(1).square().sum(1)
-            )
-            squares.index_add_(0, m.root, rows[m.index % len(rows)])
-    return squares.sqrt()

@@ -85,10 +85,13 @@ class TrainerData:
     def _loader(self, source: str) -> tuple[Any, int | None]:
         """The first loader for ``source`` and the most batches to take; training data where there is no other."""
         trainer = self._trainer
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        loaders: Any = trainer.val_dataloaders
-        limit: Any = trainer.num_val_batches
-        if source == "train" or not loaders:
+        val_loop = trainer.fit_loop.epoch_loop.val_loop
+        loaders: Any = None
+        limit: Any = None
+        if source == "val" and val_loop._data_source.is_defined():  # without a loader, setup_data raises
+            val_loop.setup_data()
+            loaders, limit = trainer.val_dataloaders, trainer.num_val_batches
+        if loaders is None or loaders in ([], {}):
             trainer.fit_loop.setup_data()
             loaders, limit = trainer.train_dataloader, trainer.num_training_batches
             if source != "train" and NO_VALIDATION not in self._notes:

@@ -62,7 +62,8 @@ def apply_plan(
     """Remove the channels that ``plan`` does not keep, in place.
 
     Args:
-        model: the network; all module and parameter objects stay the same ones.
+        model: the network; all module and parameter objects stay the same ones. Cutting a part of a LightningModule by
+            hand, decorate its class with ``@prunable``, or its checkpoints will not carry the shapes.
         plan: what to keep, in indices of the model as it is now.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
         graph: the model's channel graph; traced when not given.
@@ -114,20 +115,24 @@ def apply_plan(
 
 
 def protect_mismatched(model: nn.Module, example_inputs: Any, graph: ChannelGraph) -> ChannelGraph:
-    """Cut a random half of every prunable group on trial and protect the groups that are not what masking is."""
+    """Cut halves of every prunable group on trial and protect the groups that are not what masking is.
+
+    A random half, the first and the last half: a wrong map may be right for one of them by luck.
+    """
     generator = torch.Generator().manual_seed(0)
-    keep = {}
-    for name in graph.prunable:
-        size = graph.groups[name].size
-        mask = torch.zeros(size, dtype=torch.bool)
-        mask[torch.randperm(size, generator=generator)[: (size + 1) // 2]] = True
-        keep[name] = mask
-    exact = {name: mask for name, mask in keep.items() if not graph.groups[name].norm_coupled}
-    reasons: dict[str, str] = {}
     example = take(example_inputs, slice(0, 2))
-    if exact and _mismatch(model, example, graph, exact):
-        reasons = dict.fromkeys(_bisect(model, example, graph, exact), MISMATCH)
-    return graph.protect(reasons)
+    for choose in ("random", "first", "last"):
+        keep = {}
+        for name in graph.prunable:
+            size = graph.groups[name].size
+            order = torch.randperm(size, generator=generator) if choose == "random" else torch.arange(size)
+            mask = torch.zeros(size, dtype=torch.bool)
+            mask[order[size // 2 :] if choose == "last" else order[: (size + 1) // 2]] = True
+            if not graph.groups[name].norm_coupled:
+                keep[name] = mask
+        if keep and _mismatch(model, example, graph, keep):
+            graph = graph.protect(dict.fromkeys(_bisect(model, example, graph, keep), MISMATCH))
+    return graph
 
 
 def _bisect(model: nn.Module, example: Any, graph: ChannelGraph, keep: Mapping[str, Tensor]) -> list[str]:
@@ -273,6 +278,10 @@ class _Edits:
     @staticmethod
     def _full(mask: Tensor | None, length: int) -> Tensor:
         full = torch.ones(length, dtype=torch.bool)
+        if mask is not None and len(mask) > length:
+            raise SurgeryError(
+                "the channel graph is of another state of the model: use the graph its last cut returned"
+            )
         if mask is not None:
             full[: len(mask)] = mask
         return full

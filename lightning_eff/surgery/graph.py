@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_eff.surgery.counting import CostModel, measure_costs
 from lightning_eff.surgery.errors import unknown_name
@@ -72,6 +73,12 @@ class ChannelGroup:
     def consumers(self) -> tuple[Member, ...]:
         """Axes of the layers that read the channels: where a gate equals a removal."""
         return tuple(member for member in self.members if member.axis == "in")
+
+    @property
+    def block(self) -> int:
+        """Output positions of the first producer per channel: 1, or the blocks of a grouped layer."""
+        out = next((m for m in self.members if m.path == self.name and m.axis == "out"), None)
+        return 1 if out is None else max(1, len(out.index) // self.size)
 
     def alias_channels(self, path: str, channels: Sequence[int]) -> list[int]:
         """Translate output positions of the producer ``path`` into channels of the group."""
@@ -196,6 +203,23 @@ class ChannelGraph:
         for path, count in (config or {}).items():
             counts[self.resolve(path).name] = count
         return torch.tensor([list(counts.values())], dtype=torch.float64)
+
+    def weight_norms(self, model: nn.Module, p: float = 2) -> dict[str, Tensor]:
+        """Norm of the weights that produce each channel, over all producers: float64 ``[C]`` for prunable groups."""
+        norms = {}
+        for name in self.prunable:
+            group = self.groups[name]
+            total = torch.zeros(group.size, dtype=torch.float64)
+            for m in group.members:
+                if m.axis == "out" and m.path in group.producers:
+                    layer = model.get_submodule(m.path)
+                    weight = layer.get_parameter("weight").detach().double().cpu().abs() ** p
+                    if isinstance(layer, _ConvTransposeNd):  # [in, out / groups, ...]: a row per output channel
+                        blocks = weight.reshape(layer.groups, -1, *weight.shape[1:])
+                        weight = blocks.transpose(1, 2).flatten(0, 1)
+                    total.index_add_(0, m.root, weight.flatten(1).sum(1)[m.index])
+            norms[name] = total ** (1 / p)
+        return norms
 
     def gate(
         self,

@@ -56,8 +56,8 @@ def test_kept_channels_are_the_best_scored_and_plan_counts_in_original_channels(
     norms = dense.body[0].weight.flatten(1).norm(1, dim=1)
     assert callback.plan.keep["body.0"] == tuple(sorted(norms.argsort(descending=True)[:4].tolist()))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "course.csv", "course.json", "course.md", "layers.csv", "layers.json", "layers.md", "plan.json", "scores",
-        "scores.png",
+        "course.csv", "course.json", "course.md", "layers.csv", "layers.json", "layers.md", "plan.json", "pruned.ckpt",
+        "scores", "scores.png",
     ]  # fmt: skip
 
 
@@ -189,9 +189,15 @@ def test_averaged_weights_follow_the_cut(averaging: str) -> None:
             return EMAWeightAveraging(decay=0.9)
         return StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=2)
 
-    model = fit(Magnitude(0.5, schedule=Schedule(start=1), **QUIET), None, other(), max_epochs=4)
+    callback = Magnitude(0.5, schedule=Schedule(start=1), **QUIET)
+    model = fit(other(), None, callback, max_epochs=4)
     assert model.body[0].out_channels == 4
-    assert all(p.isfinite().all() for p in model.parameters())
+    x, y = VAL.dataset.tensors
+    with torch.no_grad():
+        accuracy = float((model.eval()(x).argmax(1) == y).double().mean())
+    assert callback.report.stages[-1].value == pytest.approx(accuracy)  # of the averaged weights that are left
+    with pytest.raises(MisconfigurationException, match="must come before Magnitude"):
+        fit(Magnitude(0.5, **QUIET), None, other())
 
 
 def test_averaged_run_resumes_with_its_shapes(tmp_path: Path) -> None:
@@ -200,9 +206,9 @@ def test_averaged_run_resumes_with_its_shapes(tmp_path: Path) -> None:
 
     first, average = callbacks()
     saved = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
-    straight = fit(first, None, average, saved, max_epochs=4, enable_checkpointing=True)
+    straight = fit(average, None, first, saved, max_epochs=4, enable_checkpointing=True)
     again, average = callbacks()
-    resumed = fit(again, None, average, max_epochs=4, ckpt_path=tmp_path / "epoch=2.ckpt")
+    resumed = fit(average, None, again, max_epochs=4, ckpt_path=tmp_path / "epoch=2.ckpt")
     for key, value in straight.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
 
@@ -409,6 +415,12 @@ def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], message: s
     [
         (lambda: Schedule(steps=0), "steps must be >= 1"),
         (lambda: Schedule(start=-1), "start must be >= 0"),
+        (lambda: Schedule(shape="cubik"), "shape must be one of 'cubic', 'linear', 'geometric', got 'cubik'"),
+        (lambda: Schedule(physical="imediate"), "physical must be one of"),
+        (lambda: Allocation(mode="unifrom"), "mode must be one of"),
+        (lambda: Allocation(target="flops"), "target must be one of"),
+        (lambda: Layers(coupled="al"), "coupled must be one of"),
+        (lambda: Calibration(source="test"), "source must be one of"),
         (lambda: Allocation(max_ratio=0), "max_ratio"),
         (lambda: Allocation(min_keep=0), "min_keep"),
         (lambda: Allocation(round_to=0), "round_to"),
@@ -491,3 +503,68 @@ def test_fewer_samples_than_asked_for_are_used_and_said() -> None:
     fit(callback)
     assert "256 samples, all there are of 1000 asked for" in str(callback.report)
     assert "the whole validation set" in str(callback.report)
+
+
+def test_masks_hold_in_averaged_weights_too() -> None:
+    callback = Magnitude(0.5, schedule=Schedule(start=1, physical="never"), **QUIET)
+    model = fit(EMAWeightAveraging(decay=0.9), None, callback, max_epochs=3)
+    assert (model.body[4].weight.abs().sum((0, 2, 3)) == 0).sum() == 4
+
+
+def test_validation_step_without_a_loader_takes_training_data() -> None:
+    model = Net()
+    with pytest.warns(UserWarning, match="no validation loader"), pytest.warns(UserWarning, match="Skipping val loop"):
+        trainer(Magnitude(0.5, **QUIET)).fit(model, TRAIN)
+    assert model.body[0].out_channels == 4
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(VAL.dataset)
+
+
+def test_loader_without_a_length_serves_for_calibration() -> None:
+    model = Net()
+    trainer(Magnitude(0.5, **QUIET)).fit(model, TRAIN, DataLoader(Stream(), 64))
+    assert model.body[0].out_channels == 4
+
+
+def test_scores_of_another_value_function_are_not_taken_up(tmp_path: Path) -> None:
+    scored: list[str] = []
+
+    class Interrupted(Magnitude):
+        def one(self, scoring: Scoring, name: str) -> Scores:
+            scored.append(name)
+            if len(scored) == 3:
+                raise RuntimeError("power cut")
+            return super().one(scoring, name)
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(Interrupted(0.5, dirpath=tmp_path, **QUIET))
+    fit(Interrupted(0.5, dirpath=tmp_path, value="neg_loss", **QUIET))
+    assert scored[3:] == ["body.0", "body.4", "body.7"]
+    assert not list((tmp_path / "scores").iterdir())  # a step that is done leaves no scores behind
+
+
+def test_what_cannot_work_is_told_before_the_first_epoch() -> None:
+    with pytest.raises(BudgetError):
+        fit(Magnitude(0.99, allocation=Allocation(target="macs", max_ratio=0.5), schedule=Schedule(start=5), **QUIET))
+    with pytest.raises(KeyError, match="close names"):
+        fit(Magnitude(0.5, layers=Layers(exclude=["nose"]), schedule=Schedule(start=5), **QUIET))
+
+
+def test_final_checkpoint_holds_the_small_network_also_after_masked_training(tmp_path: Path) -> None:
+    model = fit(Magnitude(0.5, schedule=Schedule(physical="at_end"), dirpath=tmp_path, **QUIET))
+    small = load_pruned(Net, tmp_path / "pruned.ckpt")
+    assert small.body[0].out_channels == 4
+    x = next(iter(VAL))[0]
+    assert torch.equal(small.eval()(x), model.eval()(x))
+
+
+def test_masked_channels_stay_masked_when_less_is_asked_for_later() -> None:
+    class Less(Magnitude):
+        def _counts(self, *args: Any) -> dict[str, int]:
+            return {"body.0": 7, "body.4": 15, "body.7": 15} if self._steps_done else super()._counts(*args)
+
+    model = fit(Less(0.5, schedule=Schedule(steps=2, physical="at_end"), **QUIET), max_epochs=3)
+    assert model.body[0].out_channels == 5  # cubic: 0.4375 of eight channels go in the first of two steps

@@ -138,6 +138,7 @@ def fast(path: Path, tmp_path: Path) -> Path:
                 calibration={**options.get("calibration", {}), "samples": 64},
                 estimator={"class_path": "PermutationShapley", "init_args": {"walks": 2, "depth": "matched"}},
             )
+        config["trainer"]["default_root_dir"] = str(tmp_path / "root")
         if "dirpath" in options:
             options["dirpath"] = str(tmp_path / "run")
     out = tmp_path / path.name

@@ -323,3 +323,35 @@ def test_channels_that_reach_attention_or_a_recurrent_layer_are_protected(kind: 
     graph = ChannelGraph.from_model(Net(), torch.randn(5, 2, 4))
     assert graph.prunable == ()
     assert all(group.protected for group in graph.groups.values())
+
+
+def test_map_that_is_right_for_one_half_by_luck_is_found() -> None:
+    class Chunked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            u, v = self.a(x).chunk(2, 1)
+            return self.c(torch.relu(self.b(u * v.sigmoid())))
+
+    torch.manual_seed(0)
+    assert ChannelGraph.from_model(Chunked(), torch.randn(2, 3, 4, 4)).prunable == ("b",)
+
+
+def test_graph_from_before_an_earlier_cut_is_refused() -> None:
+    model, x = build("SmallCNN")
+    graph = ChannelGraph.from_model(model, x)
+    apply_plan(model, half_plan(graph), x, graph=graph)
+    with pytest.raises(SurgeryError, match="another state of the model"):
+        apply_plan(model, half_plan(graph, 1), x, graph=graph)
+
+
+def test_weight_norms_have_one_entry_per_channel_of_any_layer() -> None:
+    for name in ("grouped", "transposed", "ResNet-18"):
+        model, x = build(name)
+        graph = ChannelGraph.from_model(model, x)
+        norms = graph.weight_norms(model, p=1)
+        assert {key: len(value) for key, value in norms.items()} == {key: graph.groups[key].size for key in norms}
+    weights = [model.get_submodule(path).weight.detach() for path in graph.groups["conv1"].producers]
+    assert torch.allclose(norms["conv1"].float(), sum(weight.flatten(1).abs().sum(1) for weight in weights))
