@@ -32,7 +32,7 @@ def main() -> None:
         amount=0.5,
         allocation=Allocation(target="macs"),
         schedule=Schedule(start=args.epochs * 2 // 3),
-        calibration=Calibration(samples=512),
+        calibration=Calibration(samples=360),
         dirpath=args.dirpath,
     )
     model, data = ImageClassifier(SmallCNN(width=16), lr=3e-3), DigitsDataModule()
