@@ -179,7 +179,7 @@ class StructuredPruningCallback(Callback):
                 f"{type(self).__name__}: {self._steps_done} of {self.schedule.steps} steps ran; the next one is due at "
                 f"epoch {self.schedule.epoch(self._steps_done)}, training ended at {trainer.current_epoch}"
             )
-        if self._dense is None:
+        if self._steps_done == 0:
             return
         with untouched_generators():
             graph = self._graph or self._trace(trainer, pl_module)

@@ -336,19 +336,25 @@ def test_failing_scoring_leaves_model_modes_generators_and_hooks_alone() -> None
         assert not is_prunable(Net)
 
 
+class Interrupted(Magnitude):
+    """Note what is scored, and fail at the third group."""
+
+    def __init__(self, scored: list[str], *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.scored = scored
+
+    def one(self, scoring: Scoring, name: str) -> Scores:
+        self.scored.append(name)
+        if len(self.scored) == 3:
+            raise RuntimeError("power cut")
+        return super().one(scoring, name)
+
+
 def test_interrupted_scoring_goes_on_with_the_next_layer(tmp_path: Path) -> None:
     scored: list[str] = []
-
-    class Interrupted(Magnitude):
-        def one(self, scoring: Scoring, name: str) -> Scores:
-            scored.append(name)
-            if len(scored) == 3:
-                raise RuntimeError("power cut")
-            return super().one(scoring, name)
-
     with pytest.raises(RuntimeError, match="power cut"):
-        fit(Interrupted(0.5, dirpath=tmp_path, **QUIET))
-    model = fit(Interrupted(0.5, dirpath=tmp_path, **QUIET))
+        fit(Interrupted(scored, 0.5, dirpath=tmp_path, **QUIET))
+    model = fit(Interrupted(scored, 0.5, dirpath=tmp_path, **QUIET))
     assert scored == ["body.0", "body.4", "body.7", "body.7"]
     reference = fit(Magnitude(0.5, **QUIET))
     for a, b in zip(model.state_dict().values(), reference.state_dict().values(), strict=True):
@@ -494,8 +500,10 @@ def test_logged_names_begin_with_the_technique(tmp_path: Path) -> None:
 
 
 def test_steps_that_never_came_are_told() -> None:
+    callback = Magnitude(0.5, schedule=Schedule(start=9), **QUIET)
     with pytest.warns(UserWarning, match=r"0 of 1 steps ran; the next one is due at epoch 9"):
-        fit(Magnitude(0.5, schedule=Schedule(start=9), **QUIET))
+        fit(callback)
+    assert callback.report is None
 
 
 def test_fewer_samples_than_asked_for_are_used_and_said() -> None:
@@ -531,17 +539,9 @@ def test_loader_without_a_length_serves_for_calibration() -> None:
 
 def test_scores_of_another_value_function_are_not_taken_up(tmp_path: Path) -> None:
     scored: list[str] = []
-
-    class Interrupted(Magnitude):
-        def one(self, scoring: Scoring, name: str) -> Scores:
-            scored.append(name)
-            if len(scored) == 3:
-                raise RuntimeError("power cut")
-            return super().one(scoring, name)
-
     with pytest.raises(RuntimeError, match="power cut"):
-        fit(Interrupted(0.5, dirpath=tmp_path, **QUIET))
-    fit(Interrupted(0.5, dirpath=tmp_path, value="neg_loss", **QUIET))
+        fit(Interrupted(scored, 0.5, dirpath=tmp_path, **QUIET))
+    fit(Interrupted(scored, 0.5, dirpath=tmp_path, value="neg_loss", **QUIET))
     assert scored[3:] == ["body.0", "body.4", "body.7"]
     assert not list((tmp_path / "scores").iterdir())  # a step that is done leaves no scores behind
 

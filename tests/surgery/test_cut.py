@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from networks import NETWORKS, ConcatFlatten, HardCodedView, PadShortcut, Rolled, Tied, build
+from networks import NETWORKS, ConcatFlatten, HardCodedView, PadShortcut, Rolled, Tied, build, torchvision_net
 from torch import Tensor, nn
 
 from lightning_eff.surgery import ChannelGraph, PruningPlan, SurgeryError, apply_plan
@@ -355,3 +355,22 @@ def test_weight_norms_have_one_entry_per_channel_of_any_layer() -> None:
         assert {key: len(value) for key, value in norms.items()} == {key: graph.groups[key].size for key in norms}
     weights = [model.get_submodule(path).weight.detach() for path in graph.groups["conv1"].producers]
     assert torch.allclose(norms["conv1"].float(), sum(weight.flatten(1).abs().sum(1) for weight in weights))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0", "regnet_y_400mf", "squeezenet1_1", "densenet121", "convnext_tiny", "vit_b_32"]
+)
+def test_further_torchvision_networks_are_cut_exactly(name: str) -> None:
+    torch.manual_seed(0)
+    model = torchvision_net(name)()
+    x = torch.randn(2, 3, 224 if name.startswith("vit") else 64, 224 if name.startswith("vit") else 64)
+    if name.startswith("vit"):
+        nn.init.normal_(model.heads.head.weight, std=0.02)
+    graph = ChannelGraph.from_model(model, x)
+    plan = half_plan(graph)
+    expected = masked_output(model, graph, plan, x)
+    cut = apply_plan(model, plan, x, graph=graph)
+    assert cut.macs[1] < 0.75 * cut.macs[0]
+    with torch.no_grad():
+        assert (model.eval()(x) - expected).norm() <= 1e-5 * expected.norm()
