@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_eff.shapley.sampling import generator_of
+
 
 @dataclass(frozen=True)
 class Units:
@@ -54,8 +56,7 @@ class UnitOrders:
         return torch.stack([self._next() for _ in range(count)])
 
     def _next(self) -> Tensor:
-        seeds = np.random.SeedSequence([self.seed, self.group, self.drawn]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(seeds[0]))
+        generator = generator_of(self.seed, self.group, self.drawn)
         self.drawn += 1
         order = torch.randperm(self.units.n, generator=generator)
         if self.units.is_full:

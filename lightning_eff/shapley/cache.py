@@ -1,10 +1,10 @@
-"""Values of coalitions that were evaluated once and never again: `CachedGame`, in memory and as an NPZ file."""
+"""Values of coalitions that were evaluated once and never again: `CachedGame`, in memory and in files."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from lightning_eff.shapley.games import (
     require_finite,
     walker,
 )
+from lightning_eff.shapley.official_files import Style, format_official, parse_official
 
 _WHOLE = -1  # group number of values of the whole game
 
@@ -110,6 +111,42 @@ class CachedGame:
             )
         for mask, value, group in zip(masks, values.tolist(), groups.tolist(), strict=True):
             self._known.setdefault(group, {}).setdefault(mask.tobytes(), value)
+
+    def import_official(self, path: str | Path, style: Style | Literal["auto"] = "auto") -> None:
+        """Add the values of an official text file (see `official_files`) as values of the whole game.
+
+        Its accuracies in % become fractions; values known already stay. The file does not tell what network, data and
+        metric it belongs to, so that nothing is checked but the number of players.
+
+        Raises:
+            ValueError: a line that cannot be read, by its number, or a file for another number of players.
+        """
+        try:
+            kept, values = parse_official(Path(path).read_text(), style)
+        except ValueError as error:
+            raise ValueError(f"{path}, {error}") from error
+        if kept.shape[1] != self.n_players:
+            raise ValueError(f"{path}, line 1: it is for {kept.shape[1]} players, this game has {self.n_players}")
+        table = self._known.setdefault(_WHOLE, {})
+        for key, value in zip(_keys(kept), values.tolist(), strict=True):
+            table.setdefault(key, value)
+
+    def export_official(self, path: str | Path, style: Style = "indices", decimals: int = 2) -> None:
+        """Write the known values of the whole game, not those of groups, as an official text file.
+
+        Args:
+            path: the file; an existing one is replaced.
+            style: name removed players by their `"indices"` or by `"flags"`.
+            decimals: of the accuracies in %; the official 2 round the values.
+
+        Raises:
+            ValueError: values that are no fractions in [0, 1].
+        """
+        table = self._known.get(_WHOLE, {})
+        packed = np.frombuffer(b"".join(table), np.uint8).reshape(len(table), -(-self.n_players // 8))
+        kept = torch.from_numpy(np.unpackbits(packed, axis=1, count=self.n_players).astype(bool))
+        values = torch.tensor(list(table.values()), dtype=torch.float64)
+        Path(path).write_text(format_official(kept, values, style, decimals))
 
     def _table_of(self, group: int) -> int:
         if not 0 <= group < self.n_groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -101,6 +102,16 @@ class ShapleyEstimator(ABC):
     def cost(self, n: int) -> int:
         """Number of evaluations that `estimate` needs for `n` players without early stopping."""
 
+    def with_budget(self, budget: int, n: int) -> ShapleyEstimator:
+        """The same estimator with as much work as `budget` evaluations allow for `n` players.
+
+        Methods whose cost follows from `n` alone return themselves.
+
+        Raises:
+            ValueError: the budget does not suffice for the smallest estimate.
+        """
+        return self
+
 
 def player_count(game: Game) -> int:
     """Number of players; ValueError for a game without any."""
@@ -119,6 +130,19 @@ def check_direction(direction: str) -> None:
     """Raises ValueError unless `direction` is "remove" or "add"."""
     if direction not in ("remove", "add"):
         raise ValueError(f'direction must be "remove" or "add", got {direction!r}')
+
+
+def resolve_budget(budget: int | str, n: int) -> int:
+    """Evaluations that `budget` stands for with `n` players ("20n" is 20 for each); ValueError for anything else."""
+    text = str(budget)
+    number = text.removesuffix("n")
+    try:
+        evaluations = int(float(number) * n) if text.endswith("n") else int(number)
+    except ValueError:
+        evaluations = 0
+    if isinstance(budget, bool) or evaluations < 1:
+        raise ValueError(f'budget must be an int >= 1 or a multiple of the players such as "20n", got {budget!r}')
+    return evaluations
 
 
 def resolve_depth(depth: Depth, n: int) -> int:
@@ -140,14 +164,14 @@ def warn_if_silent(result: ShapleyResult) -> ShapleyResult:
         return result
     if bool((result.values == 0).all()):
         if result.v_full is not None and result.v_empty is not None:
-            _warn(f"no signal: v(all) = v(none) = {result.v_full.tolist()} and every value is 0")
+            warn(f"no signal: v(all) = v(none) = {result.v_full.tolist()} and every value is 0")
         else:
-            _warn(
+            warn(
                 f"no signal: nothing up to depth {result.depth} changed the value; a saturated accuracy does this: "
                 'use value="neg_loss", more samples or a larger depth'
             )
     elif result.method == "permutation":
-        _warn(
+        warn(
             "zero variance: every sample (a walk or an antithetic pair) paid each player the same: all errors are 0; "
             "additive games do this (to pairs, games of pairwise interactions too), and accuracies of too few samples: "
             'for those use value="neg_loss" or more samples'
@@ -159,15 +183,19 @@ def warn_if_incomplete(result: ShapleyResult) -> ShapleyResult:
     """Pass `result` on; warn where the budget ended before each player had the two samples an error bar needs."""
     unsure = result.stderr.isinf().reshape(len(result.stderr), -1).any(1).nonzero().flatten().tolist()
     if unsure:
-        _warn(
+        warn(
             f"{len(unsure)} of {len(result.values)} players have fewer than two samples, hence no error bar "
             f"(value NaN: no sample at all): {unsure[:20]}; go on with estimate(resume=result) or a larger budget"
         )
     return result
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, ShapleyWarning, stacklevel=5)  # the line that called `estimate`
+def warn(text: str) -> None:
+    """Warn, naming the line outside of this room that asked for the estimate."""
+    frame, depth = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("lightning_eff.shapley"):
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(text, ShapleyWarning, stacklevel=depth - 1)
 
 
 def kendall_tau(a: Tensor, b: Tensor) -> float:

@@ -28,8 +28,10 @@ from lightning_eff.shapley.estimator import (
     resolve_depth,
     warn_if_silent,
 )
-from lightning_eff.shapley.games import Game, evaluate, evaluate_walks
+from lightning_eff.shapley.games import Game, evaluate, evaluate_tour, evaluate_walks
 from lightning_eff.shapley.result import ShapleyResult
+
+SEGMENT = 4096  # coalitions of a tour that one call of the game makes
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class ExactShapley(ShapleyEstimator):
             by the caller, as in `PermutationShapley`.
         direction: which end a partial depth starts from: all players, removing, or none, adding. Without meaning at
             full depth.
-        chunk_size: most coalitions a call of the game; it has no influence on the values.
+        chunk_size: most coalitions a call of the game; it has no influence on the values. A game with a `tour` is
+            toured at full depth, 4,096 coalitions a call.
 
     Raises:
         ValueError: an argument out of range.
@@ -81,8 +84,10 @@ class ExactShapley(ShapleyEstimator):
         """
         n = player_count(game)
         depth = resolve_depth(self.depth, n)
-        self._check_size(n)
-        work = _Work(self.cost(n), resume, stop, progress)
+        self._check_size(game, n)
+        work = Enumeration(self.cost(n), resume, stop, progress)
+        if depth == n:
+            return self._full(game, n, work)
 
         # L_i(r) = mean of v over sets of size r without i, minus the mean over sets of size r + 1 with i
         total, without_player, origin = torch.zeros(n, 1, dtype=torch.float64), torch.empty(0), torch.empty(0)
@@ -99,16 +104,37 @@ class ExactShapley(ShapleyEstimator):
             without_player = torch.stack([change[~moved[:, i]].sum(0) for i in range(n)])
         sign = -1 if self.direction == "remove" else 1
         shapley = (sign * total / depth + 0.0).reshape(n, *origin.shape)  # + 0.0 turns -0 into 0
-        return work.result(game, shapley, "exact", depth, self.direction, origin, values[0] if depth == n else None)
+        return work.result(game, shapley, "exact", depth, self.direction, origin, None)
 
-    def _check_size(self, n: int) -> None:
+    def _full(self, game: Game, n: int, work: Enumeration) -> ShapleyResult:
+        table = (_toured if getattr(game, "tour", None) is not None else self._listed)(game, n, work)
+        values = shapley_of_table(table)
+        first, last = (table[-1], table[0]) if self.direction == "remove" else (table[0], table[-1])
+        return work.result(game, values, "exact", n, self.direction, first, last)
+
+    def _listed(self, game: Game, n: int, work: Enumeration) -> Tensor:
+        """All values, `[2**n]` or `[2**n, D]`, in the order of their codes: bit i is player i."""
+        table = torch.empty(0)
+        for begin in range(0, 2**n, self.chunk_size):
+            codes = torch.arange(begin, min(begin + self.chunk_size, 2**n))
+            values = work.done(evaluate(game, _coalitions(codes, n)))
+            if begin == 0:
+                table = torch.empty(2**n, *values.shape[1:], dtype=torch.float64)
+            table[codes] = values
+        return table
+
+    def _check_size(self, game: Game, n: int) -> None:
         evaluations = self.cost(n)
         if evaluations <= 2**self.max_players:
             return
+        evaluate(game, torch.ones(1, n, dtype=torch.bool))  # the first call may prepare something
+        begin = time.perf_counter()
+        evaluate(game, torch.zeros(1, n, dtype=torch.bool))
+        seconds = evaluations * (time.perf_counter() - begin)
         needs = f"2**{n} = {evaluations:,}" if self.depth == "full" else f"{evaluations:,}"
         raise ValueError(
             f"exact values of {n} players at depth {self.depth} need {needs} evaluations, "
-            f"max_players={self.max_players} allows {2**self.max_players:,}; "
+            f"about {_duration(seconds)}; max_players={self.max_players} allows {2**self.max_players:,}; "
             f"use PermutationShapley (about {n} evaluations a walk), ExactShapley(depth=2) "
             f"({1 + n + math.comb(n, 2):,} evaluations), LeaveOneOut ({n + 1}), or raise max_players"
         )
@@ -149,7 +175,7 @@ class LeaveOneOut(ShapleyEstimator):
     ) -> ShapleyResult:
         """As `ExactShapley.estimate`, and raises likewise."""
         n = player_count(game)
-        work = _Work(self.cost(n), resume, stop, progress)
+        work = Enumeration(self.cost(n), resume, stop, progress)
         remove = self.direction == "remove"
         origin = work.done(evaluate(game, torch.full((1, n), remove)))[0]
         first_steps = [
@@ -161,7 +187,7 @@ class LeaveOneOut(ShapleyEstimator):
         return work.result(game, change, "leave_one_out", 1, self.direction, origin, values[0] if n == 1 else None)
 
 
-class _Work:
+class Enumeration:
     """Bookkeeping of an enumeration that is worth nothing before it is complete."""
 
     def __init__(
@@ -215,6 +241,56 @@ class _Work:
                 names=getattr(game, "names", None),
             )
         )
+
+
+def shapley_of_table(table: Tensor) -> Tensor:
+    """Shapley values of all 2**n values of a game: phi_i = sum_S s! (n-s-1)! / n! (v(S+i) - v(S)) over S without i.
+
+    A player who changes nothing gets exactly 0. Memory is that of the table.
+
+    Args:
+        table: float64 `[2**n]` or `[2**n, D]`; bit i of an entry's number is player i.
+
+    Returns:
+        float64 `[n]` or `[n, D]`.
+    """
+    n = len(table).bit_length() - 1
+    by_size = torch.tensor([1 / (n * math.comb(n - 1, size)) for size in range(n)], dtype=torch.float64)
+    size = torch.zeros(1, dtype=torch.int64)  # of the coalition with each code of n - 1 bits
+    for _ in range(n - 1):
+        size = torch.cat([size, size + 1])
+    weights = by_size[size]
+    values = []
+    for player in range(n):
+        without, joined = table.view(2 ** (n - 1 - player), 2, 2**player, -1).unbind(1)
+        values.append(weights @ (joined - without).flatten(0, 1))
+    return torch.stack(values).reshape(n, *table.shape[1:]) + 0.0  # + 0.0 turns -0 into 0
+
+
+def _coalitions(codes: Tensor, n: int) -> Tensor:
+    """Codes int64 `[M]` -> bool `[M, n]`."""
+    return codes[:, None].bitwise_and(1 << torch.arange(n)) != 0
+
+
+def _toured(game: Game, n: int, work: Enumeration) -> Tensor:
+    """All values in the order of their codes, evaluated in Gray's: one player changes sides at each step."""
+    table = torch.empty(0)
+    for begin in range(0, 2**n, SEGMENT):
+        count = torch.arange(begin, min(begin + SEGMENT, 2**n))
+        codes = count ^ (count >> 1)
+        flips = (codes[1:] ^ codes[:-1]).double().log2().long()
+        values = work.done(evaluate_tour(game, _coalitions(codes[:1], n)[0], flips))
+        if begin == 0:
+            table = torch.empty(2**n, *values.shape[1:], dtype=torch.float64)
+        table[codes] = values
+    return table
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("years", 31557600.0), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.1g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
 
 
 def _subsets(n: int, size: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Cooperative games: what a player, a coalition and a value are, and the checks on every value taken from a game.
 
-A game maps coalitions of *kept* players to values. Three protocols tell what a game can do: be evaluated (`Game`), be
-walked one player at a time (`WalkableGame`), be split into groups of samples (`GroupedGame`). Nothing here knows what
-the players are.
+A game maps coalitions of *kept* players to values. Protocols tell what a game can do: be evaluated (`Game`), be walked
+one player at a time (`WalkableGame`), be toured with players going to and fro (`TourableGame`), be split into groups of
+samples (`GroupedGame`). Nothing here knows what the players are.
 
 Shapes: `n` players, `M` coalitions, `P` walks, `K` steps of a walk, `D` components of a vector value, `G` groups.
 """
@@ -47,6 +47,20 @@ class WalkableGame(Game, Protocol):
             orders: int64 `[P, K]`, distinct players of each walk in the order in which they leave (`start="full"`)
                 or join (`"empty"`).
             start: the coalition every walk starts from: all players or none.
+        """
+        ...
+
+
+@runtime_checkable
+class TourableGame(Game, Protocol):
+    """A game that evaluates a path of neighbouring coalitions faster than the same coalitions one by one."""
+
+    @property
+    def tour(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """A method `(start, flips)`; a game that finds out later that it gains nothing raises AttributeError.
+
+        It takes `start`, bool `[n]`, and `flips`, int64 `[K]`: the player who changes sides at each step, any number
+        of times. It returns the values after each step, the start first: float `[K+1]` or `[K+1, D]`.
         """
         ...
 
@@ -122,6 +136,29 @@ def evaluate_walks(
         return values
     parts = [evaluate(game, part, group=group) for part in torch.split(coalitions.flatten(0, 1), chunk_size)]
     return torch.cat(parts).reshape(*orders.shape, *parts[0].shape[1:])
+
+
+def evaluate_tour(game: Game, start: Tensor, flips: Tensor) -> Tensor:
+    """Values along a path on which one player changes sides at each step, by the game's `tour`.
+
+    Args:
+        game: a game with a `tour`.
+        start: bool `[n]`, the first coalition.
+        flips: int64 `[K]`, the player who changes sides.
+
+    Returns:
+        float64 `[K+1]` or `[K+1, D]` on the CPU, the start first.
+
+    Raises:
+        ValueError: as in `evaluate`.
+    """
+    check_coalitions(start[None], game.n_players)
+    values = as_values(cast(TourableGame, game).tour(start, flips), (len(flips) + 1,))
+    if not bool(torch.isfinite(values).all()):
+        turned = torch.zeros(len(flips) + 1, len(start), dtype=torch.int64)
+        turned[torch.arange(1, len(flips) + 1), flips] = 1
+        require_finite(values, start ^ (turned.cumsum(0) % 2).bool())
+    return values
 
 
 def walker(game: Game, group: int | None) -> Callable[..., Tensor] | None:

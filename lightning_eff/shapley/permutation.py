@@ -17,9 +17,7 @@ Shapes: `n` players, `D` components of a value, `G` groups, `U` units, `T` walks
 from __future__ import annotations
 
 import math
-import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -36,12 +34,11 @@ from lightning_eff.shapley.estimator import (
     check_direction,
     player_count,
     resolve_depth,
-    warn_if_incomplete,
-    warn_if_silent,
 )
 from lightning_eff.shapley.exact import LeaveOneOut
-from lightning_eff.shapley.games import Game, evaluate, evaluate_walks, group_weights, nested_coalitions
+from lightning_eff.shapley.games import Game, evaluate, evaluate_walks, nested_coalitions
 from lightning_eff.shapley.result import ShapleyResult
+from lightning_eff.shapley.sampling import SampledRun
 
 _UNITS_BETWEEN_LOOKS = 4  # a fixed rhythm, so that the size of a chunk does not decide where a precision rule stops
 
@@ -100,6 +97,18 @@ class PermutationShapley(ShapleyEstimator):
         units = self._units(n, depth)
         return self._ends(units) + self._requested(units) * units.evaluations
 
+    def with_budget(self, budget: int, n: int) -> PermutationShapley:
+        """As `ShapleyEstimator.with_budget`."""
+        depth = resolve_depth(self.depth, n)
+        if depth == 1:
+            return self
+        units = self._units(n, depth)
+        count = (budget - self._ends(units)) // max(units.evaluations, 1)
+        if count < 1:
+            least = self._ends(units) + units.evaluations
+            raise ValueError(f"{n} players at depth {depth} need at least {least} evaluations, the budget is {budget}")
+        return replace(self, walks=count * units.walks)
+
     def estimate(
         self,
         game: Game,
@@ -119,13 +128,10 @@ class PermutationShapley(ShapleyEstimator):
         if depth == 1:
             return LeaveOneOut(self.direction).estimate(game, resume=resume, stop=stop, progress=progress)
         units = self._units(n, depth)
-        weights = None if self.share_coalitions else group_weights(game)
-        run = _Run(self, game, units, weights, stop or StopRule(), progress)
-        if resume is None:
-            run.begin(_seed_of(generator))
-        else:
-            run.go_on(resume, generator)
-        return run.until(run.units_done + self._requested(units))
+        run = _Walks(self, game, units, stop, progress)
+        run.start(generator, resume)
+        converged = run.until(run.units_done + self._requested(units), self.chunk_size)
+        return run.result(converged, depth, remove=self.direction == "remove", truncated=run.truncated)
 
     def _units(self, n: int, depth: int) -> Units:
         return Units(n, depth, (2 if self.antithetic else 1) if depth == n else n // depth)
@@ -139,122 +145,67 @@ class PermutationShapley(ShapleyEstimator):
         return 2 if units.is_full or self.tolerance > 0 else 1
 
 
-class _Run:
-    """One estimate: the state that grows from call to call."""
+class _Walks(SampledRun):
+    """Units of walks; `ends` are v(start) and, where it is needed, v at the far end."""
 
     def __init__(
         self,
         estimator: PermutationShapley,
         game: Game,
         units: Units,
-        weights: Tensor | None,
-        stop: StopRule,
+        stop: StopRule | None,
         progress: Progress | None,
     ) -> None:
-        self.estimator, self.game, self.units, self.stop, self.progress = estimator, game, units, stop, progress
-        self.weights = torch.ones(1, dtype=torch.float64) if weights is None else weights  # [G]
-        self.groups: list[int | None] = [None] if weights is None else list(range(len(weights)))
-        self.settings = {
-            "n": units.n,
-            "depth": units.depth,
-            "groups": len(self.groups),
-            **{
-                name: value for name, value in asdict(estimator).items() if name not in ("walks", "depth", "chunk_size")
-            },
-        }
-        self.clock = time.perf_counter()
-        self.seconds_before = 0.0
-        self.reported = 0
+        first = estimator.direction == "remove"
+        ends = torch.tensor([[first], [not first]])[: estimator._ends(units)].expand(-1, units.n)
+        options = {name: value for name, value in asdict(estimator).items() if name not in ("walks", "chunk_size")}
+        settings = {**options, "depth": units.depth}
+        super().__init__(
+            game, "permutation", ends, settings, share=estimator.share_coalitions, stop=stop, progress=progress
+        )
+        self.estimator, self.units, self.unit_cost = estimator, units, units.evaluations
 
-    def begin(self, seed: int) -> None:
-        """Start from nothing: evaluate the ends that the walks share."""
-        n_ends = self.estimator._ends(self.units)
-        if self.stop.max_evals is not None and self.stop.max_evals < n_ends + self.units.evaluations:
-            raise ValueError(
-                f"the smallest estimate of {self.units.n} players at depth {self.units.depth} needs "
-                f"{n_ends + self.units.evaluations} evaluations, the budget is {self.stop.max_evals}; "
-                f"LeaveOneOut needs {self.units.n + 1}"
-            )
-        first = self.estimator.direction == "remove"
-        coalitions = torch.tensor([[first], [not first]])[:n_ends].expand(-1, self.units.n)
-        ends = torch.stack([evaluate(self.game, coalitions, group=group) for group in self.groups])
-        self.scalar = ends.ndim == 2
-        self._set(seed, ends.reshape(len(self.groups), n_ends, -1))
-        self._report()
-
-    def go_on(self, resume: ShapleyResult, generator: torch.Generator | int | None) -> None:
-        """Start from where `resume` ended."""
-        state: dict[str, Any] = resume.state or {}
-        if state.get("settings") != self.settings:
-            raise ValueError(
-                f"resume does not fit: it was made with {state.get('settings')}, this estimate has {self.settings}"
-            )
-        if generator is not None and generator != state["seed"]:
-            raise ValueError(
-                f"resume goes on with its own seed {state['seed']}: leave generator out, or pass that seed"
-            )
-        self.scalar = resume.values.ndim == 1
-        self._set(state["seed"], torch.tensor(state["ends"], dtype=torch.float64))
-        self.seconds_before = resume.seconds
-        for index, accumulator in enumerate(self.sums):
-            accumulator.load(state["groups"][index])
-            orders = self.orders[index].draw(accumulator.units)
-            self.distinct[index].add(orders[..., : self.units.steps].flatten(0, 1), accumulator.steps)
-        self.reported = self.n_evals
-
-    def _set(self, seed: int, ends: Tensor) -> None:
-        self.seed, self.ends = seed, ends  # ends [G, 1 or 2, D]: v(start), v(far end)
-        self.orders = [UnitOrders(self.units, seed, group) for group in range(len(self.groups))]
-        self.sums = [Accumulator(self.units.n, ends.shape[2]) for _ in self.groups]
-        self.distinct = [DistinctCoalitions(self.units.n) for _ in self.groups]
+    def prepare(self) -> None:
+        groups = range(len(self.groups))
+        self.orders = [UnitOrders(self.units, self.seed, group) for group in groups]
+        self.sums = [Accumulator(self.units.n, self.ends.shape[2]) for _ in groups]
+        self.coalitions = [DistinctCoalitions(self.units.n) for _ in groups]
 
     @property
     def units_done(self) -> int:
         return self.sums[0].units
 
     @property
-    def n_evals(self) -> int:
-        """Forwards over all groups, divided by their number."""
-        return self.ends.shape[1] + math.ceil(self._walked() / len(self.groups))
+    def evaluated(self) -> int:
+        return sum(int(accumulator.steps.sum()) for accumulator in self.sums)
 
     @property
-    def seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.clock
+    def distinct(self) -> float:
+        return sum(map(len, self.coalitions)) / len(self.groups)
 
-    def until(self, target: int) -> ShapleyResult:
-        """Walk until `target` units are done or the stop rule says so."""
-        precise, previous = False, None
-        per_call = max(1, self.estimator.chunk_size // self.units.evaluations)
-        while self.units_done < target and not precise:
-            batch = min(per_call, target - self.units_done, self._affordable())
-            if self.stop.asks_precision:
-                batch = min(batch, _UNITS_BETWEEN_LOOKS - self.units_done % _UNITS_BETWEEN_LOOKS)
-            if batch < 1 or (self.units_done > 0 and self.seconds > self._seconds_allowed()):
-                break
-            for index in range(len(self.groups)):
-                self._walk(index, batch)
-                self._report()
-            if self.stop.asks_precision and self.units_done % _UNITS_BETWEEN_LOOKS == 0:
-                values, stderr = self._combine()
-                precise = self.stop.precise_enough(values, stderr, previous)
-                previous = values
-        return self._result(precise if self.stop.asks_precision else self.units_done >= target)
+    @property
+    def truncated(self) -> float:
+        """Fraction of marginal contributions that were not evaluated."""
+        planned = sum(len(accumulator.steps) for accumulator in self.sums) * self.units.depth
+        return sum(self.units.missing(accumulator.steps) for accumulator in self.sums) / planned
 
-    def _affordable(self) -> int:
-        if self.stop.max_evals is None:
-            return sys.maxsize
-        return (self.stop.max_evals - self.n_evals) // self.units.evaluations
+    def next_look(self) -> int:
+        return self.units_done - self.units_done % _UNITS_BETWEEN_LOOKS + _UNITS_BETWEEN_LOOKS
 
-    def _seconds_allowed(self) -> float:
-        return math.inf if self.stop.max_seconds is None else self.stop.max_seconds
+    def save_group(self, index: int) -> Any:
+        return self.sums[index].state()
 
-    def _walk(self, index: int, batch: int) -> None:
-        """Walk `batch` units of group number `index` and add what the players are paid."""
+    def load_group(self, index: int, state: Any) -> None:
+        self.sums[index].load(state)
+        orders = self.orders[index].draw(self.sums[index].units)
+        self.coalitions[index].add(orders[..., : self.units.steps].flatten(0, 1), self.sums[index].steps)
+
+    def advance(self, index: int, count: int) -> None:
         units, remove = self.units, self.estimator.direction == "remove"
-        orders = self.orders[index].draw(batch)  # [U, T, K]
+        orders = self.orders[index].draw(count)  # [U, T, K]
         walks = orders.flatten(0, 1)  # [P, K]
         if self.estimator.tolerance > 0:
-            values, steps = self._truncated(index, walks[:, : units.steps])
+            values, steps = self._truncate(index, walks[:, : units.steps])
         else:
             values = evaluate_walks(
                 self.game,
@@ -270,10 +221,10 @@ class _Run:
             values = torch.cat([values, torch.where(cut, values[:, -1:], self.ends[index, 1])], dim=1)
         path = torch.cat([start, values], dim=1)  # [P, K + 1, D]
         paid = path[:, :-1] - path[:, 1:] if remove else path[:, 1:] - path[:, :-1]
-        self.sums[index].add(orders, paid.reshape(batch, units.walks, units.depth, -1), steps)
-        self.distinct[index].add(walks[:, : units.steps], steps)
+        self.sums[index].add(orders, paid.reshape(count, units.walks, units.depth, -1), steps)
+        self.coalitions[index].add(walks[:, : units.steps], steps)
 
-    def _truncated(self, index: int, walks: Tensor) -> tuple[Tensor, Tensor]:
+    def _truncate(self, index: int, walks: Tensor) -> tuple[Tensor, Tensor]:
         """Values `[P, E, D]` of walks `[P, E]`, constant from where the tolerance ends one, and steps walked `[P]`."""
         n_walks, n_steps = walks.shape
         start, end = self.ends[index]
@@ -293,7 +244,7 @@ class _Run:
             walking = walking[~stopping]
         return values, steps
 
-    def _combine(self) -> tuple[Tensor, Tensor]:
+    def combine(self) -> tuple[Tensor, Tensor]:
         """Values and standard errors `[n, D]` over all groups: phi = sum_g w_g phi_g, se^2 = sum_g w_g^2 se_g^2.
 
         A player with a single sample in some group has no se_g; the spread between groups then stands in, se^2 =
@@ -309,55 +260,3 @@ class _Run:
             between = n_groups / (n_groups - 1) * (weight**2 * (mean - values) ** 2).sum(0)
             within = torch.where(within.isinf(), between.nan_to_num(nan=math.inf), within)
         return values, within.sqrt()
-
-    def _result(self, converged: bool) -> ShapleyResult:
-        values, stderr = self._combine()
-        ends = (self.weights[:, None, None] * self.ends).sum(0)  # [1 or 2, D]
-        shape = (self.units.n,) if self.scalar else values.shape
-        v_start, v_end = ends[0].reshape(shape[1:]), ends[1].reshape(shape[1:]) if len(ends) > 1 else None
-        remove = self.estimator.direction == "remove"
-        walks = sum(len(accumulator.steps) for accumulator in self.sums)
-        planned = walks * self.units.depth
-        missing = sum(self.units.missing(accumulator.steps) for accumulator in self.sums)
-        distinct = sum(map(len, self.distinct))
-        result = ShapleyResult(
-            values=values.reshape(shape),
-            stderr=stderr.reshape(shape),
-            n_evals=self.n_evals,
-            n_unique=len(ends) + math.ceil(distinct / len(self.groups)),
-            v_empty=v_end if remove else v_start,
-            v_full=v_start if remove else v_end,
-            method="permutation",
-            depth=self.units.depth,
-            seconds=self.seconds,
-            converged=converged,
-            truncated=missing / planned,
-            names=getattr(self.game, "names", None),
-            state={
-                "seed": self.seed,
-                "settings": self.settings,
-                "ends": self.ends.tolist(),
-                "groups": [accumulator.state() for accumulator in self.sums],
-            },
-        )
-        return warn_if_silent(warn_if_incomplete(result))
-
-    def _walked(self) -> int:
-        return sum(int(accumulator.steps.sum()) for accumulator in self.sums)
-
-    def _report(self) -> None:
-        if self.progress is not None:
-            done = self.ends.shape[1] + self._walked() // len(self.groups)
-            self.progress(done - self.reported)
-            self.reported = done
-
-
-def _seed_of(generator: torch.Generator | int | None) -> int:
-    if isinstance(generator, int):
-        if generator < 0:
-            raise ValueError(f"a seed must be >= 0, got {generator}")
-        return generator
-    fresh = torch.Generator()
-    if generator is None:
-        fresh.seed()
-    return int(torch.randint(2**62, (), generator=fresh if generator is None else generator))

@@ -1,27 +1,28 @@
-"""A real game: players are the 8 pixel columns of scikit-learn's digits, the value is the accuracy they allow."""
+"""A real game, that of the example: the value is the accuracy that some of the digits' 8 pixel columns allow."""
+
+import importlib.util
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
+from helpers import REPOSITORY, run_python
 
-from lightning_eff.shapley import CachedGame, ExactShapley, LeaveOneOut, PermutationShapley, as_game
+from lightning_eff.shapley import ExactShapley, LeaveOneOut, PermutationShapley
+from lightning_eff.shapley.oracle import compare_ranks, oracle_rank, oracle_sets
+
+SCRIPT = REPOSITORY / "examples" / "shapley_digit_columns.py"
 
 
 @pytest.fixture(scope="module")
-def digits():
-    images, labels = load_digits(return_X_y=True)
-    images = images.reshape(-1, 8, 8) / 16
-    train, test = slice(0, 300), slice(300, 900)
+def example():
+    spec = importlib.util.spec_from_file_location("shapley_digit_columns", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    def accuracy(coalition):
-        if not coalition.any():
-            return 0.1
-        columns = images[:, :, coalition.numpy()].reshape(len(images), -1)
-        model = LogisticRegression(max_iter=500, tol=1e-2).fit(columns[train], labels[train])
-        return model.score(columns[test], labels[test])
 
-    game = CachedGame(as_game(lambda coalitions: torch.tensor([accuracy(row) for row in coalitions]), 8))
+@pytest.fixture(scope="module")
+def digits(example):
+    game = example.column_accuracy()
     return game, ExactShapley().estimate(game)
 
 
@@ -47,6 +48,34 @@ def test_partial_walks_come_within_four_standard_errors_of_the_exact_partial_val
     assert ((sampled.values - exact.values).abs() <= 4 * sampled.stderr).all()
 
 
+def test_every_estimator_of_the_example_comes_near_the_exact_values(digits, example):
+    game, exact = digits
+    for name, estimator in example.ESTIMATORS.items():
+        if name != "leave-one-out":
+            values = estimator.with_budget(2000, 8).estimate(game, generator=0).values
+            assert ((values - exact.values) ** 2).sum() < 0.05 * (exact.values**2).sum(), name
+
+
 def test_leave_one_out_sees_less_than_half_of_what_the_columns_are_worth(digits):
     game, exact = digits  # neighbouring columns stand in for each other
     assert LeaveOneOut().estimate(game).values.sum() < 0.5 * exact.values.sum()
+
+
+def test_shapley_ranking_is_nearer_to_the_oracle_than_leave_one_out_and_chance(digits):
+    game, exact = digits
+    oracle = oracle_sets(game)
+    generator = torch.Generator().manual_seed(0)
+    ranks = {f"chance {number}": torch.randperm(8, generator=generator) for number in range(20)}
+    ranks |= {"oracle": oracle_rank(oracle), "shapley": exact.rank(), "loo": LeaveOneOut().estimate(game).rank()}
+    regret = {name: quality.regret for name, quality in compare_ranks(ranks, oracle).rankings.items()}
+    chance = sum(regret[f"chance {number}"] for number in range(20)) / 20
+    assert regret["oracle"] <= regret["shapley"] < regret["loo"] < chance
+
+
+def test_example_prints_its_tables_and_writes_its_figures(tmp_path):
+    shown = run_python(SCRIPT, "--out", str(tmp_path / "out"), "--seeds", "3", cwd=tmp_path).stdout
+    assert "256 coalitions evaluated" in shown
+    for title in ("What the columns are worth", "Oracle sets", "Rankings against the oracle", "Cost and benefit"):
+        assert title in shown
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"values.png", "ranks.png", "cost_benefit.png", "convergence.png", "ranks.md"} <= written

@@ -1,0 +1,231 @@
+"""Which players are the k best? Sampling that stops when the answer is clear, and no later.
+
+*Comparable marginals* (arXiv 2504.02019): a random coalition S, of a size uniform on 0..n, and its n neighbours S + i
+and S - i give every player a marginal contribution on the same S. Their differences vary less than each of them, and
+the k-th and the next player are told apart by the interval of their difference. The bandit of A. Ghorbani, J. Zou
+(Neuron Shapley, arXiv 2002.09815) spends nothing more on players whose own interval does not reach the boundary.
+
+Shapes: `n` players, `U` units (coalitions with their neighbours).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_eff.shapley.coalitions import SizeSequence
+from lightning_eff.shapley.estimator import Progress, ShapleyEstimator, StopRule, player_count, resolve_budget
+from lightning_eff.shapley.games import Game, evaluate
+from lightning_eff.shapley.result import ShapleyResult
+from lightning_eff.shapley.sampling import SampledRun
+
+_FIRST_LOOK, _GROWTH = 8, 1.25  # units before the first look; growth between looks
+
+
+@dataclass(frozen=True)
+class TopKShapley(ShapleyEstimator):
+    """Find the `k` players of highest Shapley value; `result.converged` tells whether they are clear.
+
+    Values are unbiased estimates too (with `"bernstein"` those of players dropped early are rough); they do not add up
+    to v(N) - v(empty).
+
+    Args:
+        k: number of players wanted, 1..n-1.
+        level: probability that the players found are right when the estimate has converged, in (0, 1).
+        budget: most evaluations: a number, or a multiple of the players such as `"200n"`.
+        bounds: `"difference"`: Student's intervals of the differences between every player in and every player out,
+            shared out over pairs and looks; `"bernstein"`: empirical Bernstein intervals of each player, which drop
+            players that are clear.
+        value_range: for `"bernstein"`, largest minus smallest possible marginal contribution (2 for an accuracy); None
+            takes those seen so far.
+        share_coalitions: let all groups of a grouped game see the same coalitions.
+        chunk_size: about how many coalitions to ask for in a call of the game.
+
+    Raises:
+        ValueError: an argument out of range; from `estimate` also a vector-valued game or k >= n.
+    """
+
+    k: int
+    level: float = 0.95
+    budget: int | str = "200n"
+    bounds: Literal["difference", "bernstein"] = "difference"
+    value_range: float | None = None
+    share_coalitions: bool = False
+    chunk_size: int = 256
+
+    def __post_init__(self) -> None:
+        resolve_budget(self.budget, 1)
+        for name in ("k", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.level < 1:
+            raise ValueError(f"level must lie in (0, 1), got {self.level}")
+        if self.bounds not in ("difference", "bernstein"):
+            raise ValueError(f'bounds must be "difference" or "bernstein", got {self.bounds!r}')
+        if self.value_range is not None and not self.value_range > 0:
+            raise ValueError(f"value_range must be positive, got {self.value_range}")
+
+    def cost(self, n: int) -> int:
+        """As `ShapleyEstimator.cost`: the budget, in whole units."""
+        return 2 + (resolve_budget(self.budget, n) - 2) // (n + 1) * (n + 1)
+
+    def with_budget(self, budget: int, n: int) -> TopKShapley:
+        """As `ShapleyEstimator.with_budget`."""
+        if budget < n + 3:
+            raise ValueError(f"one coalition of {n} players and its neighbours need {n + 3} evaluations, got {budget}")
+        return replace(self, budget=budget)
+
+    def estimate(
+        self,
+        game: Game,
+        *,
+        generator: torch.Generator | int | None = None,
+        resume: ShapleyResult | None = None,
+        stop: StopRule | None = None,
+        progress: Progress | None = None,
+    ) -> ShapleyResult:
+        """As `ShapleyEstimator.estimate`; `resume` adds `budget` evaluations to those of the result."""
+        n = player_count(game)
+        if self.k >= n:
+            raise ValueError(f"k must lie in 1..{n - 1} for {n} players, got {self.k}")
+        budget = resolve_budget(self.budget, n)
+        if resume is None:
+            self.with_budget(budget, n)
+        limit = budget + (resume.n_evals if resume is not None else 0)
+        within = StopRule() if stop is None else stop
+        within = replace(within, max_evals=min(limit, within.max_evals or limit))
+        run = _Comparable(self, game, within, progress)
+        run.start(generator, resume)
+        if not run.scalar:
+            raise ValueError("the best players of a vector-valued game are not defined: give a game of one component")
+        return run.result(run.until(run.most_units, self.chunk_size), n)
+
+
+class _Comparable(SampledRun):
+    """Units are coalitions with the neighbours of the players that are not clear yet."""
+
+    looks = True
+
+    def __init__(self, estimator: TopKShapley, game: Game, stop: StopRule, progress: Progress | None) -> None:
+        n = game.n_players
+        settings = {k: v for k, v in asdict(estimator).items() if k not in ("budget", "chunk_size")}
+        ends = torch.tensor([[True], [False]]).expand(2, n)
+        super().__init__(game, "top_k", ends, settings, share=estimator.share_coalitions, stop=stop, progress=progress)
+        self.estimator = estimator
+        self._open = torch.arange(n)
+
+    def prepare(self) -> None:
+        sizes = torch.ones(self.n + 1, dtype=torch.float64)
+        self._sequences = [SizeSequence(sizes, self.seed, group) for group in range(len(self.groups))]
+        self._marginals: list[list[Tensor]] = [[] for _ in self.groups]  # [U, n], NaN where nothing was evaluated
+
+    @property
+    def unit_cost(self) -> int:  # type: ignore[override]
+        return 1 + len(self._open)
+
+    @property
+    def units_done(self) -> int:
+        return sum(map(len, self._marginals[-1]))
+
+    @property
+    def evaluated(self) -> int:
+        return sum(len(part) + int((~part.isnan()).sum()) for parts in self._marginals for part in parts)
+
+    def advance(self, index: int, count: int) -> None:
+        rows, players = self._sequences[index].take(count), self._open
+        neighbours = rows[:, None].repeat(1, len(players), 1)
+        neighbours[:, torch.arange(len(players)), players] ^= True
+        coalitions = torch.cat([rows[:, None], neighbours], dim=1)
+        values = evaluate(self.game, coalitions.flatten(0, 1), group=self.groups[index])
+        values = values.reshape(count, 1 + len(players), -1)[..., 0]
+        change = values[:, 1:] - values[:, :1]
+        marginals = torch.full((count, self.n), torch.nan, dtype=torch.float64)
+        marginals[:, players] = torch.where(rows[:, players], -change, change)
+        self._marginals[index].append(marginals)
+
+    def _units(self) -> Tensor:
+        """Marginal contributions in the whole game, `[U, n]`."""
+        groups = torch.stack([torch.cat(parts) for parts in self._marginals])
+        return (self.weights[:, None, None] * groups).sum(0)
+
+    def combine(self) -> tuple[Tensor, Tensor]:
+        units = self._units()
+        count = (~units.isnan()).sum(0)
+        mean = units.nanmean(0)
+        variance = (units - mean).square().nansum(0) / (count - 1).clamp(min=1)
+        stderr = torch.where(count > 1, (variance / count).sqrt(), torch.inf)
+        return mean[:, None], stderr[:, None]
+
+    def next_look(self) -> int:
+        look = _FIRST_LOOK
+        while look <= self.units_done:
+            look = math.ceil(_GROWTH * look)
+        return look
+
+    def settled(self) -> bool:
+        units = self._units()
+        if self.estimator.bounds == "difference":
+            return differences_are_clear(units, self.estimator.k, 1 - self.estimator.level, self._look_number())
+        unclear = _near_the_boundary(units, self.estimator.k, 1 - self.estimator.level, self.estimator.value_range)
+        if len(unclear):
+            self._open = unclear
+        return len(unclear) == 0
+
+    def _look_number(self) -> int:
+        look, number = _FIRST_LOOK, 1
+        while look < self.units_done:
+            look, number = math.ceil(_GROWTH * look), number + 1
+        return number
+
+    def save_group(self, index: int) -> Any:
+        return torch.cat(self._marginals[index]).tolist()
+
+    def load_group(self, index: int, state: Sequence[Sequence[float]]) -> None:
+        self._sequences[index].take(len(state))
+        self._marginals[index] = [torch.tensor(state, dtype=torch.float64)]
+        last = len(self.groups) - 1
+        if index == last and self.estimator.bounds == "bernstein":
+            look = _FIRST_LOOK
+            while math.ceil(_GROWTH * look) <= len(state):
+                look = math.ceil(_GROWTH * look)
+            if look <= len(state):
+                seen = self._units()[:look]
+                args = self.estimator.k, 1 - self.estimator.level, self.estimator.value_range
+                unclear = _near_the_boundary(seen, *args)
+                self._open = unclear if len(unclear) else self._open
+
+
+def differences_are_clear(units: Tensor, k: int, error: float, look: int) -> bool:
+    """Whether the `k` best of `units` `[U, n]` are better than all others, at a chance of `error` over all looks."""
+    from scipy.stats import t
+
+    n_units, n = units.shape
+    order = units.mean(0).argsort(descending=True, stable=True)
+    centred = units - units.mean(0)
+    covariance = centred.T @ centred / (n_units - 1)
+    spread = covariance.diagonal()[:, None] + covariance.diagonal() - 2 * covariance
+    inside, outside = order[:k], order[k:]
+    gap = units.mean(0)[inside][:, None] - units.mean(0)[outside]
+    chance = error / (look * (look + 1)) / (k * (n - k))  # sums to `error` over looks and pairs
+    quantile = float(t.isf(chance, n_units - 1))
+    half = quantile * (spread[inside][:, outside].clamp(min=0) / n_units).sqrt()
+    return bool((gap > half).all())
+
+
+def _near_the_boundary(units: Tensor, k: int, error: float, value_range: float | None) -> Tensor:
+    """Players whose empirical Bernstein interval reaches the middle between the k-th and the next value."""
+    count = (~units.isnan()).sum(0)
+    mean = units.nanmean(0)
+    variance = (units - mean).square().nansum(0) / (count - 1)
+    seen = units[~units.isnan()]
+    span = float(seen.max() - seen.min()) if value_range is None else value_range
+    log = math.log(2 / error)
+    half = (2 * variance * log / count).sqrt() + 7 * span * log / (3 * (count - 1))
+    best = mean.sort(descending=True).values
+    boundary = (best[k - 1] + best[k]) / 2
+    return ((mean - boundary).abs() <= half).nonzero().flatten()
