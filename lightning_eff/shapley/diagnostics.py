@@ -80,19 +80,18 @@ def convergence_curve(
     n = game.n_players
     seed = generator if isinstance(generator, int) else int(torch.randint(2**62, (), generator=generator))
     results: list[ShapleyResult] = []
-    largest = _sized(estimator, max(budgets, default=0), n)
     for budget in sorted(set(budgets)):
         sized = _sized(estimator, budget, n)
-        if largest is None or sized is None:
+        if sized is None:
             continue
         if sized is estimator and results:  # its cost follows from n alone: there is nothing more to do
             break
         resume = results[-1] if results and results[-1].state is not None else None
-        result = _quietly(largest if resume else sized, game, seed, budget, resume)
+        result = _quietly(sized, game, seed, budget, resume)
         if not results or result.n_evals > results[-1].n_evals:
             results.append(result)
     if not results:
-        raise ValueError(f"none of the budgets {list(budgets)} suffices for {estimator} with {n} players")
+        raise ValueError(f"none of the budgets {list(budgets)} suffices: {_why_not(estimator, budgets, n)}")
     return ConvergenceCurve(
         evaluations=torch.tensor([result.n_evals for result in results]),
         values=torch.stack([result.values for result in results]),
@@ -245,13 +244,16 @@ def cost_benefit(
         progress: called with the number of evaluations just done.
 
     Raises:
-        ValueError: vector values, values that are all 0 (an error has no scale), no seeds, or too many players to
-            enumerate.
+        ValueError: vector values, values that are all 0 (an error has no scale), no seeds or budgets, or too many
+            players to enumerate.
+
+    Warns:
+        ShapleyWarning: none of the budgets suffices for an estimator.
     """
     n = game.n_players
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not seeds:
-        raise ValueError("cost_benefit needs at least one seed")
+    if not seeds or not budgets:
+        raise ValueError("cost_benefit needs at least one seed and one budget")
     if exact is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ShapleyWarning)
@@ -269,6 +271,9 @@ def cost_benefit(
                 break
             if sized is not None:
                 cells.append(_cell(name, budget, sized, game, seeds, exact, progress))
+        if not cells or cells[-1].estimator != name:
+            why = _why_not(estimator, budgets, n)
+            warnings.warn(f"{name} is left out, no budget suffices: {why}", ShapleyWarning, stacklevel=2)
     return CostBenefit(exact, tuple(cells))
 
 
@@ -304,6 +309,13 @@ def _sized(estimator: ShapleyEstimator, budget: int, n: int) -> ShapleyEstimator
     except ValueError:
         return None
     return sized if sized.cost(n) <= budget else None
+
+
+def _why_not(estimator: ShapleyEstimator, budgets: Sequence[int], n: int) -> str:
+    try:
+        return f"{n} players need {estimator.with_budget(max(budgets, default=0), n).cost(n):,} evaluations"
+    except ValueError as error:
+        return str(error)
 
 
 def _quietly(

@@ -157,7 +157,7 @@ class _Rows:
         self.weight_of, self.drawn_of = torch.ones(n + 1, dtype=torch.float64), torch.zeros(n + 1, dtype=torch.float64)
         if counts is not None:
             there = torch.bincount(sampled.sizes(), minlength=n + 1).double()
-            units = torch.tensor([float(counts.get(size, 0)) for size in range(n + 1)], dtype=torch.float64)
+            units = torch.tensor([float(min(counts.get(s, 0), 10**300)) for s in range(n + 1)], dtype=torch.float64)
             half = torch.ones(n + 1, dtype=torch.float64)
             if paired and n % 2 == 0:
                 half[n // 2] = 0.5  # both coalitions of a pair are of this size

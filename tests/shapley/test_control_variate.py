@@ -79,7 +79,8 @@ def test_fitted_slope_finds_a_proxy_of_another_scale():
 
 def test_fitted_slope_of_vectors_is_that_of_all_components():
     vectors = random_game(5, components=3)
-    variate = ControlVariate(vectors, TableGame(2 * vectors.values), beta="fit")
+    offsets = torch.tensor([5.0, 0.0, -9.0], dtype=torch.float64)
+    variate = ControlVariate(vectors, TableGame(2 * vectors.values + offsets), beta="fit")
     assert variate.beta == pytest.approx(0.5)
     found = variate.estimate(PermutationShapley(4), generator=0).values
     assert torch.allclose(found, exact(vectors).values, rtol=0, atol=1e-12)

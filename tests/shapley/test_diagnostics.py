@@ -10,10 +10,13 @@ from shapley.table_games import CountingGame, all_coalitions, grouped_saturating
 from lightning_eff.reporting import KEPT, REMOVED, SERIES, save_figure
 from lightning_eff.shapley import (
     ExactShapley,
+    GreedyBackward,
     LeaveOneOut,
     PermutationShapley,
+    RegressionShapley,
     ShapleyEstimator,
     ShapleyResult,
+    ShapleyWarning,
     StopRule,
     TableGame,
     as_game,
@@ -73,7 +76,10 @@ def test_estimator_that_cannot_resume_starts_again_for_every_budget():
 def test_budgets_that_are_too_small_or_add_nothing_are_left_out():
     assert convergence_curve(GAME, PermutationShapley(), [3, 12, 13, 60]).evaluations.tolist() == [12, 52]
     assert convergence_curve(GAME, ExactShapley(), [63, 64, 1000]).evaluations.tolist() == [64]
-    with pytest.raises(ValueError, match=r"none of the budgets \[2, 3\] suffices for PermutationShapley"):
+    assert convergence_curve(GAME, GreedyBackward(), [63, 64, 1000]).evaluations.tolist() == [22]
+    with pytest.raises(
+        ValueError, match=r"none of the budgets \[2, 3\] suffices: 6 players .* at least 12 evaluations"
+    ):
         convergence_curve(GAME, PermutationShapley(), [2, 3])
 
 
@@ -186,7 +192,10 @@ def test_methods_of_fixed_cost_appear_once_and_budgets_that_are_too_small_not_at
         ("walks", 100, 2),
     ]
     assert compared.cells[0].error.item() == 0
-    assert [cell.estimator for cell in cost_benefit(GAME, methods, [63], 1).cells] == ["loo", "walks"]
+    with pytest.warns(ShapleyWarning, match="exact is left out, no budget suffices: 6 players need 64 evaluations"):
+        assert [cell.estimator for cell in cost_benefit(GAME, methods, [63], 1).cells] == ["loo", "walks"]
+    with pytest.warns(ShapleyWarning, match='mine is left out.*depth="matched" stands for'):
+        cost_benefit(GAME, {"mine": PermutationShapley(depth="matched")}, [63], 1)
 
 
 def test_more_evaluations_err_less():
@@ -208,13 +217,14 @@ def test_known_values_spare_the_enumeration():
         (TableGame(torch.ones(8)), {}, "all exact values are 0"),
         (random_game(3, components=2), {}, r"must be \[3\], one number a player, got \[3, 2\]"),
         (GAME, {"exact": torch.ones(5)}, r"must be \[6\].*got \[5\]"),
-        (GAME, {"seeds": 0}, "at least one seed"),
+        (GAME, {"seeds": 0}, "at least one seed and one budget"),
+        (GAME, {"budgets": []}, "at least one seed and one budget"),
         (as_game(lambda kept: kept.sum(1), 21), {}, r"2\*\*21"),
     ],
 )
 def test_comparison_without_a_yardstick_is_refused(game, options, complaint):
     with pytest.raises(ValueError, match=complaint):
-        cost_benefit(game, {"walks": PermutationShapley()}, [100], **options)
+        cost_benefit(game, {"walks": PermutationShapley()}, **{"budgets": [100], **options})
 
 
 def test_grouped_game_is_charged_in_whole_evaluations():
@@ -238,10 +248,17 @@ def test_comparison_has_a_row_and_a_line_for_each_estimator():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(methods)
 
 
-def test_error_of_zero_does_not_disturb_the_logarithmic_axis(tmp_path):
-    compared = cost_benefit(GAME, {"exact": ExactShapley(), "walks": PermutationShapley()}, [64], 3)
-    save_figure(compared.figure(), tmp_path / "f.png")
+def test_neither_rounding_errors_nor_other_scores_stretch_the_axis_of_errors(tmp_path):
+    methods = {"exact": ExactShapley(), "regression": RegressionShapley(), "greedy": GreedyBackward()}
+    compared = cost_benefit(GAME, {**methods, "walks": PermutationShapley()}, [64], 3)
+    figure = compared.figure()
+    save_figure(figure, tmp_path / "f.png")
     assert (tmp_path / "f.png").stat().st_size > 1000
+    error = {cell.estimator: cell.error.median().item() for cell in compared.cells}
+    assert error["regression"] < 1e-20  # of all 64 coalitions
+    assert error["greedy"] > 10  # places in a ranking, no values
+    low, high = figure.axes[0].get_ylim()
+    assert error["walks"] / 10 < low < error["walks"] < high <= 10
 
 
 # Figures of values.

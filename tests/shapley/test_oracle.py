@@ -196,10 +196,12 @@ def test_regret_is_never_negative_and_the_mean_value_its_complement():
 
 def test_oracle_sets_of_some_sizes_are_completed_from_their_table():
     counting = CountingGame(random_game(5))
+    counting.names = list("abcde")
     some = oracle_sets(counting, sizes=[2])
     report = compare_ranks({"r": torch.arange(5)}, some)
     assert report.rankings["r"].auc == compare_ranks({"r": torch.arange(5)}, counting.game).rankings["r"].auc
     assert counting.count == 32
+    assert report.oracle.names == list("abcde")
 
 
 @pytest.mark.parametrize("rank", [[0, 1, 1, 3, 4], [0, 1, 2, 3], [1, 2, 3, 4, 5], [[0, 1, 2, 3, 4]]])
