@@ -11,7 +11,7 @@ from lightning_eff.shapley.result import ShapleyResult
 from lightning_eff.shapley.stratified import StratifiedShapley
 from lightning_eff.shapley.top_k import TopKShapley
 from lightning_eff.shapley.unbiased import UnbiasedKernelShapley
-from lightning_eff.shapley.values import shapley_values
+from lightning_eff.shapley.values import choose_estimator, shapley_values
 
 __all__ = [
     "CachedGame",
@@ -32,6 +32,7 @@ __all__ = [
     "UnbiasedKernelShapley",
     "WalkableGame",
     "as_game",
+    "choose_estimator",
     "evaluate",
     "evaluate_walks",
     "shapley_values",

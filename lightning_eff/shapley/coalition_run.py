@@ -170,16 +170,17 @@ class CoalitionRun(SampledRun):
         self._sequences = [self._estimator.sequence(self.n, self.seed, group) for group in groups]
         self._packed: list[list[np.ndarray[Any, Any]]] = [[] for _ in groups]
         self._values: list[list[Tensor]] = [[] for _ in groups]
+        self._counts = [0 for _ in groups]
 
     @property
     def units_done(self) -> int:
         """As `SampledRun.units_done`."""
-        return sum(map(len, self._values[-1]))
+        return self._counts[-1]
 
     @property
     def evaluated(self) -> int:
         """As `SampledRun.evaluated`."""
-        return sum(len(part) for values in self._values for part in values) * self.unit_cost
+        return sum(self._counts) * self.unit_cost
 
     @property
     def distinct(self) -> float:
@@ -198,6 +199,7 @@ class CoalitionRun(SampledRun):
         values = evaluate(self.game, self._coalitions(rows), group=self.groups[index])
         self._packed[index].append(np.packbits(rows.numpy(), axis=1))
         self._values[index].append(values.reshape(len(rows), self.unit_cost, -1))
+        self._counts[index] += len(rows)
 
     def _coalitions(self, rows: Tensor) -> Tensor:
         return torch.stack([rows, ~rows], dim=1).flatten(0, 1) if self.unit_cost == 2 else rows
@@ -215,8 +217,8 @@ class CoalitionRun(SampledRun):
 
     def next_look(self) -> int:
         """As `SampledRun.next_look`."""
-        look = self.least_units
-        while look <= self.units_done:
+        look, done = self.least_units, self.units_done
+        while look <= done:
             look = int(_GROWTH * look) + 1
         return look
 
@@ -228,4 +230,5 @@ class CoalitionRun(SampledRun):
         """As `SampledRun.load_group`."""
         rows = self._sequences[index].take(len(state))
         self._packed[index] = [np.packbits(rows.numpy(), axis=1)]
+        self._counts[index] = len(rows)
         self._values[index] = [torch.tensor(state, dtype=torch.float64).reshape(len(state), self.unit_cost, -1)]

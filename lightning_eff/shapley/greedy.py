@@ -60,9 +60,7 @@ class GreedyBackward(ShapleyEstimator):
         return result
 
 
-def greedy_backward_order(
-    game: Game, chunk_size: int = 256, work: Enumeration | None = None
-) -> tuple[Tensor, Tensor]:
+def greedy_backward_order(game: Game, chunk_size: int = 256, work: Enumeration | None = None) -> tuple[Tensor, Tensor]:
     """Order of removal and the values on the way: v(all) and n (n + 1) / 2 more evaluations.
 
     Args:

@@ -11,8 +11,9 @@ Shapes: `n` players, `U` units (coalitions with their neighbours).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -123,6 +124,7 @@ class _Comparable(SampledRun):
         sizes = torch.ones(self.n + 1, dtype=torch.float64)
         self._sequences = [SizeSequence(sizes, self.seed, group) for group in range(len(self.groups))]
         self._marginals: list[list[Tensor]] = [[] for _ in self.groups]  # [U, n], NaN where nothing was evaluated
+        self._counts, self._spent = [0 for _ in self.groups], 0
 
     @property
     def unit_cost(self) -> int:  # type: ignore[override]
@@ -130,11 +132,11 @@ class _Comparable(SampledRun):
 
     @property
     def units_done(self) -> int:
-        return sum(map(len, self._marginals[-1]))
+        return self._counts[-1]
 
     @property
     def evaluated(self) -> int:
-        return sum(len(part) + int((~part.isnan()).sum()) for parts in self._marginals for part in parts)
+        return self._spent
 
     def advance(self, index: int, count: int) -> None:
         rows, players = self._sequences[index].take(count), self._open
@@ -146,7 +148,12 @@ class _Comparable(SampledRun):
         change = values[:, 1:] - values[:, :1]
         marginals = torch.full((count, self.n), torch.nan, dtype=torch.float64)
         marginals[:, players] = torch.where(rows[:, players], -change, change)
+        self._add(index, marginals)
+
+    def _add(self, index: int, marginals: Tensor) -> None:
         self._marginals[index].append(marginals)
+        self._counts[index] += len(marginals)
+        self._spent += len(marginals) + int((~marginals.isnan()).sum())
 
     def _units(self) -> Tensor:
         """Marginal contributions in the whole game, `[U, n]`."""
@@ -162,42 +169,38 @@ class _Comparable(SampledRun):
         return mean[:, None], stderr[:, None]
 
     def next_look(self) -> int:
-        look = _FIRST_LOOK
-        while look <= self.units_done:
-            look = math.ceil(_GROWTH * look)
-        return look
+        done = self.units_done
+        return next(look for look in _looks() if look > done)
 
     def settled(self) -> bool:
-        units = self._units()
-        if self.estimator.bounds == "difference":
-            return differences_are_clear(units, self.estimator.k, 1 - self.estimator.level, self._look_number())
+        if self.estimator.bounds == "bernstein":
+            return self._narrow(self._units())
+        number = 1 + sum(1 for _ in takewhile(lambda look: look < self.units_done, _looks()))
+        return differences_are_clear(self._units(), self.estimator.k, 1 - self.estimator.level, number)
+
+    def _narrow(self, units: Tensor) -> bool:
+        """Leave only the players that are not clear; whether there are none."""
         unclear = _near_the_boundary(units, self.estimator.k, 1 - self.estimator.level, self.estimator.value_range)
         if len(unclear):
             self._open = unclear
         return len(unclear) == 0
-
-    def _look_number(self) -> int:
-        look, number = _FIRST_LOOK, 1
-        while look < self.units_done:
-            look, number = math.ceil(_GROWTH * look), number + 1
-        return number
 
     def save_group(self, index: int) -> Any:
         return torch.cat(self._marginals[index]).tolist()
 
     def load_group(self, index: int, state: Sequence[Sequence[float]]) -> None:
         self._sequences[index].take(len(state))
-        self._marginals[index] = [torch.tensor(state, dtype=torch.float64)]
-        last = len(self.groups) - 1
-        if index == last and self.estimator.bounds == "bernstein":
-            look = _FIRST_LOOK
-            while math.ceil(_GROWTH * look) <= len(state):
-                look = math.ceil(_GROWTH * look)
-            if look <= len(state):
-                seen = self._units()[:look]
-                args = self.estimator.k, 1 - self.estimator.level, self.estimator.value_range
-                unclear = _near_the_boundary(seen, *args)
-                self._open = unclear if len(unclear) else self._open
+        self._add(index, torch.tensor(state, dtype=torch.float64))
+        passed = list(takewhile(lambda look: look <= len(state), _looks()))
+        if self.estimator.bounds == "bernstein" and index == len(self.groups) - 1 and passed:
+            self._narrow(self._units()[: passed[-1]])
+
+
+def _looks() -> Iterator[int]:
+    look = _FIRST_LOOK
+    while True:
+        yield look
+        look = math.ceil(_GROWTH * look)
 
 
 def differences_are_clear(units: Tensor, k: int, error: float, look: int) -> bool:

@@ -1,4 +1,4 @@
-"""One call from a game to its Shapley values."""
+"""One call from a game to its Shapley values, and the choice of a method."""
 
 from __future__ import annotations
 
@@ -6,17 +6,29 @@ from typing import Any
 
 import torch
 
-from lightning_eff.shapley.estimator import Progress, ShapleyEstimator, StopRule
+from lightning_eff.shapley.estimator import Depth, Progress, ShapleyEstimator, StopRule, resolve_budget
 from lightning_eff.shapley.exact import ExactShapley, LeaveOneOut
 from lightning_eff.shapley.games import as_game
+from lightning_eff.shapley.greedy import GreedyBackward
 from lightning_eff.shapley.permutation import PermutationShapley
+from lightning_eff.shapley.regression import RegressionShapley
 from lightning_eff.shapley.result import ShapleyResult
+from lightning_eff.shapley.stratified import StratifiedShapley
+from lightning_eff.shapley.top_k import TopKShapley
+from lightning_eff.shapley.unbiased import UnbiasedKernelShapley
 
 _METHODS: dict[str, type[ShapleyEstimator]] = {
     "exact": ExactShapley,
     "leave_one_out": LeaveOneOut,
     "permutation": PermutationShapley,
+    "regression": RegressionShapley,
+    "stratified": StratifiedShapley,
+    "unbiased_kernel": UnbiasedKernelShapley,
+    "top_k": TopKShapley,
+    "greedy_backward": GreedyBackward,
 }
+_EXACT_PLAYERS = 12  # a function of the user is asked 4,096 times without asking him
+_REGRESSION_BUDGET = 4  # evaluations a player: below, antithetic walks
 
 
 def shapley_values(
@@ -27,20 +39,20 @@ def shapley_values(
     generator: torch.Generator | int | None = None,
     resume: ShapleyResult | None = None,
     stop: StopRule | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **options: Any,
 ) -> ShapleyResult:
     """Shapley values of a game.
 
     Args:
         game: anything that `as_game` takes.
-        method: `"exact"`, `"leave_one_out"`, `"permutation"`, an estimator, or `"auto"`, which today means exact for
-            n <= 12 players and antithetic permutations beyond.
+        method: `"exact"`, `"leave_one_out"`, `"permutation"`, `"regression"`, `"stratified"`, `"unbiased_kernel"`,
+            `"top_k"`, `"greedy_backward"`, an estimator, or `"auto"`: exact for n <= 12 players, regression beyond.
         n_players: see `as_game`.
-        generator: see `ShapleyEstimator.estimate`, like `resume`, `stop` and `progress`.
+        generator: see `ShapleyEstimator.estimate`, like `resume` and `stop`.
         resume: see there.
         stop: see there.
-        progress: see there.
+        progress: True shows a bar with the number of evaluations expected; or see there.
         **options: constructor arguments of a method given by its name.
 
     Raises:
@@ -55,13 +67,40 @@ def shapley_values(
     if isinstance(method, ShapleyEstimator) or method == "auto":
         if options:
             raise ValueError(f"options {sorted(options)} need a method given by its name: one of {sorted(_METHODS)}")
-        estimator = method if isinstance(method, ShapleyEstimator) else _choose(game.n_players)
+        estimator = method if isinstance(method, ShapleyEstimator) else choose_estimator(game.n_players)
     elif method in _METHODS:
         estimator = _METHODS[method](**options)
     else:
         raise ValueError(f"method must be 'auto', one of {sorted(_METHODS)} or a ShapleyEstimator, got {method!r}")
-    return estimator.estimate(game, generator=generator, resume=resume, stop=stop, progress=progress)
+    work: dict[str, Any] = {"generator": generator, "resume": resume, "stop": stop}
+    if progress is not True:
+        return estimator.estimate(game, progress=progress or None, **work)
+    from lightning_eff.reporting import progress as bar
+
+    with bar(f"Shapley values of {game.n_players} players", estimator.cost(game.n_players)) as shown:
+        return estimator.estimate(game, progress=shown.advance, **work)
 
 
-def _choose(n: int) -> ShapleyEstimator:
-    return ExactShapley() if n <= 12 else PermutationShapley()
+def choose_estimator(n: int, budget: int | str | None = None, depth: Depth = "full") -> ShapleyEstimator:
+    """The estimator that `"auto"` stands for.
+
+    Exact values where the budget allows all coalitions; else antithetic walks for a partial value and for small
+    budgets; else regression, which errs least at equal evaluations on the games it was measured on.
+
+    Args:
+        n: number of players.
+        budget: evaluations: a number, or a multiple of the players; None for `"20n"`, and 2**n up to 12 players.
+        depth: of the value, as in `PermutationShapley`.
+
+    Raises:
+        ValueError: the budget is below that of two walks.
+    """
+    evaluations = resolve_budget("20n" if budget is None else budget, n)
+    enough = n <= _EXACT_PLAYERS if budget is None else 2**n <= evaluations
+    if depth != "full":
+        return PermutationShapley(max(2, evaluations // n), depth=depth)
+    if enough:
+        return ExactShapley()
+    if evaluations < max(_REGRESSION_BUDGET * n, 30):
+        return PermutationShapley().with_budget(evaluations, n)
+    return RegressionShapley(evaluations)

@@ -77,9 +77,7 @@ def test_budgets_that_are_too_small_or_add_nothing_are_left_out():
     assert convergence_curve(GAME, PermutationShapley(), [3, 12, 13, 60]).evaluations.tolist() == [12, 52]
     assert convergence_curve(GAME, ExactShapley(), [63, 64, 1000]).evaluations.tolist() == [64]
     assert convergence_curve(GAME, GreedyBackward(), [63, 64, 1000]).evaluations.tolist() == [22]
-    with pytest.raises(
-        ValueError, match=r"none of the budgets \[2, 3\] suffices: 6 players .* at least 12 evaluations"
-    ):
+    with pytest.raises(ValueError, match=r"budgets \[2, 3\] suffices: 6 players .* at least 12 evaluations"):
         convergence_curve(GAME, PermutationShapley(), [2, 3])
 
 

@@ -1,12 +1,14 @@
 import dataclasses
 import itertools
 import math
+import time
 
 import pytest
 import torch
 from shapley.table_games import CountingGame, WalkableTable, all_coalitions, random_game, three_and_one
 
 from lightning_eff.shapley import (
+    CachedGame,
     ExactShapley,
     LeaveOneOut,
     ShapleyWarning,
@@ -15,6 +17,7 @@ from lightning_eff.shapley import (
     as_game,
     shapley_values,
 )
+from lightning_eff.shapley.exact import shapley_of_table
 
 # published or hand-computed games: kept players -> value
 AIRPORT = {
@@ -156,6 +159,92 @@ def test_chunk_size_changes_no_bit_and_cost_is_what_is_evaluated(depth, chunk_si
     assert game.count == result.n_evals == result.n_unique == sum(done) == estimator.cost(6)
 
 
+class Touring(TableGame):
+    """A table that can be toured, and notes the coalitions it passes."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.passed = []
+
+    def __call__(self, coalitions):
+        raise AssertionError("a game with a tour is toured")
+
+    def tour(self, start, flips):
+        code = int((start.long() << torch.arange(self.n_players)).sum())
+        codes = [code]
+        for player in flips.tolist():
+            codes.append(codes[-1] ^ 1 << player)
+        self.passed.append(codes)
+        return self.values[codes]
+
+
+@pytest.mark.parametrize("components", [None, 2])
+@pytest.mark.parametrize("n", [1, 2, 5, 13])
+def test_tour_passes_every_coalition_once_and_gives_the_same_values(n, components):
+    game, done = Touring(random_game(n, components=components).values), []
+    result = ExactShapley().estimate(game, progress=done.append)
+    assert sorted(code for part in game.passed for code in part) == list(range(2**n))
+    assert max(map(len, game.passed)) <= 4096
+    assert torch.equal(result.values, ExactShapley().estimate(random_game(n, components=components)).values)
+    assert result.n_evals == sum(done) == 2**n
+    torch.testing.assert_close(result.efficiency_gap, torch.zeros_like(result.efficiency_gap), rtol=0, atol=1e-12)
+
+
+def test_not_finite_value_on_a_tour_names_the_coalition():
+    values = random_game(4).values
+    values[0b1010] = float("nan")
+    with pytest.raises(ValueError, match=r"keeps players \(1, 3\)"):
+        ExactShapley().estimate(Touring(values))
+
+
+def test_game_that_offers_no_tour_after_all_is_listed():
+    class Hesitant(Touring):
+        __call__ = TableGame.__call__
+
+        @property
+        def tour(self):
+            raise AttributeError
+
+    assert torch.equal(
+        ExactShapley().estimate(Hesitant(random_game(4).values)).values, ExactShapley().estimate(random_game(4)).values
+    )
+
+
+def test_partial_depth_does_not_tour():
+    game = Touring(random_game(4).values)
+    with pytest.raises(AssertionError, match="is toured"):
+        ExactShapley(depth=2).estimate(game)
+
+
+@pytest.mark.parametrize("n", [2, 5, 8])
+def test_table_of_all_values_gives_the_mean_over_all_orders(n):
+    values = random_game(n).values
+    expected = torch.zeros(n, dtype=torch.float64)
+    for player in range(n):
+        others = [other for other in range(n) if other != player]
+        for size in range(n):
+            for kept in itertools.combinations(others, size):
+                code = sum(1 << other for other in kept)
+                share = math.factorial(size) * math.factorial(n - size - 1) / math.factorial(n)
+                expected[player] += share * (values[code | 1 << player] - values[code])
+    torch.testing.assert_close(shapley_of_table(values), expected, rtol=0, atol=1e-13)
+
+
+def test_weights_of_many_players_are_exact():
+    codes = torch.arange(2**18)
+    members = codes[:, None].bitwise_and(1 << torch.arange(18)).ne(0).sum(1).double()
+    torch.testing.assert_close(shapley_of_table(members**2), torch.full((18,), 18.0).double(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("depth", ["full", 2])
+def test_cached_game_evaluates_every_coalition_once(depth):
+    game = CountingGame(random_game(6))
+    cached = CachedGame(game)
+    first, again = (ExactShapley(depth=depth).estimate(cached) for _ in range(2))
+    assert torch.equal(first.values, again.values)
+    assert game.count == ExactShapley(depth=depth).cost(6)
+
+
 def test_leave_one_out_is_the_drop_of_each_player_for_n_plus_one_evaluations():
     game = CountingGame(random_game(5))
     result = LeaveOneOut().estimate(game)
@@ -192,6 +281,27 @@ def test_game_without_players_is_refused(estimator):
 def test_too_many_players_are_refused_with_the_count_and_the_alternatives():
     with pytest.raises(ValueError, match=r"2\*\*21 = 2,097,152 evaluations.*PermutationShapley.*LeaveOneOut \(22\)"):
         ExactShapley().estimate(as_game(lambda coalitions: coalitions.sum(1), 21))
+
+
+def test_refusal_tells_how_long_it_would_take():
+    asked = []
+
+    def slow(coalitions):
+        asked.extend(coalitions.tolist())
+        time.sleep(0.02)
+        return coalitions.sum(1)
+
+    with pytest.raises(ValueError, match=r"about (1[0-9]|2[0-9]) hours; max_players=20"):  # 2**21 x 0.02 s = 11.7 h
+        ExactShapley().estimate(as_game(slow, 21))
+    assert asked == [[True] * 21, [False] * 21]
+
+
+def test_game_that_fails_when_it_is_timed_says_so_itself():
+    def broken(coalitions):
+        raise OSError("disk on fire")
+
+    with pytest.raises(OSError, match="disk on fire"):
+        ExactShapley().estimate(as_game(broken, 30))
 
 
 def test_partial_depth_is_limited_by_its_own_cost():
