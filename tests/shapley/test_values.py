@@ -43,6 +43,7 @@ def test_auto_is_exact_where_all_coalitions_are_affordable_and_regression_beyond
     assert choose_estimator(64, "20n", depth="matched") == PermutationShapley(20, depth="matched")
 
 
+@pytest.mark.filterwarnings("ignore:.*fewer than two samples")  # a single pair of walks
 @pytest.mark.parametrize("n", [13, 40, 200])
 @pytest.mark.parametrize("budget", ["3n", "4n", "20n"])
 def test_auto_keeps_to_the_budget(n, budget):
