@@ -24,7 +24,8 @@ class ShapleyResult:
         n_unique: distinct coalitions among them, counted the same way.
         v_empty: value of no player, `[]` or `[D]`; None where the method did not need it.
         v_full: value of all players, likewise.
-        method: `"exact"`, `"leave_one_out"` or `"permutation"`.
+        method: `"exact"`, `"leave_one_out"`, `"permutation"`, `"regression"`, `"stratified"`, `"unbiased_kernel"`,
+            `"top_k"` or `"greedy_backward"` (whose values are places, not shares of a value).
         depth: number of removals (or insertions) averaged over; n is the Shapley value itself.
         seconds: wall-clock time, resumed parts included.
         converged: the precision the stop rule asked for was reached; without such a rule, all requested work was done.
@@ -49,11 +50,13 @@ class ShapleyResult:
 
     @property
     def efficiency_gap(self) -> Tensor:
-        """v(all) - v(none) - sum of values, `[]` or `[D]`: 0 up to rounding unless walks were truncated.
+        """v(all) - v(none) - sum of values, `[]` or `[D]`: 0 up to rounding, but for truncated walks and `"top_k"`.
 
         Raises:
-            ValueError: a partial value (depth < n), for which the axiom does not hold.
+            ValueError: a partial value (depth < n) or an order of removal, for which the axiom does not hold.
         """
+        if self.method == "greedy_backward":
+            raise ValueError("places in an order of removal do not share out a value")
         if self.v_full is None or self.v_empty is None or self.depth < len(self.values):
             raise ValueError(f"efficiency belongs to depth n = {len(self.values)}, this result has depth {self.depth}")
         return self.v_full - self.v_empty - self.values.sum(0)

@@ -32,6 +32,8 @@ def test_every_method_is_reached_by_its_name(method, options):
     result = shapley_values(game, method, generator=0, **options)
     assert result.method == method
     assert torch.allclose(result.values, shapley_values(game).values, atol=0.07)
+    if method != "top_k":
+        assert abs(result.efficiency_gap) < 1e-9
 
 
 def test_auto_is_exact_where_all_coalitions_are_affordable_and_regression_beyond():
@@ -77,6 +79,11 @@ def test_greedy_ranks_in_reverse_order_of_removal_at_its_announced_cost():
         assert worst == result.rank()[len(kept)]
     assert result.state["path"] == pytest.approx(path)
     assert result.n_evals == game.count == GreedyBackward().cost(7) == 29
+
+
+def test_places_in_an_order_share_out_nothing():
+    with pytest.raises(ValueError, match="do not share out"):
+        _ = GreedyBackward().estimate(random_game(4)).efficiency_gap
 
 
 def test_greedy_does_not_begin_what_the_budget_cannot_finish():
