@@ -1,4 +1,4 @@
-"""How good are rankings before and after fine-tuning? Shapley values, leave-one-out, L1 norm and chance.
+"""How good are rankings before and after fine-tuning? Shapley values, greedy removal, leave-one-out, L1 norm, chance.
 
 Channels are ranked on validation images; accuracies are on test images, mean over networks trained from several seeds
 (for chance also over ten drawings each). Fine-tuning is the same short run for every ranking.
@@ -8,6 +8,7 @@ Run: python examples/benchmarks/ranking_quality.py          (about 6 minutes; Fa
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import lightning as L
 import torch
@@ -18,7 +19,13 @@ from lightning_eff.data import DigitsDataModule, FashionMNISTDataModule
 from lightning_eff.models import ImageClassifier, LeNet, SmallCNN
 from lightning_eff.pruning import ChannelGame, Samples
 from lightning_eff.reporting import Column, Table
-from lightning_eff.shapley import LeaveOneOut, PermutationShapley
+from lightning_eff.shapley import (
+    GreedyBackward,
+    LeaveOneOut,
+    PermutationShapley,
+    ShapleyEstimator,
+    choose_estimator,
+)
 from lightning_eff.surgery import ChannelGraph, PruningPlan, apply_plan
 
 SEEDS = 3
@@ -52,17 +59,23 @@ def _scores(
 ) -> dict[str, list[dict[str, Tensor]]]:
     """Every ranking's scores for the layers in ``keep``; chance is drawn ten times."""
 
-    def shapley(name: str, depth: int | str) -> Tensor:
-        game = ChannelGame(model, graph, name, samples)
-        return PermutationShapley(walks=32, depth=depth).estimate(game, generator=0).values
-
-    removed = {name: graph.resolve(name).size - count for name, count in keep.items()}
     games = {name: ChannelGame(model, graph, name, samples) for name in keep}
+
+    def values(choose: Callable[[int, int], ShapleyEstimator]) -> list[dict[str, Tensor]]:
+        """Scores by the estimator that is chosen for the number of channels there are and of those that go."""
+        return [
+            {
+                name: choose(game.n_players, game.n_players - keep[name]).estimate(game, generator=0).values
+                for name, game in games.items()
+            }
+        ]
+
     generator = torch.Generator().manual_seed(0)
     return {
-        "Shapley, matched depth": [{name: shapley(name, removed[name]) for name in keep}],
-        "Shapley, full": [{name: shapley(name, "full") for name in keep}],
-        "leave-one-out": [{name: LeaveOneOut().estimate(game).values for name, game in games.items()}],
+        "Shapley, matched depth": values(lambda n, removed: PermutationShapley(walks=32, depth=removed)),
+        "Shapley, full": values(lambda n, removed: choose_estimator(n, "20n")),
+        "greedy removal": values(lambda n, removed: GreedyBackward()),
+        "leave-one-out": values(lambda n, removed: LeaveOneOut()),
         "L1 norm": [{n: model.get_submodule(n).weight.detach().flatten(1).norm(1, dim=1) for n in keep}],
         "chance": [
             {name: torch.rand(graph.resolve(name).size, generator=generator) for name in keep} for _ in range(10)

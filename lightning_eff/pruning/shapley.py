@@ -7,13 +7,15 @@ layer is pruned, clearly worse where several wide layers are pruned together. He
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_eff.pruning.callback import StructuredPruningCallback
 from lightning_eff.pruning.channel_game import ChannelGame, GameOptions
@@ -22,7 +24,16 @@ from lightning_eff.pruning.scoring import Scoring
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule
 from lightning_eff.pruning.values import Value
 from lightning_eff.reporting import progress
-from lightning_eff.shapley import ExactShapley, PermutationShapley, ShapleyEstimator, StopRule
+from lightning_eff.shapley import (
+    ExactShapley,
+    GreedyBackward,
+    PermutationShapley,
+    ShapleyEstimator,
+    ShapleyWarning,
+    StopRule,
+    choose_estimator,
+)
+from lightning_eff.shapley.estimator import resolve_budget
 
 
 class ShapleyPruningCallback(StructuredPruningCallback):
@@ -37,8 +48,9 @@ class ShapleyPruningCallback(StructuredPruningCallback):
         calibration: the data that channels are judged on.
         value: what the network is worth on a sample: ``"accuracy"``, ``"neg_loss"`` (for small or saturated
             calibration sets) or a callable ``(outputs, target) -> [B]``, higher is better.
-        estimator: how values are estimated; None takes 32 antithetic permutations, or exact values
-            where those cost no more.
+        estimator: how values are estimated; ``"auto"``: exact where ``budget`` allows all coalitions, else regression,
+            or walks at small budgets.
+        budget: evaluations a layer for ``"auto"``: a number, or a multiple of its channels such as ``"20n"``.
         stop: when to stop estimating a layer early.
         game: how the network is evaluated without some of its channels.
         plan: path of a plan to follow instead of scoring.
@@ -60,7 +72,8 @@ class ShapleyPruningCallback(StructuredPruningCallback):
         layers: Layers = Layers(),  # noqa: B008
         calibration: Calibration = Calibration(),  # noqa: B008
         value: Value = "accuracy",
-        estimator: ShapleyEstimator | None = None,
+        estimator: ShapleyEstimator | Literal["auto"] = "auto",
+        budget: int | str = "20n",
         stop: StopRule | None = None,
         game: GameOptions = GameOptions(),  # noqa: B008
         plan: str | Path | None = None,
@@ -80,10 +93,30 @@ class ShapleyPruningCallback(StructuredPruningCallback):
             seed=seed,
             verbose=verbose,
         )
-        self.estimator = estimator
+        if estimator == "auto":
+            resolve_budget(budget, 1)
+        elif not isinstance(estimator, ShapleyEstimator):
+            raise ValueError(f'estimator must be a ShapleyEstimator or "auto", got {estimator!r}')
+        elif isinstance(estimator, GreedyBackward) and allocation.mode == "global":
+            raise ValueError(
+                "GreedyBackward gives places, not values that compare between layers: use allocation mode "
+                '"uniform", "budget" or an amount per layer'
+            )
+        self.estimator: ShapleyEstimator | Literal["auto"] = estimator
+        self.budget = budget
         self.stop = stop
         self.game = game
         self.calibration_groups = game.groups
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As the base, and tell before training when the budget is too small for a layer."""
+        super().on_train_start(trainer, pl_module)
+        if self._graph is not None and self.given_plan is None:
+            for name in self._graph.prunable:
+                try:
+                    self._estimator(self._graph.groups[name].size, removed=1)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
 
     def score(self, scoring: Scoring) -> Mapping[str, Scores]:
         """Estimate the Shapley values of every group that loses channels."""
@@ -106,29 +139,37 @@ class ShapleyPruningCallback(StructuredPruningCallback):
         estimator = self._estimator(game.n_players, removed)
         number = names.index(name)
         title = f"{name} ({number + 1}/{len(names)}, {game.n_players} channels)"
-        with progress(title, estimator.cost(game.n_players), enabled=scoring.verbose) as bar:
+        with progress(title, estimator.cost(game.n_players), enabled=scoring.verbose) as bar, _naming(name):
             result = estimator.estimate(
                 game, generator=scoring.seed + 7919 * number, stop=self.stop, progress=bar.advance
             )
         curve = None
         if scoring.curves:
             worst_first = result.values.sort(stable=True).indices
-            coalitions = torch.ones(game.n_players, game.n_players, dtype=torch.bool)
-            for r in range(1, game.n_players):
-                coalitions[r:, worst_first[r - 1]] = False
-            curve = game(coalitions)
+            curve = game.walk(worst_first[None, :-1])[0]
         return Scores(result.values, result.stderr, scoring.graph.weight_norms(scoring.model)[name], curve)
 
     def _estimator(self, n: int, removed: int) -> ShapleyEstimator:
         estimator = self.estimator
-        if estimator is None:
-            walks = PermutationShapley(walks=32)
-            exact_is_cheap = 2**n <= walks.walks * n and self.stop is None
-            estimator = ExactShapley() if exact_is_cheap else walks
-        if any(field.name == "depth" for field in fields(estimator)) and estimator.depth == "matched":  # type: ignore[arg-type,attr-defined]
-            estimator = replace(estimator, depth=removed)  # type: ignore[type-var]
+        if estimator == "auto":
+            limit = None if self.stop is None else self.stop.max_evals
+            budget = resolve_budget(self.budget, n)
+            return choose_estimator(n, budget if limit is None else min(budget, limit))
+        if isinstance(estimator, ExactShapley | PermutationShapley) and estimator.depth == "matched":
+            return replace(estimator, depth=removed)
         return estimator
 
     def fingerprint_settings(self) -> tuple[Any, ...]:
         """Add what the Shapley values depend on."""
-        return (*super().fingerprint_settings(), self.estimator, self.stop, self.game)
+        return (*super().fingerprint_settings(), self.estimator, self.budget, self.stop, self.game)
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Say which layer a warning of the estimate is about."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        text = f"{layer}: {warning.message}" if issubclass(warning.category, ShapleyWarning) else str(warning.message)
+        warnings.warn(text, warning.category, stacklevel=2)

@@ -4,67 +4,22 @@ from __future__ import annotations
 
 import copy
 import random
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from channel_networks import NETWORKS, coalitions, network, randomised, samples
 from magnitude import digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_eff.batch import call_model, split_batch, take
+from lightning_eff.batch import call_model, take
 from lightning_eff.models import LeNet
 from lightning_eff.pruning import Accuracy, ChannelGame, GameOptions, NegativeLoss, Samples
 from lightning_eff.shapley import ExactShapley, GroupedGame
 from lightning_eff.surgery import ChannelGraph, PruningPlan, apply_plan
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "surgery"))
-
-from networks import build, randomised
-
-NETWORKS = [
-    ("LeNet", "c1.0"),
-    ("LeNet", "c5"),
-    ("ResNet-18", "layer2.0.conv1"),
-    ("ResNet-18", "layer2.0.conv2"),  # the residual stream: three producers
-    ("MobileNetV2", "features.2.conv.0.0"),
-    ("concat-flatten", "b"),
-    ("concat-flatten", "c"),
-    ("grouped", "a"),
-    ("squeeze-excite", "conv"),
-]
-
-
-def network(name: str, count: int = 12) -> tuple[nn.Module, ChannelGraph, Tensor, Tensor]:
-    """A network in evaluation mode, its graph, inputs, and labels that it mostly gets right."""
-    model, x = build(name)
-    model.eval()
-    graph = ChannelGraph.from_model(model, x)
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(count, *x.shape[1:], generator=generator)
-    *_, last = (layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
-    with torch.no_grad():
-        last.bias -= model(inputs).mean(0)  # or an untrained network gives every input the same class
-        labels = model(inputs).argmax(1)
-    labels[::4] = torch.randint(0, 4, labels[::4].shape, generator=generator)
-    return model, graph, inputs, labels
-
-
-def samples(inputs: Any, target: Any, groups: int = 2) -> Samples:
-    return Samples.collect([(inputs, target)], 10**6, split_batch, groups=groups)
-
-
-def coalitions(n: int, count: int = 3, seed: int = 0) -> Tensor:
-    """Everybody, a single one, random ones; never nobody, which no cut network is."""
-    some = torch.rand(count, n, generator=torch.Generator().manual_seed(seed)) < 0.5
-    some[:, 0] = True
-    single = torch.zeros(1, n, dtype=torch.bool)
-    single[0, -1] = True
-    return torch.cat([torch.ones(1, n, dtype=torch.bool), single, some])
 
 
 def cut_down(model: nn.Module, graph: ChannelGraph, name: str, coalition: Tensor, x: Tensor) -> nn.Module:
@@ -99,7 +54,7 @@ def test_value_of_a_coalition_is_that_of_the_cut_network(name: str, group: str, 
 
 
 @pytest.mark.parametrize(("name", "group"), NETWORKS)
-def test_acceleration_changes_no_value(name: str, group: str) -> None:
+def test_prefix_changes_no_bit(name: str, group: str) -> None:
     model, graph, inputs, labels = network(name)
     given = samples(inputs, labels)
     games = [
@@ -114,13 +69,13 @@ def test_without_memory_the_values_are_the_same() -> None:
     model, graph, inputs, labels = network("LeNet")
     given = samples(inputs, labels, groups=3)
     plenty, none = (
-        ChannelGame(model, graph, "c3.0", given, value="neg_loss", options=GameOptions(max_memory_mb=size))
+        ChannelGame(model, graph, "c3.0", given, value="neg_loss", options=GameOptions("remove", "prefix", None, size))
         for size in (512, 0)
     )
     some = coalitions(20)
     assert torch.equal(plenty(some), none(some))
     assert torch.equal(plenty(some), none(some))  # from tapes, and recorded once more
-    assert (len(plenty._tapes), len(none._tapes)) == (3, 0)
+    assert (len(plenty._known), len(none._known)) == (3, 0)
 
 
 def test_nobody_left_is_the_network_with_zeros() -> None:

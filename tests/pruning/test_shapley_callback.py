@@ -22,7 +22,18 @@ from lightning_eff.pruning import (
     Schedule,
     ShapleyPruningCallback,
 )
-from lightning_eff.shapley import ExactShapley, LeaveOneOut, PermutationShapley, StopRule
+from lightning_eff.shapley import (
+    ExactShapley,
+    GreedyBackward,
+    LeaveOneOut,
+    PermutationShapley,
+    RegressionShapley,
+    ShapleyEstimator,
+    StopRule,
+    StratifiedShapley,
+    TopKShapley,
+    UnbiasedKernelShapley,
+)
 from lightning_eff.surgery import ChannelGraph, PruningPlan, apply_plan
 
 TRAIN, VAL = digits(1280)
@@ -126,12 +137,49 @@ def test_matched_depth_of_half_the_layer_needs_at_most_half_a_full_walk() -> Non
     assert callback._estimator(64, 32).cost(64) <= 0.52 * PermutationShapley(walks=32).cost(64)
 
 
-def test_exact_values_are_taken_where_they_cost_no_more() -> None:
+def test_auto_is_exact_where_the_budget_allows_it_and_regression_beyond() -> None:
     callback = ShapleyPruningCallback()
-    assert isinstance(callback._estimator(8, 4), ExactShapley)
-    assert isinstance(callback._estimator(9, 4), PermutationShapley)
+    assert isinstance(callback._estimator(7, 4), ExactShapley)
+    assert callback._estimator(8, 4) == RegressionShapley(160)
     limited = ShapleyPruningCallback(stop=StopRule(max_evals=100))
-    assert isinstance(limited._estimator(8, 4), PermutationShapley)
+    assert limited._estimator(7, 4) == RegressionShapley(100)
+    assert ShapleyPruningCallback(budget=2**10)._estimator(10, 4) == ExactShapley()
+
+
+def test_a_budget_too_small_for_a_layer_is_told_before_training(trained: Net) -> None:
+    callback = ShapleyPruningCallback(budget=12, calibration=Calibration(samples=64), verbose=False)
+    with pytest.raises(ValueError, match=r"body\.\d: .*the budget is 12"):
+        trainer(callback, max_epochs=1).fit(copy.deepcopy(trained), TRAIN, VAL)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": "n20"}, "budget must be"),
+        ({"estimator": "exact"}, "estimator must be"),
+        ({"estimator": GreedyBackward(), "allocation": Allocation(mode="global")}, "places, not values"),
+    ],
+)
+def test_bad_estimators_and_budgets_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShapleyPruningCallback(**options)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [RegressionShapley("4n"), StratifiedShapley("4n"), UnbiasedKernelShapley("4n"), TopKShapley(8, budget="4n"),
+     GreedyBackward()],
+    ids=lambda estimator: type(estimator).__name__,
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*no error bar")
+def test_every_estimator_can_rank_the_channels(trained: Net, estimator: ShapleyEstimator) -> None:
+    callback = ShapleyPruningCallback(
+        0.5, estimator=estimator, calibration=Calibration(samples=64), layers=Layers(include=["body.4"]), verbose=False
+    )
+    model = copy.deepcopy(trained)
+    before = model.body[4].out_channels
+    trainer(callback, max_epochs=1).fit(model, TRAIN, VAL)
+    assert model.body[4].out_channels == before // 2
 
 
 def test_stop_rule_limits_the_evaluations_of_a_layer(trained: Net) -> None:

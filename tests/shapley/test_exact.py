@@ -372,10 +372,10 @@ def test_names_of_the_game_are_carried_into_the_result():
     assert ExactShapley().estimate(game).names == ["line 3", "line 5"]
 
 
-def test_one_call_chooses_enumeration_for_few_players_and_walks_for_many():
+def test_one_call_chooses_enumeration_for_few_players_and_samples_for_many():
     assert shapley_values(TEXTBOOK).values.tolist() == pytest.approx([7 / 6, 5 / 3, 19 / 6], abs=1e-12)
     assert shapley_values(random_game(12)).method == "exact"
-    assert shapley_values(random_game(13), generator=0).method == "permutation"
+    assert shapley_values(random_game(13), generator=0).method != "exact"
     assert shapley_values(random_game(4), "permutation", walks=4, generator=0).n_evals == 2 + 4 * 3
     assert shapley_values(random_game(4), LeaveOneOut()).method == "leave_one_out"
 

@@ -4,7 +4,7 @@ import torch
 from shapley.table_games import WalkableTable, random_game
 
 from lightning_eff.shapley import Game, GroupedGame, TableGame, WalkableGame, as_game, evaluate, evaluate_walks
-from lightning_eff.shapley.games import group_weights, nested_coalitions
+from lightning_eff.shapley.games import TourableGame, evaluate_tour, group_weights, nested_coalitions
 
 
 def test_bit_i_of_a_table_index_is_player_i():
@@ -122,3 +122,38 @@ def test_group_weights_that_do_not_sum_to_one_are_refused():
 
     with pytest.raises(ValueError, match="sum to 1"):
         group_weights(Lopsided([0.0, 1.0]))
+
+
+class Touring(TableGame):
+    """A table that can be toured, and returns one value too few when told to."""
+
+    missing = 0
+
+    def tour(self, start, flips):
+        kept = [start]
+        for player in flips.tolist():
+            kept.append(kept[-1].clone())
+            kept[-1][player] = not kept[-1][player]
+        return self(torch.stack(kept))[self.missing :]
+
+
+def test_tour_tells_the_values_after_each_change_of_sides():
+    game = Touring(torch.arange(8.0))
+    assert isinstance(game, TourableGame)
+    values = evaluate_tour(game, torch.tensor([True, False, False]), torch.tensor([2, 0, 0, 2]))
+    assert values.tolist() == [0b001, 0b101, 0b100, 0b101, 0b001]
+
+
+def test_not_finite_value_on_a_tour_names_the_coalition():
+    game = Touring([0.0, 1.0, float("inf"), 3.0])
+    with pytest.raises(ValueError, match=r"keeps players \(1,\)"):
+        evaluate_tour(game, torch.tensor([True, True]), torch.tensor([1, 1, 0]))
+
+
+def test_tour_of_another_length_and_start_of_another_width_are_refused():
+    game = Touring(torch.arange(8.0))
+    with pytest.raises(ValueError, match=r"bool \[M, 3\]"):
+        evaluate_tour(game, torch.tensor([True, False]), torch.tensor([0]))
+    game.missing = 1
+    with pytest.raises(ValueError, match=r"must return \[2\]"):
+        evaluate_tour(game, torch.tensor([True, False, True]), torch.tensor([0]))
