@@ -9,7 +9,7 @@ Shapes: `n` players, `M` coalitions, `P` walks, `K` steps of a walk, `D` compone
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -238,6 +238,7 @@ class TableGame:
         if size < 2 or size & (size - 1):
             raise ValueError(f"a table needs 2**n values for n >= 1 players, got {size}")
         self.n_players = size.bit_length() - 1
+        self.names: list[str] | None = None
 
     def __call__(self, coalitions: Tensor) -> Tensor:
         """As `Game.__call__`."""
@@ -249,13 +250,14 @@ class FunctionGame:
 
     def __init__(self, function: Callable[[Tensor], Any], n_players: int) -> None:
         self.function, self.n_players = function, n_players
+        self.names: list[str] | None = None
 
     def __call__(self, coalitions: Tensor) -> Tensor:
         """As `Game.__call__`."""
         return torch.as_tensor(self.function(coalitions))
 
 
-def as_game(obj: Any, n_players: int | None = None) -> Game:
+def as_game(obj: Any, n_players: int | None = None, *, names: Sequence[str] | None = None) -> Game:
     """Make a game of what describes one.
 
     Args:
@@ -263,14 +265,17 @@ def as_game(obj: Any, n_players: int | None = None) -> Game:
             `n_players`; a dict from the tuple of kept players to the value, all 2**n of them, `()` included; or 2**n
             values as `TableGame` takes them.
         n_players: number of players; needed for a callable, otherwise checked.
+        names: a name for each player, carried into the results; a `Game` has its own, in its attribute `names`.
 
     Raises:
-        ValueError: a callable without `n_players`, a dict with missing or unknown coalitions, or another number of
-            players than `n_players`.
+        ValueError: a callable without `n_players`, a dict with missing or unknown coalitions, another number of
+            players than `n_players`, or of names; names for a `Game`.
         TypeError: `obj` is nothing of the above.
     """
     game: Game
     if isinstance(obj, Game):
+        if names is not None:
+            raise ValueError("a Game names its players itself: give it an attribute names")
         game = obj
     elif isinstance(obj, Mapping):
         game = _game_of_dict(obj, n_players)
@@ -284,6 +289,10 @@ def as_game(obj: Any, n_players: int | None = None) -> Game:
         raise TypeError(f"expected a Game, a callable, a dict or 2**n values, got {type(obj).__name__}")
     if n_players is not None and game.n_players != n_players:
         raise ValueError(f"the game has {game.n_players} players, n_players says {n_players}")
+    if isinstance(game, FunctionGame | TableGame) and names is not None:
+        if len(names) != game.n_players:
+            raise ValueError(f"expected one name for each of {game.n_players} players, got {len(names)}")
+        game.names = list(names)
     return game
 
 

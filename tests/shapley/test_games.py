@@ -3,7 +3,16 @@ import pytest
 import torch
 from shapley.table_games import WalkableTable, random_game
 
-from lightning_eff.shapley import Game, GroupedGame, TableGame, WalkableGame, as_game, evaluate, evaluate_walks
+from lightning_eff.shapley import (
+    ExactShapley,
+    Game,
+    GroupedGame,
+    TableGame,
+    WalkableGame,
+    as_game,
+    evaluate,
+    evaluate_walks,
+)
 from lightning_eff.shapley.games import TourableGame, evaluate_tour, group_weights, nested_coalitions
 
 
@@ -157,3 +166,17 @@ def test_tour_of_another_length_and_start_of_another_width_are_refused():
     game.missing = 1
     with pytest.raises(ValueError, match=r"must return \[2\]"):
         evaluate_tour(game, torch.tensor([True, False, True]), torch.tensor([0]))
+
+
+def test_names_are_carried_into_the_result():
+    game = as_game({(): 0, (0,): 1, (1,): 2, (0, 1): 4}, names=["left", "right"])
+    assert ExactShapley().estimate(game).names == ["left", "right"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(lambda: [0.0, 1.0, 2.0, 4.0], "one name for each of 2"), (lambda: TableGame([0.0, 1.0]), "names its players")],
+)
+def test_names_that_do_not_fit_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        as_game(given(), names=["a", "b", "c"])
