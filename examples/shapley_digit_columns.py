@@ -45,8 +45,8 @@ def column_accuracy(train: int = 300, test: int = 600) -> shapley.CachedGame:
         model = LogisticRegression(max_iter=500, tol=1e-2).fit(pixels[:train], labels[:train])
         return model.score(pixels[train : train + test], labels[train : train + test])
 
-    game = shapley.as_game(lambda coalitions: torch.tensor([accuracy(row) for row in coalitions]), 8)
-    game.names = [f"col {column}" for column in range(8)]
+    names = [f"col {column}" for column in range(8)]
+    game = shapley.as_game(lambda seen: torch.tensor([accuracy(row) for row in seen]), 8, names=names)
     return shapley.CachedGame(game, f"digits {train} {test}")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_eff.shapley.coalitions import CoalitionSequence, packed_keys
-from lightning_eff.shapley.estimator import Progress, ShapleyEstimator, StopRule, player_count, resolve_budget
+from lightning_eff.shapley.estimator import Request, ShapleyEstimator, player_count, resolve_budget
 from lightning_eff.shapley.exact import ExactShapley
 from lightning_eff.shapley.games import Game, evaluate
 from lightning_eff.shapley.result import ShapleyResult
@@ -115,29 +115,21 @@ class CoalitionEstimator(ShapleyEstimator):
         self._check_enough(budget, n)
         return replace(self, budget=budget)
 
-    def estimate(
-        self,
-        game: Game,
-        *,
-        generator: torch.Generator | int | None = None,
-        resume: ShapleyResult | None = None,
-        stop: StopRule | None = None,
-        progress: Progress | None = None,
-    ) -> ShapleyResult:
-        """As `ShapleyEstimator.estimate`; `resume` adds `budget` evaluations to those of the result.
+    def run(self, game: Game, request: Request) -> ShapleyResult:
+        """As `ShapleyEstimator.run`; `resume` adds `budget` evaluations to those of the result.
 
         Warns:
             ShapleyWarning: the game does not react, or the coalitions do not determine all values.
         """
         n = player_count(game)
         if n <= self.small:
-            return ExactShapley().estimate(game, resume=resume, stop=stop, progress=progress)
+            return ExactShapley().run(game, request)
         budget = resolve_budget(self.budget, n)
-        if resume is None:
+        if request.resume is None:
             self._check_enough(budget, n)
-        run = CoalitionRun(self, game, stop, progress)
-        run.start(generator, resume)
-        asked = (budget - (2 if resume is None else 0)) // self.unit_cost
+        run = CoalitionRun(self, game, request)
+        run.start()
+        asked = (budget - (2 if request.resume is None else 0)) // self.unit_cost
         return run.result(run.until(run.units_done + asked, self.chunk_size), n)
 
     def _check_enough(self, budget: int, n: int) -> None:
@@ -152,14 +144,12 @@ class CoalitionEstimator(ShapleyEstimator):
 class CoalitionRun(SampledRun):
     """One estimate; units are coalitions of a sequence, or pairs of a coalition and its complement."""
 
-    def __init__(
-        self, estimator: CoalitionEstimator, game: Game, stop: StopRule | None, progress: Progress | None
-    ) -> None:
+    def __init__(self, estimator: CoalitionEstimator, game: Game, request: Request) -> None:
         n = game.n_players
         options = {name: value for name, value in asdict(estimator).items() if name not in estimator.not_resumed}
         ends = torch.tensor([[True], [False]]).expand(2, n)
         share = estimator.share_coalitions
-        super().__init__(game, estimator.method, ends, options, share=share, stop=stop, progress=progress)
+        super().__init__(game, request, estimator.method, ends, options, share=share)
         self._estimator = estimator
         self.least_units, self.unit_cost = estimator.least_units(n), estimator.unit_cost
         self.most_units = estimator.sequence(n, 0, 0).length

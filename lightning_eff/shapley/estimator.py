@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,10 +70,18 @@ class StopRule:
         return False
 
 
+class Request(NamedTuple):
+    """What `ShapleyEstimator.estimate` was asked for, beside the game."""
+
+    generator: torch.Generator | int | None = None
+    resume: ShapleyResult | None = None
+    stop: StopRule | None = None
+    progress: Progress | None = None
+
+
 class ShapleyEstimator(ABC):
     """A way to compute or estimate Shapley values."""
 
-    @abstractmethod
     def estimate(
         self,
         game: Game,
@@ -97,6 +105,11 @@ class ShapleyEstimator(ABC):
             ValueError: a game without players or with invalid values, a budget too small for a single sample, a
                 `resume` that does not fit.
         """
+        return self.run(game, Request(generator, resume, stop, progress))
+
+    @abstractmethod
+    def run(self, game: Game, request: Request) -> ShapleyResult:
+        """What `estimate` does; subclasses write it."""
 
     @abstractmethod
     def cost(self, n: int) -> int:

@@ -19,9 +19,8 @@ from torch import Tensor
 from lightning_eff.shapley.estimator import (
     Depth,
     Direction,
-    Progress,
+    Request,
     ShapleyEstimator,
-    StopRule,
     check_depth,
     check_direction,
     player_count,
@@ -67,16 +66,8 @@ class ExactShapley(ShapleyEstimator):
         """As `ShapleyEstimator.cost`."""
         return sum(math.comb(n, size) for size in range(resolve_depth(self.depth, n) + 1))
 
-    def estimate(
-        self,
-        game: Game,
-        *,
-        generator: torch.Generator | int | None = None,
-        resume: ShapleyResult | None = None,
-        stop: StopRule | None = None,
-        progress: Progress | None = None,
-    ) -> ShapleyResult:
-        """As `ShapleyEstimator.estimate`; there is nothing to resume, and a budget below `cost` is a ValueError.
+    def run(self, game: Game, request: Request) -> ShapleyResult:
+        """As `ShapleyEstimator.run`; there is nothing to resume, and a budget below `cost` is a ValueError.
 
         Raises:
             ValueError: also when more evaluations are needed than `max_players` allows.
@@ -85,7 +76,7 @@ class ExactShapley(ShapleyEstimator):
         n = player_count(game)
         depth = resolve_depth(self.depth, n)
         self._check_size(game, n)
-        work = Enumeration(self.cost(n), resume, stop, progress)
+        work = Enumeration(self.cost(n), request)
         if depth == n:
             return self._full(game, n, work)
 
@@ -164,18 +155,10 @@ class LeaveOneOut(ShapleyEstimator):
         """As `ShapleyEstimator.cost`."""
         return n + 1
 
-    def estimate(
-        self,
-        game: Game,
-        *,
-        generator: torch.Generator | int | None = None,
-        resume: ShapleyResult | None = None,
-        stop: StopRule | None = None,
-        progress: Progress | None = None,
-    ) -> ShapleyResult:
-        """As `ExactShapley.estimate`, and raises likewise."""
+    def run(self, game: Game, request: Request) -> ShapleyResult:
+        """As `ExactShapley.run`, and raises likewise."""
         n = player_count(game)
-        work = Enumeration(self.cost(n), resume, stop, progress)
+        work = Enumeration(self.cost(n), request)
         remove = self.direction == "remove"
         origin = work.done(evaluate(game, torch.full((1, n), remove)))[0]
         first_steps = [
@@ -190,16 +173,15 @@ class LeaveOneOut(ShapleyEstimator):
 class Enumeration:
     """Bookkeeping of an enumeration that is worth nothing before it is complete."""
 
-    def __init__(
-        self, cost: int, resume: ShapleyResult | None, stop: StopRule | None, progress: Progress | None
-    ) -> None:
-        if resume is not None:
+    def __init__(self, cost: int, request: Request) -> None:
+        stop = request.stop
+        if request.resume is not None:
             raise ValueError("an exact result is complete, nothing is left to resume; CachedGame keeps evaluations")
         if stop is not None and stop.max_evals is not None and stop.max_evals < cost:
             raise ValueError(
                 f"this needs {cost:,} evaluations, the budget is {stop.max_evals:,}; PermutationShapley samples"
             )
-        self.cost, self.progress, self.begin = cost, progress, time.perf_counter()
+        self.cost, self.progress, self.begin = cost, request.progress, time.perf_counter()
         self.limit = math.inf if stop is None or stop.max_seconds is None else stop.max_seconds
         self.n_evals = 0
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_eff.shapley.estimator import Progress, ShapleyEstimator, StopRule, player_count
+from lightning_eff.shapley.estimator import Request, ShapleyEstimator, player_count
 from lightning_eff.shapley.exact import Enumeration
 from lightning_eff.shapley.games import Game, evaluate
 from lightning_eff.shapley.result import ShapleyResult
@@ -40,18 +40,10 @@ class GreedyBackward(ShapleyEstimator):
         """As `ShapleyEstimator.cost`."""
         return 1 + n * (n + 1) // 2
 
-    def estimate(
-        self,
-        game: Game,
-        *,
-        generator: torch.Generator | int | None = None,
-        resume: ShapleyResult | None = None,
-        stop: StopRule | None = None,
-        progress: Progress | None = None,
-    ) -> ShapleyResult:
-        """As `ExactShapley.estimate`, and raises likewise."""
+    def run(self, game: Game, request: Request) -> ShapleyResult:
+        """As `ExactShapley.run`, and raises likewise."""
         n = player_count(game)
-        work = Enumeration(self.cost(n), resume, stop, progress)
+        work = Enumeration(self.cost(n), request)
         order, path = greedy_backward_order(game, self.chunk_size, work)
         place = torch.empty(n, dtype=torch.float64)
         place[order] = torch.arange(n, dtype=torch.float64)

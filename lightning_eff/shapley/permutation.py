@@ -27,9 +27,8 @@ from lightning_eff.shapley.accumulator import Accumulator, DistinctCoalitions, U
 from lightning_eff.shapley.estimator import (
     Depth,
     Direction,
-    Progress,
+    Request,
     ShapleyEstimator,
-    StopRule,
     check_depth,
     check_direction,
     player_count,
@@ -109,16 +108,8 @@ class PermutationShapley(ShapleyEstimator):
             raise ValueError(f"{n} players at depth {depth} need at least {least} evaluations, the budget is {budget}")
         return replace(self, walks=count * units.walks)
 
-    def estimate(
-        self,
-        game: Game,
-        *,
-        generator: torch.Generator | int | None = None,
-        resume: ShapleyResult | None = None,
-        stop: StopRule | None = None,
-        progress: Progress | None = None,
-    ) -> ShapleyResult:
-        """As `ShapleyEstimator.estimate`; `resume` adds `walks` walks to those of the result and takes its seed.
+    def run(self, game: Game, request: Request) -> ShapleyResult:
+        """As `ShapleyEstimator.run`; `resume` adds `walks` walks to those of the result and takes its seed.
 
         Warns:
             ShapleyWarning: the game does not react, or the budget left players with fewer than two occurrences.
@@ -126,10 +117,10 @@ class PermutationShapley(ShapleyEstimator):
         n = player_count(game)
         depth = resolve_depth(self.depth, n)
         if depth == 1:
-            return LeaveOneOut(self.direction).estimate(game, resume=resume, stop=stop, progress=progress)
+            return LeaveOneOut(self.direction).run(game, request)
         units = self._units(n, depth)
-        run = _Walks(self, game, units, stop, progress)
-        run.start(generator, resume)
+        run = _Walks(self, game, units, request)
+        run.start()
         converged = run.until(run.units_done + self._requested(units), self.chunk_size)
         return run.result(converged, depth, remove=self.direction == "remove", truncated=run.truncated)
 
@@ -153,16 +144,13 @@ class _Walks(SampledRun):
         estimator: PermutationShapley,
         game: Game,
         units: Units,
-        stop: StopRule | None,
-        progress: Progress | None,
+        request: Request,
     ) -> None:
         first = estimator.direction == "remove"
         ends = torch.tensor([[first], [not first]])[: estimator._ends(units)].expand(-1, units.n)
         options = {name: value for name, value in asdict(estimator).items() if name not in ("walks", "chunk_size")}
         settings = {**options, "depth": units.depth}
-        super().__init__(
-            game, "permutation", ends, settings, share=estimator.share_coalitions, stop=stop, progress=progress
-        )
+        super().__init__(game, request, "permutation", ends, settings, share=estimator.share_coalitions)
         self.estimator, self.units, self.unit_cost = estimator, units, units.evaluations
 
     def prepare(self) -> None:

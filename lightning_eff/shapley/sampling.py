@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_eff.shapley.estimator import Progress, StopRule, warn_if_incomplete, warn_if_silent
+from lightning_eff.shapley.estimator import Request, StopRule, warn_if_incomplete, warn_if_silent
 from lightning_eff.shapley.games import Game, evaluate, group_weights
 from lightning_eff.shapley.result import ShapleyResult
 
@@ -27,26 +27,25 @@ class SampledRun(ABC):
 
     Args:
         game: the game.
+        request: what was asked for.
         method: name of the method, for the result.
         ends: bool `[E, n]`, coalitions that are evaluated once, in every group.
         settings: what a resumed result must agree with; plain Python.
         share: let all groups of a grouped game see the same coalitions.
-        stop: when to stop early.
-        progress: called with the number of evaluations just done.
     """
 
     def __init__(
         self,
         game: Game,
+        request: Request,
         method: str,
         ends: Tensor,
         settings: dict[str, Any],
         *,
         share: bool,
-        stop: StopRule | None,
-        progress: Progress | None,
     ) -> None:
-        self.game, self.n, self.method, self.stop, self.progress = game, game.n_players, method, stop, progress
+        self.game, self.n, self.method, self.request = game, game.n_players, method, request
+        self.stop = request.stop or StopRule()
         weights = None if share else group_weights(game)
         self.weights = torch.ones(1, dtype=torch.float64) if weights is None else weights  # [G]
         self.groups: list[int | None] = [None] if weights is None else list(range(len(weights)))
@@ -109,17 +108,17 @@ class SampledRun(ABC):
 
     # The estimate.
 
-    def start(self, generator: torch.Generator | int | None, resume: ShapleyResult | None) -> None:
-        """Begin from nothing, or from where `resume` ended.
+    def start(self) -> None:
+        """Begin from nothing, or from where the result to resume ended.
 
         Raises:
-            ValueError: the budget is below the smallest estimate, or `resume` does not fit.
+            ValueError: the budget is below the smallest estimate, or the result to resume does not fit.
         """
-        if resume is not None:
-            self._go_on(resume, generator)
+        if self.request.resume is not None:
+            self._go_on(self.request.resume)
             return
         least = len(self._end_coalitions) + self.least_units * self.unit_cost
-        if self.stop is not None and self.stop.max_evals is not None and self.stop.max_evals < least:
+        if self.stop.max_evals is not None and self.stop.max_evals < least:
             raise ValueError(
                 f"the smallest {self.method} estimate of {self.n} players needs {least} evaluations, the budget is "
                 f"{self.stop.max_evals}; LeaveOneOut needs {self.n + 1}"
@@ -128,11 +127,12 @@ class SampledRun(ABC):
             ends = torch.stack([evaluate(self.game, self._end_coalitions, group=group) for group in self.groups])
             self.scalar = ends.ndim == 2
             self.ends = ends.reshape(*ends.shape[:2], -1)
-        self.seed = seed_of(generator)
+        self.seed = seed_of(self.request.generator)
         self.prepare()
         self._report()
 
-    def _go_on(self, resume: ShapleyResult, generator: torch.Generator | int | None) -> None:
+    def _go_on(self, resume: ShapleyResult) -> None:
+        generator = self.request.generator
         state: dict[str, Any] = resume.state or {}
         if resume.method != self.method or state.get("settings") != self.settings:
             raise ValueError(
@@ -162,7 +162,7 @@ class SampledRun(ABC):
 
     def until(self, target: int, chunk_size: int) -> bool:
         """Draw units until `target` are done or the stop rule says so; whether that was what was wanted."""
-        stop = self.stop or StopRule()
+        stop = self.stop
         target = min(target, self.most_units)
         looks = self.looks or stop.asks_precision
         enough, previous = False, None
@@ -216,14 +216,14 @@ class SampledRun(ABC):
         return warn_if_silent(warn_if_incomplete(result))
 
     def _affordable(self) -> int:
-        if self.stop is None or self.stop.max_evals is None:
+        if self.stop.max_evals is None:
             return sys.maxsize
         return (self.stop.max_evals - self.n_evals) // max(self.unit_cost, 1)
 
     def _report(self) -> None:
-        if self.progress is not None:
+        if self.request.progress is not None:
             done = len(self._end_coalitions) + self.evaluated // len(self.groups)
-            self.progress(done - self._reported)
+            self.request.progress(done - self._reported)
             self._reported = done
 
 

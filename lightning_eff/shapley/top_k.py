@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_eff.shapley.coalitions import SizeSequence
-from lightning_eff.shapley.estimator import Progress, ShapleyEstimator, StopRule, player_count, resolve_budget
+from lightning_eff.shapley.estimator import Request, ShapleyEstimator, StopRule, player_count, resolve_budget
 from lightning_eff.shapley.games import Game, evaluate
 from lightning_eff.shapley.result import ShapleyResult
 from lightning_eff.shapley.sampling import SampledRun
@@ -81,27 +81,19 @@ class TopKShapley(ShapleyEstimator):
             raise ValueError(f"one coalition of {n} players and its neighbours need {n + 3} evaluations, got {budget}")
         return replace(self, budget=budget)
 
-    def estimate(
-        self,
-        game: Game,
-        *,
-        generator: torch.Generator | int | None = None,
-        resume: ShapleyResult | None = None,
-        stop: StopRule | None = None,
-        progress: Progress | None = None,
-    ) -> ShapleyResult:
-        """As `ShapleyEstimator.estimate`; `resume` adds `budget` evaluations to those of the result."""
+    def run(self, game: Game, request: Request) -> ShapleyResult:
+        """As `ShapleyEstimator.run`; `resume` adds `budget` evaluations to those of the result."""
         n = player_count(game)
         if self.k >= n:
             raise ValueError(f"k must lie in 1..{n - 1} for {n} players, got {self.k}")
         budget = resolve_budget(self.budget, n)
-        if resume is None:
+        if request.resume is None:
             self.with_budget(budget, n)
-        limit = budget + (resume.n_evals if resume is not None else 0)
-        within = StopRule() if stop is None else stop
-        within = replace(within, max_evals=min(limit, within.max_evals or limit))
-        run = _Comparable(self, game, within, progress)
-        run.start(generator, resume)
+        limit = budget + (0 if request.resume is None else request.resume.n_evals)
+        stop = request.stop or StopRule()
+        stop = replace(stop, max_evals=min(limit, stop.max_evals or limit))
+        run = _Comparable(self, game, request._replace(stop=stop))
+        run.start()
         if not run.scalar:
             raise ValueError("the best players of a vector-valued game are not defined: give a game of one component")
         return run.result(run.until(run.most_units, self.chunk_size), n)
@@ -112,11 +104,11 @@ class _Comparable(SampledRun):
 
     looks = True
 
-    def __init__(self, estimator: TopKShapley, game: Game, stop: StopRule, progress: Progress | None) -> None:
+    def __init__(self, estimator: TopKShapley, game: Game, request: Request) -> None:
         n = game.n_players
         settings = {k: v for k, v in asdict(estimator).items() if k not in ("budget", "chunk_size")}
         ends = torch.tensor([[True], [False]]).expand(2, n)
-        super().__init__(game, "top_k", ends, settings, share=estimator.share_coalitions, stop=stop, progress=progress)
+        super().__init__(game, request, "top_k", ends, settings, share=estimator.share_coalitions)
         self.estimator = estimator
         self._open = torch.arange(n)
 

@@ -40,9 +40,9 @@ class Restarting(ShapleyEstimator):
     def __init__(self, walks=2):
         self.walks = PermutationShapley(walks)
 
-    def estimate(self, game, *, generator=None, resume=None, stop=None, progress=None):
-        assert resume is None
-        result = self.walks.estimate(game, generator=generator, stop=stop)
+    def run(self, game, request):
+        assert request.resume is None
+        result = self.walks.run(game, request)
         result.state = None
         return result
 
