@@ -2,6 +2,11 @@
 
 from lightning_eff.pruning.callback import StructuredPruningCallback
 from lightning_eff.pruning.channel_game import ChannelGame, GameOptions
+from lightning_eff.pruning.dirichlet import DirichletPruneCallback
+from lightning_eff.pruning.dirichlet_figures import cut_figure, feature_figure, posterior_figure, share_figure
+from lightning_eff.pruning.dirichlet_options import PUBLISHED, DirichletOptions
+from lightning_eff.pruning.dirichlet_posterior import DirichletPosterior, dirichlet_kl
+from lightning_eff.pruning.dirichlet_scoring import dirichlet_scores
 from lightning_eff.pruning.report import PruneReport, Scores
 from lightning_eff.pruning.samples import Samples
 from lightning_eff.pruning.scoring import Scoring
@@ -10,10 +15,14 @@ from lightning_eff.pruning.shapley import ShapleyPruningCallback
 from lightning_eff.pruning.values import Accuracy, NegativeLoss
 
 __all__ = [
+    "PUBLISHED",
     "Accuracy",
     "Allocation",
     "Calibration",
     "ChannelGame",
+    "DirichletOptions",
+    "DirichletPosterior",
+    "DirichletPruneCallback",
     "GameOptions",
     "Layers",
     "NegativeLoss",
@@ -24,4 +33,10 @@ __all__ = [
     "Scoring",
     "ShapleyPruningCallback",
     "StructuredPruningCallback",
+    "cut_figure",
+    "dirichlet_kl",
+    "dirichlet_scores",
+    "feature_figure",
+    "posterior_figure",
+    "share_figure",
 ]

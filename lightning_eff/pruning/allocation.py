@@ -1,4 +1,4 @@
-"""How many channels each group keeps: per layer, uniform, global, or along sensitivity curves.
+"""How many channels each group keeps: per layer, uniform, global, by mass of scores, or along sensitivity curves.
 
 Costs are exact for every configuration (closed form of the channel graph), so a target is met by counting, not by
 assuming that layers do not interact.
@@ -89,16 +89,25 @@ def uniform_counts(graph: ChannelGraph, dense: Dense, amount: float, allocation:
 
 
 def global_counts(
-    graph: ChannelGraph, dense: Dense, amount: float, allocation: Allocation, scores: Mapping[str, Tensor]
+    graph: ChannelGraph,
+    dense: Dense,
+    amount: float,
+    allocation: Allocation,
+    scores: Mapping[str, Tensor],
+    *,
+    per_cost: bool = True,
 ) -> dict[str, int]:
-    """Remove the channels of least score per cost, whichever group they are in, until ``amount`` is gone."""
+    """Remove the channels of least score, whichever group they are in, until ``amount`` is gone.
+
+    ``per_cost`` divides scores by what a channel costs: right where a score is the value that the network loses.
+    """
     floors = _floors(graph, dense, allocation)
     limit = _limit(graph, dense, amount, allocation)
     _check_reachable(graph, floors, limit, allocation)
     ranked: list[tuple[float, int, str]] = []
     for order, name in enumerate(graph.prunable):
         size = graph.groups[name].size
-        cost = _cost(graph, {}, allocation) - _cost(graph, {name: size - 1}, allocation)
+        cost = _cost(graph, {}, allocation) - _cost(graph, {name: size - 1}, allocation) if per_cost else 1.0
         worst = scores[name].double().sort(stable=True).values[: size - floors[name]]
         ranked += [(float(value) / max(cost, 1e-12), order, name) for value in worst]
     ranked.sort(key=lambda entry: entry[:2])
@@ -113,6 +122,39 @@ def global_counts(
     enough = (costs[allocation.target](configs) <= limit + 1e-9).nonzero()
     row = int(enough[0]) if len(enough) else len(configs) - 1
     return {name: int(configs[row, columns[name]]) for name in graph.prunable}
+
+
+def mass_counts(
+    graph: ChannelGraph, dense: Dense, amount: float, allocation: Allocation, scores: Mapping[str, Tensor]
+) -> dict[str, int]:
+    """Keep of every group the fewest channels whose scores hold the same part ``rho`` of the group's sum.
+
+    ``rho`` is the largest that meets the target, found by bisection on exact costs. Scores below zero count as zero.
+    """
+    floors = _floors(graph, dense, allocation)
+    limit = _limit(graph, dense, amount, allocation)
+    _check_reachable(graph, floors, limit, allocation)
+    held = {}
+    for name in graph.prunable:
+        mass = scores[name].double().clamp(min=0).sort(descending=True, stable=True).values.cumsum(0)
+        held[name] = mass / mass[-1].clamp(min=torch.finfo(torch.float64).tiny)
+
+    def at(rho: float) -> dict[str, int]:
+        config = {}
+        for name, mass in held.items():
+            size = graph.groups[name].size
+            keep = min(size, int((mass < rho - 1e-12).sum()) + 1)
+            config[name] = max(floors[name], allocation.rounded(keep, size))
+        return config
+
+    whole = {name: group.size for name, group in graph.groups.items() if name in held}
+    if _cost(graph, whole, allocation) <= limit + 1e-9:
+        return whole
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _cost(graph, at(middle), allocation) <= limit + 1e-9 else (low, middle)
+    return at(low)
 
 
 def budget_counts(

@@ -23,10 +23,18 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_eff.batch import take
-from lightning_eff.pruning.allocation import Dense, budget_counts, counts_per_layer, global_counts, uniform_counts
+from lightning_eff.pruning.allocation import (
+    Dense,
+    budget_counts,
+    counts_per_layer,
+    global_counts,
+    mass_counts,
+    uniform_counts,
+)
 from lightning_eff.pruning.masking import Masks, zero_readers
 from lightning_eff.pruning.memory import ScoreMemory, fingerprint, forget
 from lightning_eff.pruning.report import PruneReport, Scores, Stage
+from lightning_eff.pruning.samples import Samples
 from lightning_eff.pruning.scoring import Scoring
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule, check_amount
 from lightning_eff.pruning.trainer_data import NO_VALIDATION, TrainerData
@@ -109,6 +117,8 @@ class StructuredPruningCallback(Callback):
         self._notes: list[str] = []
 
     calibration_groups: int | None = 1  # rules that give groups of samples coalitions of their own say so
+    whole_batches = False  # rules that take the loader's batches as they are, not calibration.samples samples
+    scores_per_cost = True  # False where scores say what part of its layer a channel is, not what the network loses
 
     @abstractmethod
     def score(self, scoring: Scoring) -> Mapping[str, Scores]:
@@ -276,17 +286,15 @@ class StructuredPruningCallback(Callback):
             graph = graph.protect({name: "not named in amount" for name in graph.groups if name not in expected})
         elif mode != "uniform":  # channels may go anywhere, so every group needs scores
             expected = {name: min(kept, graph.groups[name].size - 1) for name, kept in expected.items()}
-        samples = self._data(trainer, pl_module).samples(self.calibration_groups)
-        found, asked = int(samples.counts.sum()), self.calibration.samples
-        note = f"Scores are of {found} samples, all there are of {asked} asked for."
-        if found < asked and note not in self._notes:
-            self._notes.append(note)
+        data = self._data(trainer, pl_module)
+        samples = Samples([]) if self.whole_batches else self._samples(data)
         scoring = Scoring(
             trainer=trainer,
             pl_module=pl_module,
             model=self._model(pl_module),
             graph=graph,
             samples=samples,
+            data=data,
             expected=expected,
             curves=mode == "budget",
             seed=self.seed + 1_000_003 * step,
@@ -301,13 +309,25 @@ class StructuredPruningCallback(Callback):
         config = expected
         if not isinstance(self.amount, dict) and mode != "uniform":
             amount = self.schedule.amount(step, self.amount)
+            values = self._masks.last({name: one.values for name, one in scores.items()})
             if mode == "global":
-                values = self._masks.last({name: one.values for name, one in scores.items()})
-                config = global_counts(graph, self._dense, amount, self.allocation, values)
+                config = global_counts(
+                    graph, self._dense, amount, self.allocation, values, per_cost=self.scores_per_cost
+                )
+            elif mode == "mass":
+                config = mass_counts(graph, self._dense, amount, self.allocation, values)
             else:
                 curves = {name: one.curve for name, one in scores.items() if one.curve is not None}
                 config = budget_counts(graph, self._dense, amount, self.allocation, curves)
         return scores, self._masks.cap(config)
+
+    def _samples(self, data: TrainerData) -> Samples:
+        samples = data.samples(self.calibration_groups)
+        found, asked = int(samples.counts.sum()), self.calibration.samples
+        note = f"Scores are of {found} samples, all there are of {asked} asked for."
+        if found < asked and note not in self._notes:
+            self._notes.append(note)
+        return samples
 
     def _counts(self, graph: ChannelGraph, dense: Dense, step: int) -> dict[str, int]:
         """Channels kept after ``step``: exact for per-layer and uniform amounts, about right for the others."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_eff.pruning.report import Scores
 from lightning_eff.pruning.samples import Samples
+from lightning_eff.pruning.trainer_data import TrainerData
 from lightning_eff.surgery import ChannelGraph
 
 
@@ -22,7 +23,8 @@ class Scoring:
         pl_module: the user's module.
         model: the part of it that is pruned.
         graph: its channel graph.
-        samples: calibration samples on the model's device.
+        samples: calibration samples on the model's device; none for rules that take whole batches from ``data``.
+        data: the calibration loader's batches.
         expected: channels each group will about keep after this step; exact unless the allocation needs the scores.
         curves: also give sensitivity curves.
         seed: of this step.
@@ -36,6 +38,7 @@ class Scoring:
     model: nn.Module
     graph: ChannelGraph
     samples: Samples
+    data: TrainerData
     expected: Mapping[str, int]
     curves: bool
     seed: int

@@ -54,15 +54,16 @@ class Allocation:
 
     Attributes:
         mode: ``"uniform"`` removes the same fraction everywhere; ``"global"`` the channels of least score per cost,
-            wherever they are; ``"budget"`` follows measured sensitivity curves. Ignored where the amount is given per
-            layer.
+            wherever they are (of least score where scores say what part of its layer a channel is); ``"budget"``
+            follows measured sensitivity curves; ``"mass"`` keeps of every layer the fewest channels that hold the same
+            part of the layer's scores. Ignored where the amount is given per layer.
         target: what the amount is a fraction of: ``"channels"``, ``"params"`` or ``"macs"``.
         min_keep: fewest channels a layer keeps, a count (>= 1) or a fraction of the layer.
         max_ratio: largest fraction of a layer that is removed, in (0, 1].
         round_to: round kept counts up to a multiple (8 suits tensor cores).
     """
 
-    mode: Literal["uniform", "global", "budget"] = "uniform"
+    mode: Literal["uniform", "global", "budget", "mass"] = "uniform"
     target: Literal["channels", "params", "macs"] = "channels"
     min_keep: int | float = 1
     max_ratio: float = 0.9

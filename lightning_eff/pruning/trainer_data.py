@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -52,9 +53,22 @@ class TrainerData:
             self._calibration.samples,
             self._split,
             groups=groups,
-            reduce=self._sum,
+            reduce=self.sum,
             world_size=self._trainer.world_size,
         )
+
+    def batches(self) -> Iterator[Any]:
+        """Whole batches of the calibration loader, as ``training_step`` gets them; every process has its own."""
+        return self._batches(self._calibration.source)
+
+    def extent(self) -> tuple[int | None, int | None]:
+        """Batches of this process, and samples of the whole data set, of the calibration loader; None for unknown."""
+        own = self._calibration.loader
+        loader, limit = (own, None) if own is not None else self._loader(self._calibration.source)
+        steps = _length(loader)
+        if steps is not None and limit is not None:
+            steps = min(steps, limit)
+        return limit if steps is None else steps, _length(getattr(loader, "dataset", None))
 
     def mean_value(self, model: nn.Module, value: ValueFunction) -> float:
         """Mean value per sample over the whole validation loader and all processes."""
@@ -65,10 +79,11 @@ class TrainerData:
                 count = batch_size(inputs)
                 values = per_sample(value, call_model(model, inputs), target, count)
                 total += torch.tensor([float(values.sum()), count], dtype=torch.float64)
-        total = self._sum(total)
+        total = self.sum(total)
         return float(total[0] / total[1])
 
-    def _sum(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all processes; the result is on the CPU where there are several."""
         if self._trainer.world_size == 1:
             return values
         strategy = self._trainer.strategy
@@ -79,8 +94,11 @@ class TrainerData:
     def _batches(self, source: str) -> Iterator[Any]:
         own = self._calibration.loader
         loader, limit = (own, None) if own is not None else self._loader(source)
-        for batch in islice(loader, limit):
-            yield self._trainer.strategy.batch_to_device(batch, self._pl_module.device)
+        with _own_workers(loader):
+            for batch in islice(loader, limit):
+                batch = self._trainer.precision_plugin.convert_input(batch)
+                batch = self._pl_module._on_before_batch_transfer(batch)
+                yield self._trainer.strategy.batch_to_device(batch, self._pl_module.device)
 
     def _loader(self, source: str) -> tuple[Any, int | None]:
         """The first loader for ``source`` and the most batches to take; training data where there is no other."""
@@ -102,3 +120,24 @@ class TrainerData:
         while isinstance(limit, list):
             limit = limit[0]
         return loaders, None if limit == float("inf") else int(limit)
+
+
+@contextmanager
+def _own_workers(loader: Any) -> Iterator[None]:
+    """Let a loader with persistent workers be read beside a pass over it that has begun."""
+    held = getattr(loader, "_iterator", None)
+    if held is None:
+        yield
+        return
+    loader._iterator = None
+    try:
+        yield
+    finally:
+        loader._iterator = held
+
+
+def _length(of: Any) -> int | None:
+    try:
+        return len(of)
+    except (TypeError, NotImplementedError):
+        return None

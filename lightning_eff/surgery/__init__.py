@@ -6,7 +6,7 @@ from lightning_eff.surgery.export import export_model
 from lightning_eff.surgery.gates import Gates
 from lightning_eff.surgery.graph import ChannelGraph, ChannelGroup, Member
 from lightning_eff.surgery.plan import PruningPlan
-from lightning_eff.surgery.prefix import PrefixCache
+from lightning_eff.surgery.prefix import PrefixCache, record_together
 from lightning_eff.surgery.profile import Latency, Profile, measure_latency, profile
 from lightning_eff.surgery.structure import apply_structure, load_pruned, prunable, save_pruned, structure_of
 
@@ -30,6 +30,7 @@ __all__ = [
     "measure_latency",
     "profile",
     "prunable",
+    "record_together",
     "save_pruned",
     "structure_of",
 ]

@@ -119,10 +119,8 @@ class PrefixCache:
                 depth -= 1
             if watch is not None:
                 watch.own(key, result)
-            elif key in self._mutated:
-                tape[key] = _map_tensors(torch.clone, result)
             else:
-                tape[key] = result if key in self._live else _map_tensors(_hollow, result)
+                self._keep(tape, key, result)
             return result
 
         if watch is not None:
@@ -132,6 +130,12 @@ class PrefixCache:
         if watch is not None:
             watch.use(outputs)
         return tape
+
+    def _keep(self, tape: Tape, key: Call, result: Any) -> None:
+        if key in self._mutated:
+            tape[key] = _map_tensors(torch.clone, result)
+        else:
+            tape[key] = result if key in self._live else _map_tensors(_hollow, result)
 
     def replay(self, tape: Tape, run: Run) -> Any:
         """Run with the free calls answered from ``tape``."""
@@ -163,6 +167,45 @@ class PrefixCache:
 
         with _wrapped_forwards(counts, wrap):
             yield
+
+
+def record_together(caches: Sequence[PrefixCache], run: Run) -> list[Tape]:
+    """Run once and keep for every cache what its :meth:`PrefixCache.record` keeps.
+
+    One pass then serves the gates of several groups, one after the other; a tensor on several tapes is stored once.
+    No gate may be open while it runs.
+    """
+    tapes: list[Tape] = [{} for _ in caches]
+    counts = [{module: 0 for module, _ in cache._free} for cache in caches]
+    inside = [0] * len(caches)  # free calls that are open, of each cache
+
+    def wrap(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        users = [i for i, modules in enumerate(counts) if module in modules]
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            free: list[tuple[int, Call]] = []
+            for i in users:
+                if not inside[i]:
+                    key = (module, counts[i][module])
+                    counts[i][module] += 1
+                    if key in caches[i]._free:
+                        free.append((i, key))
+            for i, _ in free:
+                inside[i] += 1
+            try:
+                result = forward(*args, **kwargs)
+            finally:
+                for i, _ in free:
+                    inside[i] -= 1
+            for i, key in free:
+                caches[i]._keep(tapes[i], key, result)
+            return result
+
+        return wrapper
+
+    with _wrapped_forwards({module for modules in counts for module in modules}, wrap):
+        run()
+    return tapes
 
 
 def _close(a: Tensor, b: Any) -> bool:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eff.pruning import Allocation, Schedule
-from lightning_eff.pruning.allocation import Dense, budget_counts, counts_per_layer, global_counts, uniform_counts
+from lightning_eff.pruning.allocation import (
+    Dense,
+    budget_counts,
+    counts_per_layer,
+    global_counts,
+    mass_counts,
+    uniform_counts,
+)
 from lightning_eff.surgery import BudgetError, ChannelGraph, PruningPlan, apply_plan
 
 TARGETS = ("channels", "params", "macs")
@@ -319,3 +326,46 @@ def test_budget_is_near_the_best_choice(target: str) -> None:
     # greedy on hulls with costs that interact is no exact search: one channel more than the best choice loses at most
     # 13/49 in one layer, near the end of a square
     assert found <= min(allowed)[0] + 13 / 49
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_mass_keeps_the_fewest_channels_that_hold_one_part_of_every_layer(target: str) -> None:
+    graph = graph_of(6, 12, 20, 4)
+    scores = scores_of(graph)
+    config = mass_counts(graph, Dense.of(graph), 0.5, Allocation(mode="mass", target=target, **FREE), scores)
+    limit = 0.5 * cost(graph, {}, target)
+    assert 0.35 * cost(graph, {}, target) < cost(graph, config, target) <= limit
+    held, without_last = [], []
+    for name, kept in config.items():
+        share = scores[name].double().sort(descending=True).values / scores[name].double().sum()
+        held.append(float(share[:kept].sum()))
+        without_last.append(float(share[: kept - 1].sum()))
+    # one rho fits all layers: none would hold it with a channel less
+    assert max(without_last) < min(held) + 1e-12
+
+
+def test_mass_of_equal_scores_is_uniform_and_of_a_sharp_layer_one_channel() -> None:
+    graph = graph_of(6, 12, 20, 4)
+    first, second = graph.prunable
+    allocation = Allocation(mode="mass", **FREE)
+    flat = {first: torch.ones(12), second: torch.ones(20)}
+    assert mass_counts(graph, Dense.of(graph), 0.5, allocation, flat) == {first: 6, second: 10}
+    sharp = {first: torch.tensor([1.0] + [0.0] * 11), second: torch.ones(20)}
+    config = mass_counts(graph, Dense.of(graph), 0.5, allocation, sharp)
+    assert config == {first: 1, second: 15}
+
+
+def test_mass_keeps_all_where_nothing_is_to_go() -> None:
+    graph = graph_of(6, 12, 20, 4)
+    config = mass_counts(graph, Dense.of(graph), 0.0, Allocation(mode="mass", **FREE), scores_of(graph))
+    assert config == {name: graph.sizes[name] for name in graph.prunable}
+
+
+def test_global_ranking_without_costs_removes_the_least_scores_of_all() -> None:
+    graph = graph_of(6, 12, 20, 4)
+    scores = scores_of(graph)
+    config = global_counts(graph, Dense.of(graph), 0.5, Allocation(mode="global", target="macs", **FREE), scores,
+                           per_cost=False)  # fmt: skip
+    kept = torch.cat([scores[name].sort(descending=True).values[:count] for name, count in config.items()])
+    gone = torch.cat([scores[name].sort(descending=True).values[count:] for name, count in config.items()])
+    assert kept.min() >= gone.max()

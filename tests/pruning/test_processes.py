@@ -132,9 +132,9 @@ def fast(path: Path, tmp_path: Path) -> Path:
     config["trainer"]["max_epochs"] = 2
     for callback in config["trainer"]["callbacks"]:
         options = callback["init_args"]
+        options["schedule"] = {**options.get("schedule", {}), "start": 1, "steps": 1}
         if callback["class_path"] == "ShapleyPruningCallback":
             options.update(
-                schedule={**options.get("schedule", {}), "start": 1, "steps": 1},
                 calibration={**options.get("calibration", {}), "samples": 64},
                 estimator={"class_path": "PermutationShapley", "init_args": {"walks": 2, "depth": "matched"}},
             )

@@ -1,0 +1,210 @@
+"""Prune the channels whose importance switches are smallest (Dirichlet pruning, arXiv 2011.05985).
+
+The module's own training step is the likelihood. Scores are ``C * E[s_j]`` of a layer of ``C`` channels, so that 1 is
+an average channel of any layer.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from lightning_eff.pruning.callback import StructuredPruningCallback
+from lightning_eff.pruning.dirichlet_data import Data
+from lightning_eff.pruning.dirichlet_figures import cut_figure, feature_figure, posterior_figure, share_figure
+from lightning_eff.pruning.dirichlet_likelihood import LossFunction, check_training_step, trainer_likelihood
+from lightning_eff.pruning.dirichlet_options import DirichletOptions
+from lightning_eff.pruning.dirichlet_posterior import DirichletPosterior
+from lightning_eff.pruning.dirichlet_scoring import SwitchTraining
+from lightning_eff.pruning.memory import fingerprint
+from lightning_eff.pruning.report import Scores
+from lightning_eff.pruning.scoring import Scoring
+from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule
+from lightning_eff.pruning.values import Value
+from lightning_eff.reporting import Table, progress, save_figure
+
+
+class DirichletPruneCallback(StructuredPruningCallback):
+    """Learn how much channels matter in one pass over the training data, remove those that matter least.
+
+    Args:
+        amount: fraction **removed** in [0, 1) of what ``allocation.target`` says; or per layer the channels (int) or
+            fraction (float) **kept**.
+        allocation: how the amount is shared out between layers. ``"global"`` compares shares, 1 being an average
+            channel of its layer; ``"mass"`` keeps the same sum of expected switches everywhere.
+        schedule: when channels are removed, in how many steps (each scores anew), cut or masked.
+        layers: which layers may be pruned.
+        calibration: whose batches train the switches, the training loader by default; ``samples`` does not count here,
+            ``switches.max_batches`` does.
+        switches: how importance switches are trained.
+        loss_fn: ``(model, batch) -> loss``, the mean over the batch, where ``training_step`` cannot serve.
+        value: what the network is worth on a sample, for the report: ``"accuracy"``, ``"neg_loss"`` or a callable
+            ``(outputs, target) -> [B]``, higher is better.
+        plan: path of a plan to follow instead of scoring.
+        dirpath: where plan, report, figures, scores (``scores.json``, ``scores.csv``) and the final weights
+            (``pruned.ckpt``) are written; None writes nothing. A scoring that was finished but not used, because the
+            run broke off, is taken up from there.
+        seed: of draws and shuffling; the global generators are never touched.
+        verbose: print progress and the report.
+
+    After scoring, ``posterior`` holds the :class:`DirichletPosterior` of every group that was scored.
+
+    Raises:
+        ValueError: a setting lies outside its range.
+    """
+
+    technique = "dirichlet"
+    whole_batches = True
+    scores_per_cost = False
+
+    def __init__(
+        self,
+        amount: float | dict[str, int | float] = 0.5,
+        *,
+        allocation: Allocation = Allocation(),  # noqa: B008 (frozen)
+        schedule: Schedule = Schedule(),  # noqa: B008
+        layers: Layers = Layers(),  # noqa: B008
+        calibration: Calibration = Calibration(source="train"),  # noqa: B008
+        switches: DirichletOptions = DirichletOptions(),  # noqa: B008
+        loss_fn: LossFunction | None = None,
+        value: Value = "accuracy",
+        plan: str | Path | None = None,
+        dirpath: str | Path | None = None,
+        seed: int = 0,
+        verbose: bool = True,
+    ) -> None:
+        if allocation.mode == "budget":
+            raise ValueError(
+                'allocation.mode "budget" needs measured curves, which importance switches do not give: use "uniform", '
+                '"global" or "mass"'
+            )
+        super().__init__(
+            amount,
+            allocation=allocation,
+            schedule=schedule,
+            layers=layers,
+            calibration=calibration,
+            value=value,
+            plan=plan,
+            dirpath=dirpath,
+            seed=seed,
+            verbose=verbose,
+        )
+        self.switches = switches
+        self.loss_fn = loss_fn
+
+    def _reset(self) -> None:
+        super()._reset()
+        self.posterior: dict[str, DirichletPosterior] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse training steps that do not say what the loss is, before any work."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.loss_fn is None and self.given_plan is None:
+            check_training_step(pl_module)
+
+    def score(self, scoring: Scoring) -> Mapping[str, Scores]:
+        """Train the switches of every prunable group, or take up what an interrupted run left."""
+        mark = fingerprint(
+            scoring.pl_module, scoring.samples, (*self.fingerprint_settings(), self.amount, scoring.seed)
+        )
+        stored = scoring.trainer.strategy.broadcast(self._stored(mark) if scoring.trainer.is_global_zero else None)
+        if stored is None:
+            phi = self._train(scoring, mark)
+        else:
+            phi = {name: torch.tensor(values) for name, values in stored.items()}
+        self.posterior = {name: DirichletPosterior(phi[name]) for name in scoring.graph.prunable}
+        if self.dirpath is not None and scoring.trainer.is_global_zero:
+            self._draw_features(scoring)
+        return {name: Scores(posterior.relative.double()) for name, posterior in self.posterior.items()}
+
+    def _train(self, scoring: Scoring, mark: str) -> dict[str, torch.Tensor]:
+        trainer, device = scoring.trainer, scoring.pl_module.device
+        steps, size = scoring.data.extent()
+        training = SwitchTraining(
+            trainer_likelihood(trainer, scoring.pl_module, scoring.model, self._example, self.loss_fn),
+            scoring.graph,
+            Data(scoring.data.batches, steps, size, lambda values: scoring.data.sum(values).to(device)),
+            self.switches,
+            seed=scoring.seed + trainer.global_rank,
+        )
+        finished = False
+        try:
+            with progress("importance switches", training.steps or 0, enabled=scoring.verbose, unit="batches") as bar:
+                training.run(bar)
+            finished = True
+        finally:
+            if self.dirpath is not None and trainer.is_global_zero:
+                self._store(training, mark, finished)
+        return {name: posterior.concentration for name, posterior in training.posterior().items()}
+
+    def _store(self, training: SwitchTraining, mark: str, finished: bool) -> None:
+        assert self.dirpath is not None
+        groups = {
+            name: {"phi": one.concentration.tolist(), "mean": one.mean.tolist(), "rank": one.rank()}
+            for name, one in training.posterior().items()
+        }
+        self.dirpath.mkdir(parents=True, exist_ok=True)
+        unfinished = self.dirpath / "scores.part"  # a process that dies while writing leaves no half of a file
+        unfinished.write_text(json.dumps({"fingerprint": mark, "finished": finished, "groups": groups}))
+        unfinished.replace(self.dirpath / "scores.json")
+        columns = ["batches", "layer", "loss", "kl", "phi_min", "phi_max", "phi_sum"]
+        Table("Importance switches", columns, training.history).save(self.dirpath / "scores.csv")
+
+    def _stored(self, mark: str) -> dict[str, list[float]] | None:
+        path = None if self.dirpath is None else self.dirpath / "scores.json"
+        if path is None or not path.exists() or self._loss_bytes() is None:
+            return None
+        stored = json.loads(path.read_text())
+        if stored["fingerprint"] != mark or not stored["finished"]:
+            return None
+        return {name: group["phi"] for name, group in stored["groups"].items()}
+
+    def _draw_features(self, scoring: Scoring) -> None:
+        """What the first prunable layer makes of one image, while all of its channels are there."""
+        assert self.dirpath is not None
+        name = scoring.graph.prunable[0]
+        layer = scoring.model.get_submodule(name)
+        if isinstance(layer, nn.Conv2d) and layer.out_channels == scoring.graph.groups[name].size:
+            figure = feature_figure(scoring.model, name, self._example, self.posterior[name])
+            save_figure(figure, self.dirpath / "features.png")
+
+    def _finish_report(self, trainer: Trainer) -> None:
+        super()._finish_report(trainer)
+        if self.dirpath is None or not trainer.is_global_zero or not self.posterior:
+            return
+        kept = {name: self._scores[name][1] for name in self.posterior if name in self._scores}
+        save_figure(posterior_figure(self.posterior, kept), self.dirpath / "posterior.png")
+        save_figure(cut_figure(self.posterior, kept), self.dirpath / "cut.png")
+        save_figure(share_figure(self.posterior), self.dirpath / "shares.png")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Add the posteriors."""
+        return {
+            **super().state_dict(),
+            "posterior": {name: one.concentration.tolist() for name, one in self.posterior.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` wrote."""
+        super().load_state_dict(state_dict)
+        self.posterior = {name: DirichletPosterior(torch.tensor(phi)) for name, phi in state_dict["posterior"].items()}
+
+    def fingerprint_settings(self) -> tuple[Any, ...]:
+        """Add how switches are trained and on what."""
+        source = (self.calibration.source, type(self.calibration.loader).__name__)
+        return (*super().fingerprint_settings(), self.switches, self._loss_bytes(), source)
+
+    def _loss_bytes(self) -> bytes | None:
+        """What tells one loss function from another; None for a lambda, whose scores are never taken up again."""
+        try:
+            return pickle.dumps(self.loss_fn)
+        except Exception:
+            return None
