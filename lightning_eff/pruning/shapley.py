@@ -28,6 +28,7 @@ from lightning_eff.shapley import (
     ExactShapley,
     GreedyBackward,
     PermutationShapley,
+    RegressionShapley,
     ShapleyEstimator,
     ShapleyWarning,
     StopRule,
@@ -114,7 +115,7 @@ class ShapleyPruningCallback(StructuredPruningCallback):
         if self._graph is not None and self.given_plan is None:
             for name in self._graph.prunable:
                 try:
-                    self._estimator(self._graph.groups[name].size, removed=1)
+                    self._check_affordable(self._graph.groups[name].size)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
 
@@ -154,10 +155,19 @@ class ShapleyPruningCallback(StructuredPruningCallback):
         if estimator == "auto":
             limit = None if self.stop is None else self.stop.max_evals
             budget = resolve_budget(self.budget, n)
-            return choose_estimator(n, budget if limit is None else min(budget, limit))
+            budget = budget if limit is None else min(budget, limit)
+            chosen = choose_estimator(n, budget)
+            timed = self.stop is not None and self.stop.max_seconds is not None
+            # exact values are worth nothing before they are complete; a regression on all coalitions is exact too
+            return RegressionShapley(budget) if timed and isinstance(chosen, ExactShapley) else chosen
         if isinstance(estimator, ExactShapley | PermutationShapley) and estimator.depth == "matched":
             return replace(estimator, depth=removed)
         return estimator
+
+    def _check_affordable(self, n: int) -> None:
+        estimator, limit = self._estimator(n, removed=1), None if self.stop is None else self.stop.max_evals
+        if limit is not None and estimator.with_budget(limit, n) is estimator and estimator.cost(n) > limit:
+            raise ValueError(f"{estimator.cost(n)} evaluations are needed, stop.max_evals is {limit}")
 
     def fingerprint_settings(self) -> tuple[Any, ...]:
         """Add what the Shapley values depend on."""

@@ -10,10 +10,20 @@ from lightning_eff.shapley.diagnostics import (
     cost_benefit,
     rank_stability,
 )
-from lightning_eff.shapley.estimator import ShapleyEstimator, ShapleyWarning, StopRule
+from lightning_eff.shapley.estimator import Request, ShapleyEstimator, ShapleyWarning, StopRule
 from lightning_eff.shapley.exact import ExactShapley, LeaveOneOut
 from lightning_eff.shapley.figures import draw_histogram, draw_values
-from lightning_eff.shapley.games import Game, GroupedGame, TableGame, WalkableGame, as_game, evaluate, evaluate_walks
+from lightning_eff.shapley.games import (
+    Game,
+    GroupedGame,
+    TableGame,
+    TourableGame,
+    WalkableGame,
+    as_game,
+    evaluate,
+    evaluate_tour,
+    evaluate_walks,
+)
 from lightning_eff.shapley.greedy import GreedyBackward
 from lightning_eff.shapley.interaction import shapley_interaction, shapley_interactions
 from lightning_eff.shapley.oracle import OracleSets, RankReport, compare_ranks, oracle_rank, oracle_sets
@@ -40,6 +50,7 @@ __all__ = [
     "RankReport",
     "RankStability",
     "RegressionShapley",
+    "Request",
     "ShapleyEstimator",
     "ShapleyResult",
     "ShapleyWarning",
@@ -47,6 +58,7 @@ __all__ = [
     "StratifiedShapley",
     "TableGame",
     "TopKShapley",
+    "TourableGame",
     "UnbiasedKernelShapley",
     "WalkableGame",
     "as_game",
@@ -57,6 +69,7 @@ __all__ = [
     "draw_histogram",
     "draw_values",
     "evaluate",
+    "evaluate_tour",
     "evaluate_walks",
     "oracle_rank",
     "oracle_sets",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from lightning_eff.shapley.games import (
     group_weights,
     nested_coalitions,
     require_finite,
+    toured_coalitions,
     walker,
 )
 from lightning_eff.shapley.official_files import Style, format_official, parse_official
@@ -61,19 +63,49 @@ class CachedGame:
         """As `GroupedGame.call_group`; a game without groups is one group, number 0."""
         return self._call(self._table_of(group), coalitions)
 
-    def walk(self, orders: Tensor, *, start: Start = "full") -> Tensor:
-        """As `WalkableGame.walk`: a walk that meets anything new is walked whole."""
-        return self._walk(_WHOLE, orders, start)
+    @property
+    def tour(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """As `TourableGame.tour`: a tour that meets anything new is made whole.
 
-    def walk_group(self, group: int, orders: Tensor, *, start: Start = "full") -> Tensor:
+        Raises:
+            AttributeError: the game has no tour.
+        """
+        inner: Callable[[Tensor, Tensor], Tensor] = self.game.tour  # type: ignore[attr-defined]
+
+        def remembered(start: Tensor, flips: Tensor) -> Tensor:
+            coalitions = toured_coalitions(start, flips)
+            keys, table = _keys(coalitions), self._known.setdefault(_WHOLE, {})
+            new = {key for key in keys if key not in table}
+            self._count(len(new), len(keys))
+            if new:
+                self._remember(table, coalitions, as_values(inner(start, flips), (len(coalitions),)))
+            return self._recall(table, keys)
+
+        return remembered
+
+    @property
+    def walk(self) -> Callable[..., Tensor]:
+        """As `WalkableGame.walk`: a walk that meets anything new is walked whole.
+
+        Raises:
+            AttributeError: the game does not walk.
+        """
+        if walker(self.game, None) is None:
+            raise AttributeError("the game does not walk")
+        return lambda orders, *, start="full": self._walk(_WHOLE, orders, start)
+
+    @property
+    def walk_group(self) -> Callable[..., Tensor]:
         """As `walk`, in one group."""
-        return self._walk(self._table_of(group), orders, start)
+        if walker(self.game, None if self.n_groups == 1 else 0) is None:
+            raise AttributeError("the game does not walk in groups")
+        return lambda group, orders, *, start="full": self._walk(self._table_of(group), orders, start)
 
     def save(self, path: str | Path) -> None:
         """Write an NPZ file; an existing one is replaced in one step.
 
         It holds `masks` uint8 `[M, ceil(n/8)]` (numpy.packbits, kept = 1), `values` float64 `[M]` or `[M, D]`,
-        `group` int64 `[M]` (-1 = whole game), `n` and `fingerprint`.
+        `group` int64 `[M]` (-1 = whole game), `n`, `groups` (their number) and `fingerprint`.
         """
         rows = [(group, key, value) for group, table in self._known.items() for key, value in table.items()]
         packed = np.frombuffer(b"".join(key for _, key, _ in rows), np.uint8)
@@ -85,6 +117,7 @@ class CachedGame:
                 values=np.array([value for _, _, value in rows], np.float64),
                 group=np.array([group for group, _, _ in rows], np.int64),
                 n=np.array(self.n_players),
+                groups=np.array(self.n_groups),
                 fingerprint=np.array(self.fingerprint),
             )
         os.replace(partial, path)
@@ -96,17 +129,16 @@ class CachedGame:
             ValueError: the file was made with another fingerprint, or for another number of players or groups.
         """
         with np.load(path, allow_pickle=False) as file:
-            n, fingerprint = int(file["n"]), str(file["fingerprint"])
+            n, n_groups, fingerprint = int(file["n"]), int(file["groups"]), str(file["fingerprint"])
             masks, values, groups = file["masks"], file["values"], file["group"]
         if fingerprint != self.fingerprint:
             raise ValueError(
                 f"{path} holds values of another game: its fingerprint is {fingerprint!r}, "
                 f"this game's {self.fingerprint!r}; give another path or delete the file"
             )
-        last_group = int(groups.max(initial=_WHOLE))
-        if n != self.n_players or last_group >= self.n_groups:
+        if n != self.n_players or n_groups != self.n_groups:
             raise ValueError(
-                f"{path} holds values for {n} players and group numbers up to {last_group}; "
+                f"{path} holds values for {n} players and {n_groups} group(s); "
                 f"this game has {self.n_players} players and {self.n_groups} group(s)"
             )
         for mask, value, group in zip(masks, values.tolist(), groups.tolist(), strict=True):
@@ -170,9 +202,7 @@ class CachedGame:
         coalitions = torch.cat([first, nested_coalitions(orders, self.n_players, start)], dim=1)  # [P, K + 1, n]
         flat = coalitions.flatten(0, 1)
         inner = walker(self.game, None if group == _WHOLE else group)
-        if inner is None:
-            values = self._call(group, flat)
-            return values.reshape(*coalitions.shape[:2], *values.shape[1:])
+        assert inner is not None
         keys = _keys(flat)
         table = self._known.setdefault(group, {})
         self._count(len({key for key in keys if key not in table}), len(keys))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_eff.shapley.coalitions import CoalitionSequence, packed_keys
-from lightning_eff.shapley.estimator import Request, ShapleyEstimator, player_count, resolve_budget
+from lightning_eff.shapley.estimator import Request, ShapleyEstimator, check_counts, player_count, resolve_budget
 from lightning_eff.shapley.exact import ExactShapley
 from lightning_eff.shapley.games import Game, evaluate
 from lightning_eff.shapley.result import ShapleyResult
@@ -75,8 +75,7 @@ class CoalitionEstimator(ShapleyEstimator):
 
     def __post_init__(self) -> None:
         resolve_budget(self.budget, 1)
-        if self.chunk_size < 2:
-            raise ValueError(f"chunk_size must be at least 2, got {self.chunk_size}")
+        check_counts(self, "chunk_size", least=2)
 
     # What an estimator has to say.
 
@@ -122,11 +121,11 @@ class CoalitionEstimator(ShapleyEstimator):
             ShapleyWarning: the game does not react, or the coalitions do not determine all values.
         """
         n = player_count(game)
-        if n <= self.small:
-            return ExactShapley().run(game, request)
         budget = resolve_budget(self.budget, n)
         if request.resume is None:
             self._check_enough(budget, n)
+        if n <= self.small:
+            return ExactShapley().run(game, request)
         run = CoalitionRun(self, game, request)
         run.start()
         asked = (budget - (2 if request.resume is None else 0)) // self.unit_cost

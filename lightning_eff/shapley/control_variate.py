@@ -32,14 +32,16 @@ from lightning_eff.shapley.games import (
     group_weights,
     walker,
 )
+from lightning_eff.shapley.greedy import GreedyBackward
 from lightning_eff.shapley.result import ShapleyResult
 from lightning_eff.shapley.sampling import generator_of
+from lightning_eff.shapley.top_k import TopKShapley
 
 _PILOT_SEED = 0x5A11E  # of its own, so that pilots and samples are independent whatever seed the caller takes
 
 
 class ControlVariate:
-    """The game v - beta * proxy, with the abilities (groups, walks) of v; `estimate` gives the values of v itself.
+    """The game v - beta * proxy, walked and split into groups like v; `estimate` gives the values of v itself.
 
     Groups are those of `game`. A proxy with the same groups is split like it, any other enters every group whole.
 
@@ -110,21 +112,33 @@ class ControlVariate:
             **options: see `ShapleyEstimator.estimate`.
 
         Raises:
-            ValueError: as the estimator, more players than can be enumerated without `proxy_values`, or a `resume`
-                made with another beta.
+            ValueError: as the estimator, an estimator or stop rule that judges the values themselves, which are not
+                those of the difference; more players than can be enumerated without `proxy_values`; a `resume` made
+                with another beta.
         """
+        if isinstance(estimator, TopKShapley | GreedyBackward) or (stop is not None and stop.asks_precision):
+            raise ValueError(
+                "top-k, greedy removal and stop rules on precision would judge the difference, not the game: with a "
+                "control variate use another estimator, and max_evals or max_seconds"
+            )
         if resume is not None and resume.state is not None and resume.state.get("beta") != self.beta:
             raise ValueError(
                 f"resume does not fit: it was made with beta {resume.state.get('beta')}, this one is {self.beta}"
             )
+        progress = options.get("progress")
+        if callable(progress) and self.pilots and resume is None:
+            progress(self.pilots)
         if stop is not None and stop.max_evals is not None and self.pilots:
             if stop.max_evals <= self.pilots:
                 raise ValueError(f"fitting beta takes {self.pilots} evaluations, the budget is {stop.max_evals}")
             stop = replace(stop, max_evals=stop.max_evals - self.pilots)
+        inner = resume
+        if resume is not None and resume.state is not None:
+            inner = replace(resume, state={k: v for k, v in resume.state.items() if k != "beta"})
         with warnings.catch_warnings():
             # a difference that hardly varies is what the proxy is for
             warnings.filterwarnings("ignore", "no signal|zero variance", ShapleyWarning)
-            result = estimator.estimate(self, resume=resume, stop=stop, **options)
+            result = estimator.estimate(self, resume=inner, stop=stop, **options)
             known = self._known(result.depth, getattr(estimator, "direction", "remove"))
         if known.shape != result.values.shape:
             raise ValueError(
@@ -135,6 +149,7 @@ class ControlVariate:
             result,
             values=result.values + self.beta * known,
             n_evals=result.n_evals + self.pilots,
+            n_unique=result.n_unique + self.pilots,
             v_empty=None if result.v_empty is None else result.v_empty + ends[0],
             v_full=None if result.v_full is None else result.v_full + ends[1],
             state=None if result.state is None else {**result.state, "beta": self.beta},

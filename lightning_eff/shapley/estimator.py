@@ -89,7 +89,7 @@ class ShapleyEstimator(ABC):
         generator: torch.Generator | int | None = None,
         resume: ShapleyResult | None = None,
         stop: StopRule | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
     ) -> ShapleyResult:
         """Values of all players.
 
@@ -99,13 +99,23 @@ class ShapleyEstimator(ABC):
                 fresh seed (it is found in `result.state["seed"]`). Methods that draw nothing ignore it.
             resume: an earlier result of the same estimator and game to go on from.
             stop: reasons to stop early.
-            progress: called with the number of evaluations just done.
+            progress: called with the number of evaluations just done; True shows a bar with the number expected.
 
         Raises:
             ValueError: a game without players or with invalid values, a budget too small for a single sample, a
-                `resume` that does not fit.
+                `resume` with other settings or of another kind (whether it is of the same game, the caller knows).
         """
-        return self.run(game, Request(generator, resume, stop, progress))
+        if not isinstance(game, Game):
+            raise TypeError(
+                f"expected a Game, got {type(game).__name__}: as_game(...) makes one of functions and tables"
+            )
+        request = Request(generator, resume, stop, None if isinstance(progress, bool) else progress)
+        if progress is not True:
+            return self.run(game, request)
+        from lightning_eff.reporting import progress as bar
+
+        with bar(f"Shapley values of {game.n_players} players", self.cost(player_count(game))) as shown:
+            return self.run(game, request._replace(progress=shown.advance))
 
     @abstractmethod
     def run(self, game: Game, request: Request) -> ShapleyResult:
@@ -133,9 +143,20 @@ def player_count(game: Game) -> int:
     return game.n_players
 
 
+def check_counts(settings: object, *names: str, least: int = 1) -> None:
+    """Raises ValueError unless the attributes `names` are ints of at least `least`."""
+    for name in names:
+        count = getattr(settings, name)
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise ValueError(f"{name} must be an int, got {count!r}")
+        if count < least:
+            raise ValueError(f"{name} must be at least {least}, got {count}")
+
+
 def check_depth(depth: Depth) -> None:
     """Raises ValueError unless `depth` is a positive int, "full" or "matched"."""
-    if not (depth in ("full", "matched") or (isinstance(depth, int) and depth >= 1)):
+    whole = isinstance(depth, int) and not isinstance(depth, bool)
+    if not (depth in ("full", "matched") if not whole else int(depth) >= 1):
         raise ValueError(f'depth must be "full", "matched" or an int >= 1, got {depth!r}')
 
 
@@ -151,7 +172,7 @@ def resolve_budget(budget: int | str, n: int) -> int:
     number = text.removesuffix("n")
     try:
         evaluations = int(float(number) * n) if text.endswith("n") else int(number)
-    except ValueError:
+    except (ValueError, OverflowError):
         evaluations = 0
     if isinstance(budget, bool) or evaluations < 1:
         raise ValueError(f'budget must be an int >= 1 or a multiple of the players such as "20n", got {budget!r}')
@@ -173,11 +194,12 @@ def resolve_depth(depth: Depth, n: int) -> int:
 
 def warn_if_silent(result: ShapleyResult) -> ShapleyResult:
     """Pass `result` on; warn where the game did not react to its players, or reacted without any variation."""
-    if bool((result.stderr != 0).any()):
+    if bool((result.stderr != 0).any()) or result.method == "greedy_backward":
         return result
     if bool((result.values == 0).all()):
-        if result.v_full is not None and result.v_empty is not None:
-            warn(f"no signal: v(all) = v(none) = {result.v_full.tolist()} and every value is 0")
+        ends = result.v_full, result.v_empty
+        if ends[0] is not None and ends[1] is not None and torch.equal(ends[0], ends[1]):
+            warn(f"no signal: v(all) = v(none) = {ends[0].tolist()} and every value is 0")
         else:
             warn(
                 f"no signal: nothing up to depth {result.depth} changed the value; a saturated accuracy does this: "

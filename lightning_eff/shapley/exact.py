@@ -21,6 +21,7 @@ from lightning_eff.shapley.estimator import (
     Direction,
     Request,
     ShapleyEstimator,
+    check_counts,
     check_depth,
     check_direction,
     player_count,
@@ -29,8 +30,10 @@ from lightning_eff.shapley.estimator import (
 )
 from lightning_eff.shapley.games import Game, evaluate, evaluate_tour, evaluate_walks
 from lightning_eff.shapley.result import ShapleyResult
+from lightning_eff.shapley.table import coalitions_of
 
 SEGMENT = 4096  # coalitions of a tour that one call of the game makes
+_YEAR = 31557600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,7 @@ class ExactShapley(ShapleyEstimator):
     chunk_size: int = 4096
 
     def __post_init__(self) -> None:
-        for name in ("max_players", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "max_players", "chunk_size")
         check_depth(self.depth)
         check_direction(self.direction)
 
@@ -108,7 +109,7 @@ class ExactShapley(ShapleyEstimator):
         table = torch.empty(0)
         for begin in range(0, 2**n, self.chunk_size):
             codes = torch.arange(begin, min(begin + self.chunk_size, 2**n))
-            values = work.done(evaluate(game, _coalitions(codes, n)))
+            values = work.done(evaluate(game, coalitions_of(codes, n)))
             if begin == 0:
                 table = torch.empty(2**n, *values.shape[1:], dtype=torch.float64)
             table[codes] = values
@@ -121,8 +122,11 @@ class ExactShapley(ShapleyEstimator):
         evaluate(game, torch.ones(1, n, dtype=torch.bool))  # the first call may prepare something
         begin = time.perf_counter()
         evaluate(game, torch.zeros(1, n, dtype=torch.bool))
-        seconds = evaluations * (time.perf_counter() - begin)
-        needs = f"2**{n} = {evaluations:,}" if self.depth == "full" else f"{evaluations:,}"
+        log_years = math.log(evaluations) + math.log(time.perf_counter() - begin) - math.log(_YEAR)
+        seconds = math.exp(min(log_years, 100.0)) * _YEAR
+        number = f"{evaluations:,}" if n <= 64 else f"{math.log10(evaluations):.0f}-digit number of"
+        needs = f"2**{n}" if n > 64 and self.depth == "full" else number
+        needs = f"2**{n} = {evaluations:,}" if n <= 64 and self.depth == "full" else needs
         raise ValueError(
             f"exact values of {n} players at depth {self.depth} need {needs} evaluations, "
             f"about {_duration(seconds)}; max_players={self.max_players} allows {2**self.max_players:,}; "
@@ -148,8 +152,7 @@ class LeaveOneOut(ShapleyEstimator):
 
     def __post_init__(self) -> None:
         check_direction(self.direction)
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
+        check_counts(self, "chunk_size")
 
     def cost(self, n: int) -> int:
         """As `ShapleyEstimator.cost`."""
@@ -249,11 +252,6 @@ def shapley_of_table(table: Tensor) -> Tensor:
     return torch.stack(values).reshape(n, *table.shape[1:]) + 0.0  # + 0.0 turns -0 into 0
 
 
-def _coalitions(codes: Tensor, n: int) -> Tensor:
-    """Codes int64 `[M]` -> bool `[M, n]`."""
-    return codes[:, None].bitwise_and(1 << torch.arange(n)) != 0
-
-
 def _toured(game: Game, n: int, work: Enumeration) -> Tensor:
     """All values in the order of their codes, evaluated in Gray's: one player changes sides at each step."""
     table = torch.empty(0)
@@ -261,7 +259,7 @@ def _toured(game: Game, n: int, work: Enumeration) -> Tensor:
         count = torch.arange(begin, min(begin + SEGMENT, 2**n))
         codes = count ^ (count >> 1)
         flips = (codes[1:] ^ codes[:-1]).double().log2().long()
-        values = work.done(evaluate_tour(game, _coalitions(codes[:1], n)[0], flips))
+        values = work.done(evaluate_tour(game, coalitions_of(codes[:1], n)[0], flips))
         if begin == 0:
             table = torch.empty(2**n, *values.shape[1:], dtype=torch.float64)
         table[codes] = values
@@ -269,7 +267,7 @@ def _toured(game: Game, n: int, work: Enumeration) -> Tensor:
 
 
 def _duration(seconds: float) -> str:
-    for unit, length in (("years", 31557600.0), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+    for unit, length in (("years", _YEAR), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.0f} {unit}"
     return f"{seconds:.1g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"

@@ -155,10 +155,15 @@ def evaluate_tour(game: Game, start: Tensor, flips: Tensor) -> Tensor:
     check_coalitions(start[None], game.n_players)
     values = as_values(cast(TourableGame, game).tour(start, flips), (len(flips) + 1,))
     if not bool(torch.isfinite(values).all()):
-        turned = torch.zeros(len(flips) + 1, len(start), dtype=torch.int64)
-        turned[torch.arange(1, len(flips) + 1), flips] = 1
-        require_finite(values, start ^ (turned.cumsum(0) % 2).bool())
+        require_finite(values, toured_coalitions(start, flips))
     return values
+
+
+def toured_coalitions(start: Tensor, flips: Tensor) -> Tensor:
+    """The coalitions of a tour, the start first: bool `[n]` and int64 `[K]` -> bool `[K+1, n]`."""
+    turned = torch.zeros(len(flips) + 1, len(start), dtype=torch.int64)
+    turned[torch.arange(1, len(flips) + 1), flips] = 1
+    return start ^ (turned.cumsum(0) % 2).bool()
 
 
 def walker(game: Game, group: int | None) -> Callable[..., Tensor] | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_eff.shapley.estimator import Request, ShapleyEstimator, player_count
+from lightning_eff.shapley.estimator import Request, ShapleyEstimator, check_counts, player_count
 from lightning_eff.shapley.exact import Enumeration
 from lightning_eff.shapley.games import Game, evaluate
 from lightning_eff.shapley.result import ShapleyResult
@@ -33,8 +33,7 @@ class GreedyBackward(ShapleyEstimator):
     chunk_size: int = 256
 
     def __post_init__(self) -> None:
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
+        check_counts(self, "chunk_size")
 
     def cost(self, n: int) -> int:
         """As `ShapleyEstimator.cost`."""

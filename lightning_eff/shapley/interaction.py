@@ -62,7 +62,7 @@ def shapley_interactions(game: Game, *, progress: Progress | None = None) -> Ten
 
 
 def _weights(n: int) -> Tensor:
-    """S! (n - s - 2)! / (n - 1)! of all coalitions of the other players, by their codes: float64 `[2**(n - 2)]`."""
+    """Weights s! (n - s - 2)! / (n - 1)! of the coalitions of all others, by their codes: float64 `[2**(n - 2)]`."""
     if n < 2:
         return torch.ones(0, dtype=torch.float64)
     of_size = torch.tensor([1 / ((n - 1) * math.comb(n - 2, size)) for size in range(n - 1)], dtype=torch.float64)

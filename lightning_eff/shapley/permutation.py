@@ -29,6 +29,7 @@ from lightning_eff.shapley.estimator import (
     Direction,
     Request,
     ShapleyEstimator,
+    check_counts,
     check_depth,
     check_direction,
     player_count,
@@ -80,9 +81,7 @@ class PermutationShapley(ShapleyEstimator):
     chunk_size: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("walks", "patience", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "walks", "patience", "chunk_size")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance must lie in [0, 1), got {self.tolerance}")
         check_depth(self.depth)
@@ -102,11 +101,11 @@ class PermutationShapley(ShapleyEstimator):
         if depth == 1:
             return self
         units = self._units(n, depth)
-        count = (budget - self._ends(units)) // max(units.evaluations, 1)
-        if count < 1:
-            least = self._ends(units) + units.evaluations
+        least = replace(self, walks=1).cost(n)
+        if budget < least:
             raise ValueError(f"{n} players at depth {depth} need at least {least} evaluations, the budget is {budget}")
-        return replace(self, walks=count * units.walks)
+        count = (budget - self._ends(units)) // max(units.evaluations, 1)
+        return replace(self, walks=max(count, 1) * units.walks)
 
     def run(self, game: Game, request: Request) -> ShapleyResult:
         """As `ShapleyEstimator.run`; `resume` adds `walks` walks to those of the result and takes its seed.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lightning_eff.shapley.coalition_run import CoalitionEstimator, Sampled
 from lightning_eff.shapley.coalitions import CoalitionSequence, LeverageSequence, SizeSequence
-from lightning_eff.shapley.estimator import warn
+from lightning_eff.shapley.estimator import check_counts, warn
 
 # rows a group needs, per unknown, to be solved alone: then the differences between groups are no noise any more (on a
 # real game twice to three times less squared error; with fewer rows, more)
@@ -73,9 +73,9 @@ class RegressionShapley(CoalitionEstimator):
         super().__post_init__()
         if self.sampling not in ("leverage", "kernel", "official"):
             raise ValueError(f'sampling must be "leverage", "kernel" or "official", got {self.sampling!r}')
-        for name in ("size_terms", "ridge"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        check_counts(self, "size_terms", least=0)
+        if not 0 <= self.ridge < math.inf:
+            raise ValueError(f"ridge must be >= 0, got {self.ridge}")
 
     @property
     def unit_cost(self) -> int:

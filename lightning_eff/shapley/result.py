@@ -50,7 +50,9 @@ class ShapleyResult:
 
     @property
     def efficiency_gap(self) -> Tensor:
-        """v(all) - v(none) - sum of values, `[]` or `[D]`: 0 up to rounding, but for truncated walks and `"top_k"`.
+        """v(all) - v(none) - sum of values, `[]` or `[D]`: 0 up to rounding.
+
+        Not so for truncated walks, `"top_k"` and the regression of the published code.
 
         Raises:
             ValueError: a partial value (depth < n) or an order of removal, for which the axiom does not hold.
@@ -84,7 +86,7 @@ class ShapleyResult:
         return self.rank().flip(0)[: self._checked_count(k)]
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Ends of normal confidence intervals, each shaped like `values`; too narrow below about ten samples.
+        """Ends of normal confidence intervals, each shaped like `values`; too narrow for few samples or skewed games.
 
         Raises:
             ValueError: `level` outside (0, 1).

@@ -8,6 +8,7 @@ estimate has the bits of an uninterrupted one.
 from __future__ import annotations
 
 import math
+import operator
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -47,13 +48,15 @@ class SampledRun(ABC):
         self.game, self.n, self.method, self.request = game, game.n_players, method, request
         self.stop = request.stop or StopRule()
         weights = None if share else group_weights(game)
-        self.weights = torch.ones(1, dtype=torch.float64) if weights is None else weights  # [G]
-        self.groups: list[int | None] = [None] if weights is None else list(range(len(weights)))
+        counted = [] if weights is None else weights.nonzero().flatten().tolist()  # a weight of 0 is not evaluated
+        self.weights = torch.ones(1, dtype=torch.float64) if weights is None else weights[counted]  # [G]
+        self.groups: list[int | None] = [None] if weights is None else counted
         self.settings = {"n": self.n, "groups": len(self.groups), **settings}
         self._end_coalitions = ends
         self.ends = torch.zeros(len(self.groups), len(ends), 1, dtype=torch.float64)  # [G, E, D], evaluated by `start`
         self.scalar = True
         self.seed = 0
+        self._previous: Tensor | None = None  # values at the last look
         self._clock, self._seconds_before, self._reported = time.perf_counter(), 0.0, 0
 
     # What a kind of unit has to say about itself.
@@ -134,7 +137,7 @@ class SampledRun(ABC):
     def _go_on(self, resume: ShapleyResult) -> None:
         generator = self.request.generator
         state: dict[str, Any] = resume.state or {}
-        if resume.method != self.method or state.get("settings") != self.settings:
+        if resume.method != self.method or state.get("settings") != self.settings or "beta" in state:
             raise ValueError(
                 f"resume does not fit: it was made by {resume.method!r} with {state.get('settings')}, this estimate "
                 f"is {self.method!r} with {self.settings}"
@@ -145,6 +148,8 @@ class SampledRun(ABC):
             )
         self.scalar, self.seed = resume.values.ndim == 1, state["seed"]
         self.ends = torch.tensor(state["ends"], dtype=torch.float64).reshape(*self.ends.shape[:2], state["components"])
+        if state["previous"] is not None:
+            self._previous = torch.tensor(state["previous"], dtype=torch.float64)
         self.prepare()
         for index, group in enumerate(state["groups"]):
             self.load_group(index, group)
@@ -165,7 +170,7 @@ class SampledRun(ABC):
         stop = self.stop
         target = min(target, self.most_units)
         looks = self.looks or stop.asks_precision
-        enough, previous = False, None
+        enough = False
         while self.units_done < target and not enough:
             look = self.next_look()
             per_call = max(1, chunk_size // max(self.unit_cost, 1))
@@ -182,8 +187,10 @@ class SampledRun(ABC):
                 enough = self.looks and self.settled()
                 if stop.asks_precision:
                     values, stderr = self.combine()
-                    enough |= stop.precise_enough(values, stderr, previous)
-                    previous = values
+                    enough |= stop.precise_enough(values, stderr, self._previous)
+                    self._previous = values
+        if stop.asks_precision and not enough and self.units_done == self.most_units:  # all there is: no look was left
+            enough = stop.precise_enough(*self.combine(), self._previous)
         return enough if looks else self.units_done >= target
 
     def result(self, converged: bool, depth: int, *, remove: bool = True, truncated: float = 0.0) -> ShapleyResult:
@@ -210,6 +217,7 @@ class SampledRun(ABC):
                 "settings": self.settings,
                 "ends": self.ends.tolist(),
                 "components": self.ends.shape[2],
+                "previous": None if self._previous is None else self._previous.tolist(),
                 "groups": [self.save_group(index) for index in range(len(self.groups))],
             },
         )
@@ -222,14 +230,19 @@ class SampledRun(ABC):
 
     def _report(self) -> None:
         if self.request.progress is not None:
-            done = len(self._end_coalitions) + self.evaluated // len(self.groups)
-            self.request.progress(done - self._reported)
-            self._reported = done
+            self.request.progress(self.n_evals - self._reported)
+            self._reported = self.n_evals
 
 
 def seed_of(generator: torch.Generator | int | None) -> int:
     """The seed that `generator` stands for; None takes a fresh one."""
-    if isinstance(generator, int):
+    if generator is not None and not isinstance(generator, torch.Generator):
+        try:
+            generator = operator.index(generator)
+        except TypeError:
+            raise TypeError(
+                f"generator must be a seed, a torch.Generator or None, got {type(generator).__name__}"
+            ) from None
         if generator < 0:
             raise ValueError(f"a seed must be >= 0, got {generator}")
         return generator

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from lightning_eff.shapley.coalitions import SizeSequence
-from lightning_eff.shapley.estimator import Request, ShapleyEstimator, StopRule, player_count, resolve_budget
+from lightning_eff.shapley.estimator import (
+    Request,
+    ShapleyEstimator,
+    StopRule,
+    check_counts,
+    player_count,
+    resolve_budget,
+)
 from lightning_eff.shapley.games import Game, evaluate
 from lightning_eff.shapley.result import ShapleyResult
 from lightning_eff.shapley.sampling import SampledRun
@@ -37,13 +44,15 @@ class TopKShapley(ShapleyEstimator):
 
     Args:
         k: number of players wanted, 1..n-1.
-        level: probability that the players found are right when the estimate has converged, in (0, 1).
+        level: probability that the players found are right when the estimate has converged, in (0, 1). With
+            `"difference"` about that, for marginal contributions not far from normal: a rare large one that no sample
+            met is not seen.
         budget: most evaluations: a number, or a multiple of the players such as `"200n"`.
         bounds: `"difference"`: Student's intervals of the differences between every player in and every player out,
-            shared out over pairs and looks; `"bernstein"`: empirical Bernstein intervals of each player, which drop
-            players that are clear.
-        value_range: for `"bernstein"`, largest minus smallest possible marginal contribution (2 for an accuracy); None
-            takes those seen so far.
+            shared out over pairs and looks; `"bernstein"`: empirical Bernstein intervals, shared out over players and
+            looks, which hold whatever the distribution and drop players that are clear.
+        value_range: largest minus smallest possible marginal contribution (2 for an accuracy), which `"bernstein"`
+            needs.
         share_coalitions: let all groups of a grouped game see the same coalitions.
         chunk_size: about how many coalitions to ask for in a call of the game.
 
@@ -61,15 +70,15 @@ class TopKShapley(ShapleyEstimator):
 
     def __post_init__(self) -> None:
         resolve_budget(self.budget, 1)
-        for name in ("k", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(self, "k", "chunk_size")
         if not 0 < self.level < 1:
             raise ValueError(f"level must lie in (0, 1), got {self.level}")
         if self.bounds not in ("difference", "bernstein"):
             raise ValueError(f'bounds must be "difference" or "bernstein", got {self.bounds!r}')
         if self.value_range is not None and not self.value_range > 0:
             raise ValueError(f"value_range must be positive, got {self.value_range}")
+        if self.bounds == "bernstein" and self.value_range is None:
+            raise ValueError('bounds="bernstein" needs value_range: what marginal contributions can differ by')
 
     def cost(self, n: int) -> int:
         """As `ShapleyEstimator.cost`: the budget, in whole units."""
@@ -165,17 +174,22 @@ class _Comparable(SampledRun):
         return next(look for look in _looks() if look > done)
 
     def settled(self) -> bool:
-        if self.estimator.bounds == "bernstein":
-            return self._narrow(self._units())
         number = 1 + sum(1 for _ in takewhile(lambda look: look < self.units_done, _looks()))
+        if self.estimator.bounds == "bernstein":
+            return self._narrow(self._units(), number)
         return differences_are_clear(self._units(), self.estimator.k, 1 - self.estimator.level, number)
 
-    def _narrow(self, units: Tensor) -> bool:
+    def _narrow(self, units: Tensor, look: int) -> bool:
         """Leave only the players that are not clear; whether there are none."""
-        unclear = _near_the_boundary(units, self.estimator.k, 1 - self.estimator.level, self.estimator.value_range)
+        assert self.estimator.value_range is not None
+        unclear = near_the_boundary(units, self.estimator.k, 1 - self.estimator.level, look, self.estimator.value_range)
         if len(unclear):
             self._open = unclear
         return len(unclear) == 0
+
+    @property
+    def distinct(self) -> float:
+        return min(super().distinct, float(2**self.n) if self.n < 64 else math.inf)
 
     def save_group(self, index: int) -> Any:
         return torch.cat(self._marginals[index]).tolist()
@@ -185,7 +199,7 @@ class _Comparable(SampledRun):
         self._add(index, torch.tensor(state, dtype=torch.float64))
         passed = list(takewhile(lambda look: look <= len(state), _looks()))
         if self.estimator.bounds == "bernstein" and index == len(self.groups) - 1 and passed:
-            self._narrow(self._units()[: passed[-1]])
+            self._narrow(self._units()[: passed[-1]], len(passed))
 
 
 def _looks() -> Iterator[int]:
@@ -212,15 +226,17 @@ def differences_are_clear(units: Tensor, k: int, error: float, look: int) -> boo
     return bool((gap > half).all())
 
 
-def _near_the_boundary(units: Tensor, k: int, error: float, value_range: float | None) -> Tensor:
-    """Players whose empirical Bernstein interval reaches the middle between the k-th and the next value."""
+def near_the_boundary(units: Tensor, k: int, error: float, look: int, value_range: float) -> Tensor:
+    """Players whose empirical Bernstein interval reaches the middle between the k-th and the next value.
+
+    Half-width sqrt(2 var ln(2/delta) / c) + 7 R ln(2/delta) / (3 (c - 1)) of c samples in a range R, with delta shared
+    out over players and looks, so that all intervals hold at a chance of `error`.
+    """
     count = (~units.isnan()).sum(0)
     mean = units.nanmean(0)
     variance = (units - mean).square().nansum(0) / (count - 1)
-    seen = units[~units.isnan()]
-    span = float(seen.max() - seen.min()) if value_range is None else value_range
-    log = math.log(2 / error)
-    half = (2 * variance * log / count).sqrt() + 7 * span * log / (3 * (count - 1))
+    log = math.log(2 * units.shape[1] * look * (look + 1) / error)
+    half = (2 * variance * log / count).sqrt() + 7 * value_range * log / (3 * (count - 1))
     best = mean.sort(descending=True).values
     boundary = (best[k - 1] + best[k]) / 2
     return ((mean - boundary).abs() <= half).nonzero().flatten()

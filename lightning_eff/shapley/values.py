@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_eff.shapley.estimator import Depth, Progress, ShapleyEstimator, StopRule, resolve_budget
+from lightning_eff.shapley.estimator import Depth, Progress, ShapleyEstimator, StopRule, player_count, resolve_budget
 from lightning_eff.shapley.exact import ExactShapley, LeaveOneOut
 from lightning_eff.shapley.games import as_game
 from lightning_eff.shapley.greedy import GreedyBackward
@@ -64,6 +64,7 @@ def shapley_values(
         [1.5, 2.5]
     """
     game = as_game(game, n_players)
+    player_count(game)
     if isinstance(method, ShapleyEstimator) or method == "auto":
         if options:
             raise ValueError(f"options {sorted(options)} need a method given by its name: one of {sorted(_METHODS)}")
@@ -72,13 +73,7 @@ def shapley_values(
         estimator = _METHODS[method](**options)
     else:
         raise ValueError(f"method must be 'auto', one of {sorted(_METHODS)} or a ShapleyEstimator, got {method!r}")
-    work: dict[str, Any] = {"generator": generator, "resume": resume, "stop": stop}
-    if progress is not True:
-        return estimator.estimate(game, progress=progress or None, **work)
-    from lightning_eff.reporting import progress as bar
-
-    with bar(f"Shapley values of {game.n_players} players", estimator.cost(game.n_players)) as shown:
-        return estimator.estimate(game, progress=shown.advance, **work)
+    return estimator.estimate(game, generator=generator, resume=resume, stop=stop, progress=progress)
 
 
 def choose_estimator(n: int, budget: int | str | None = None, depth: Depth = "full") -> ShapleyEstimator:
@@ -90,17 +85,22 @@ def choose_estimator(n: int, budget: int | str | None = None, depth: Depth = "fu
     Args:
         n: number of players.
         budget: evaluations: a number, or a multiple of the players; None for `"20n"`, and 2**n up to 12 players.
-        depth: of the value, as in `PermutationShapley`.
+        depth: of the value, as in `PermutationShapley`; `"matched"` takes as many walks as the budget has full ones.
 
     Raises:
         ValueError: the budget is below that of two walks.
     """
     evaluations = resolve_budget("20n" if budget is None else budget, n)
     enough = n <= _EXACT_PLAYERS if budget is None else 2**n <= evaluations
-    if depth != "full":
+    if depth == "matched":
         return PermutationShapley(max(2, evaluations // n), depth=depth)
+    if depth != "full":
+        exact = ExactShapley(depth=depth)
+        return exact if exact.cost(n) <= evaluations else PermutationShapley(depth=depth).with_budget(evaluations, n)
     if enough:
         return ExactShapley()
+    if n == 1:
+        raise ValueError(f"a single player needs 2 evaluations, the budget is {evaluations}")
     if evaluations < max(_REGRESSION_BUDGET * n, 30):
         return PermutationShapley().with_budget(evaluations, n)
     return RegressionShapley(evaluations)

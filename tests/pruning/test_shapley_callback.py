@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from lightning_eff.shapley import (
     PermutationShapley,
     RegressionShapley,
     ShapleyEstimator,
+    ShapleyWarning,
     StopRule,
     StratifiedShapley,
     TopKShapley,
@@ -150,6 +152,25 @@ def test_a_budget_too_small_for_a_layer_is_told_before_training(trained: Net) ->
     callback = ShapleyPruningCallback(budget=12, calibration=Calibration(samples=64), verbose=False)
     with pytest.raises(ValueError, match=r"body\.\d: .*the budget is 12"):
         trainer(callback, max_epochs=1).fit(copy.deepcopy(trained), TRAIN, VAL)
+
+
+def test_a_limit_too_small_for_the_estimator_is_told_before_training(trained: Net) -> None:
+    callback = ShapleyPruningCallback(
+        estimator=PermutationShapley(), stop=StopRule(max_evals=3), calibration=Calibration(samples=64), verbose=False
+    )
+    with pytest.raises(ValueError, match=r"body\.\d: .*the budget is 3"):
+        trainer(callback, max_epochs=1).fit(copy.deepcopy(trained), TRAIN, VAL)
+
+
+def test_a_time_limit_ends_the_estimate_not_the_training(trained: Net) -> None:
+    callback = ShapleyPruningCallback(
+        0.25, budget="2000n", stop=StopRule(max_seconds=1e-6), calibration=Calibration(samples=64),
+        layers=Layers(include=["body.0"]), verbose=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ShapleyWarning)
+        trainer(callback, max_epochs=1).fit(copy.deepcopy(trained), TRAIN, VAL)
+    assert callback.plan is not None
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import torch
 from shapley.table_games import CountingGame, WalkableTable, all_coalitions, grouped_saturating_game, random_game
 
 from lightning_eff.shapley import CachedGame, ExactShapley, PermutationShapley, TableGame
+from lightning_eff.shapley.games import evaluate_walks, toured_coalitions
 
 
 def test_known_coalitions_are_not_evaluated_again():
@@ -29,7 +30,8 @@ def test_cached_estimate_equals_the_plain_one_and_counts_distinct_coalitions_as_
     result = PermutationShapley(64).estimate(game, generator=1)
     assert torch.equal(result.values, PermutationShapley(64).estimate(random_game(5), generator=1).values)
     assert game.misses == result.n_unique == len(game)
-    assert game.hits + game.misses == result.n_evals + 64  # a walk names its start
+    assert game.hits + game.misses == result.n_evals
+    assert not hasattr(game, "walk")  # the table has none: asked for in chunks, not in whole walks
 
 
 @pytest.mark.parametrize("start", ["full", "empty"])
@@ -113,7 +115,34 @@ def test_values_evaluated_before_a_nan_stay(walkable):
     values[0b001] = torch.nan
     game = CachedGame(WalkableTable(values) if walkable else TableGame(values))
     with pytest.raises(ValueError, match=r"keeps players \(0,\)"):
-        game.walk(torch.tensor([[2, 1, 0]]))
-    assert len(game) == 3
+        evaluate_walks(game, torch.tensor([[2, 1, 0]]))
+    assert len(game) == 2 + walkable  # a walk tells the value of its start too
     assert game(torch.tensor([[True, True, True], [True, True, False], [False, False, False]])).tolist() == [7, 3, 0]
-    assert (game.hits, game.misses) == (3, 4)
+    assert game.misses == 4
+
+
+class TourableTable(TableGame):
+    """A table with a tour, which it counts."""
+
+    tours = 0
+
+    def tour(self, start, flips):
+        self.tours += 1
+        return self(toured_coalitions(start, flips))
+
+
+def test_a_tour_is_made_once_and_then_remembered():
+    game = TourableTable(random_game(8).values)
+    cached = CachedGame(game)
+    first = ExactShapley().estimate(cached)
+    assert game.tours > 0
+    made = game.tours
+    again = ExactShapley().estimate(cached)
+    assert game.tours == made
+    assert torch.equal(first.values, again.values)
+    assert torch.equal(first.values, ExactShapley().estimate(game).values)
+    assert cached.misses == 2**8
+
+
+def test_a_game_without_a_tour_seems_to_have_none():
+    assert not hasattr(CachedGame(random_game(4)), "tour")

@@ -14,12 +14,15 @@ from shapley.table_games import (
 
 from lightning_eff.shapley import (
     ExactShapley,
+    GreedyBackward,
     GroupedGame,
     LeaveOneOut,
     PermutationShapley,
+    RegressionShapley,
     ShapleyResult,
     StopRule,
     TableGame,
+    TopKShapley,
     WalkableGame,
     evaluate_walks,
 )
@@ -207,3 +210,26 @@ def test_proxy_with_other_components_is_refused():
         ControlVariate(GAME, random_game(6, components=2))(all_coalitions(6)[:1])
     with pytest.raises(ValueError, match=r"shaped like the values, \[6\], got \[6, 2\]"):
         ControlVariate(GAME, NEAR, torch.zeros(6, 2)).estimate(LeaveOneOut())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "stop"),
+    [(TopKShapley(2), None), (GreedyBackward(), None), (PermutationShapley(), StopRule(rel_stderr=0.1))],
+)
+def test_what_would_judge_the_difference_instead_of_the_game_is_refused(estimator, stop):
+    with pytest.raises(ValueError, match="would judge the difference"):
+        ControlVariate(random_game(5), random_game(5, 1)).estimate(estimator, stop=stop)
+
+
+def test_a_result_of_a_difference_is_not_taken_for_one_of_the_game():
+    game, proxy = random_game(5), random_game(5, 1)
+    result = ControlVariate(game, proxy).estimate(RegressionShapley(20), generator=0)
+    with pytest.raises(ValueError, match="resume does not fit"):
+        RegressionShapley(20).estimate(game, resume=result)
+
+
+def test_pilots_are_reported_and_counted():
+    reported = []
+    control = ControlVariate(random_game(6), random_game(6, 1), beta="fit")
+    result = control.estimate(RegressionShapley(30), generator=0, progress=reported.append)
+    assert sum(reported) == result.n_evals == 42

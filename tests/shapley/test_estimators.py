@@ -3,6 +3,7 @@
 import dataclasses
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from helpers import run_python
@@ -39,6 +40,15 @@ UNBIASED = {"unbiased kernel": 60, "top k": 200}  # a regression has a bias of o
 
 def at(name, budget, n):
     return BY_NAME[name].with_budget(budget, n)
+
+
+def skewed_game(n, kind):
+    """Contributions that are nearly always zero: a weighted majority, or the largest weight there is."""
+    weights = torch.arange(1, n + 1, dtype=torch.float64)
+    kept = (torch.arange(2**n)[:, None] >> torch.arange(n) & 1).double()
+    if kind == "maximum":
+        return TableGame((kept * weights).amax(1))
+    return TableGame((kept @ weights > 0.5 * weights.sum()).double())
 
 
 def exact(game):
@@ -214,6 +224,8 @@ def test_error_falls_with_the_square_root_of_the_budget(name):
         ("regression", 80, saturating_game(8)),
         ("regression", 60, random_game(8)),
         ("regression", 60, grouped_saturating_game(8, 4)),
+        ("regression", 100, skewed_game(10, "majority")),
+        ("regression", 100, skewed_game(10, "maximum")),
         ("regression, single coalitions", 100, saturating_game(8)),
         ("regression, kernel", 120, random_game(8)),
         ("stratified", 200, saturating_game(8)),
@@ -252,3 +264,72 @@ assert not any(name.split(".")[0] in ("lightning", "pytorch_lightning", "torchvi
 """).stdout.split()
     assert printed == ["leave_one_out", "exact", "permutation", "permutation", "regression", "stratified",
                        "unbiased_kernel", "top_k", "greedy_backward"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [PermutationShapley(depth=3), PermutationShapley(depth=19, direction="add"), PermutationShapley(tolerance=0.1)],
+)
+@pytest.mark.parametrize("budget", [19, 56, 200])
+def test_walks_of_any_depth_keep_to_their_budget_or_say_what_they_need(estimator, budget):
+    least = dataclasses.replace(estimator, walks=1).cost(20)
+    if budget < least:
+        with pytest.raises(ValueError, match=f"need at least {least}"):
+            estimator.with_budget(budget, 20)
+    else:
+        assert budget - 60 < estimator.with_budget(budget, 20).cost(20) <= budget
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than two samples")
+@pytest.mark.parametrize("name", [name for name in SAMPLED if "top k" not in name])
+def test_groups_that_weigh_nothing_are_neither_evaluated_nor_in_the_error(name):
+    two = [random_game(6, seed) for seed in range(2)]
+    with_nothing = GroupedTable([*two, random_game(6, 9)], [0.5, 0.5, 0.0])
+    without = GroupedTable(two, [0.5, 0.5])
+    results = [at(name, 40, 6).estimate(game, generator=0) for game in (with_nothing, without)]
+    assert torch.equal(results[0].values, results[1].values)
+    assert torch.equal(results[0].stderr, results[1].stderr)
+    assert with_nothing.group_count == without.group_count
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_progress_adds_up_to_the_evaluations(name):
+    for game in (random_game(6), grouped_saturating_game(6, 3)):
+        reported: list[int] = []
+        result = at(name, 90, 6).estimate(game, generator=0, progress=reported.append)
+        assert sum(reported) == result.n_evals
+        assert min(reported) >= 0
+
+
+def test_progress_adds_up_where_groups_are_truncated_unequally():
+    reported: list[int] = []
+    estimator = PermutationShapley(8, tolerance=0.6, patience=1)
+    result = estimator.estimate(grouped_saturating_game(6, 3), generator=0, progress=reported.append)
+    assert sum(reported) == result.n_evals
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PermutationShapley(3.5), "walks must be an int, got 3.5"),
+        (lambda: PermutationShapley("3"), "walks must be an int"),
+        (lambda: PermutationShapley(depth=True), "depth must be"),
+        (lambda: TopKShapley(2.5), "k must be an int"),
+        (lambda: RegressionShapley(size_terms=1.5), "size_terms must be an int"),
+        (lambda: RegressionShapley("infn"), "budget must be"),
+        (lambda: TopKShapley(2, bounds="bernstein"), "needs value_range"),
+    ],
+)
+def test_numbers_of_another_kind_are_refused_at_once(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_plain_function_and_a_seed_that_is_none_are_told_apart_from_games_and_seeds():
+    with pytest.raises(TypeError, match="as_game"):
+        RegressionShapley().estimate(lambda kept: kept.sum(1))
+    with pytest.raises(TypeError, match="generator must be a seed"):
+        RegressionShapley().estimate(random_game(6), generator="a")
+    number = np.int64(3)
+    same = (RegressionShapley(30).estimate(random_game(6), generator=seed).values for seed in (3, number))
+    assert torch.equal(*same)

@@ -405,3 +405,8 @@ def test_captum_agrees():
     shapley = attr.ShapleyValues(lambda z: game(z.bool()).float())
     theirs = shapley.attribute(torch.ones(1, 5), baselines=torch.zeros(1, 5))[0]
     torch.testing.assert_close(ExactShapley().estimate(game).values.float(), theirs, rtol=0, atol=1e-5)
+
+
+def test_a_game_of_two_thousand_players_is_refused_in_words():
+    with pytest.raises(ValueError, match=r"2000 players at depth full need 2\*\*2000 evaluations, about .* years"):
+        ExactShapley().estimate(as_game(lambda kept: kept.sum(1), 2000))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from shapley.table_games import CountingGame, random_game, saturating_game
 
-from lightning_eff.shapley import ExactShapley, ShapleyResult, StopRule, TableGame, TopKShapley
+from lightning_eff.shapley import ExactShapley, ShapleyResult, StopRule, TableGame, TopKShapley, as_game
 
 
 def best(game, k):
@@ -22,7 +22,9 @@ def gapped_game(n, k):
 @pytest.mark.parametrize("bounds", ["difference", "bernstein"])
 def test_converged_answers_are_right_at_least_as_often_as_the_level_says(bounds):
     game = gapped_game(8, 3)
-    results = [TopKShapley(3, budget="2000n", bounds=bounds).estimate(game, generator=seed) for seed in range(40)]
+    results = [
+        TopKShapley(3, budget="8000n", bounds=bounds, value_range=3.0).estimate(game, generator=s) for s in range(40)
+    ]
     right = [set(r.top(3).tolist()) == best(game, 3) for r in results if r.converged]
     assert len(right) == 40
     assert sum(right) >= 38
@@ -43,7 +45,7 @@ def test_the_bandit_asks_less_about_players_that_are_clear():
     weights = torch.tensor([0.50, 0.48, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     kept = (torch.arange(2**8)[:, None] >> torch.arange(8) & 1).double()
     game = CountingGame(TableGame(kept @ weights + 0.02 * random_game(8).values))
-    result = TopKShapley(1, bounds="bernstein", budget=20_000).estimate(game, generator=0)
+    result = TopKShapley(1, bounds="bernstein", value_range=1.0, budget=20_000).estimate(game, generator=0)
     units = len(result.state["groups"][0])
     assert result.n_evals == game.count < 0.6 * units * 9
     assert result.values[:2].tolist() == pytest.approx([0.5, 0.48], abs=0.02)
@@ -51,7 +53,7 @@ def test_the_bandit_asks_less_about_players_that_are_clear():
 
 def test_a_bandit_goes_on_with_the_players_that_were_open():
     game = gapped_game(8, 3)
-    estimator = TopKShapley(3, bounds="bernstein", budget=500)
+    estimator = TopKShapley(3, bounds="bernstein", value_range=3.0, budget=500)
     first = estimator.estimate(game, generator=0)
     resumed = estimator.estimate(game, resume=ShapleyResult.from_dict(first.to_dict()))
     whole = estimator.with_budget(first.n_evals + 500, 8).estimate(game, generator=0)
@@ -70,6 +72,17 @@ def test_means_over_coalitions_with_all_neighbours_are_shapley_values():
         chance = 1 / (n + 1) / torch.tensor([float((sizes == s).sum()) for s in sizes], dtype=torch.float64)
         total[i] = (chance * (game.values[codes | 1 << i] - game.values[codes & ~(1 << i)])).sum()
     assert total.tolist() == pytest.approx(truth.tolist(), abs=1e-12)
+
+
+def test_with_a_range_a_rare_large_contribution_is_not_ruled_out():
+    game = as_game(lambda kept: 0.01 * kept[:, 0] + (kept[:, 1] & (kept.sum(1) == 1)).double(), 30)
+    for seed in range(3):
+        result = TopKShapley(1, bounds="bernstein", value_range=2.0, budget="60n").estimate(game, generator=seed)
+        assert not result.converged
+
+
+def test_no_more_distinct_coalitions_are_counted_than_there_are():
+    assert TopKShapley(1, budget=100).estimate(random_game(3), generator=0).n_unique <= 2**3 + 2
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ def test_auto_is_exact_where_all_coalitions_are_affordable_and_regression_beyond
     assert choose_estimator(12, "20n") == RegressionShapley(240)
     assert choose_estimator(100, 300) == PermutationShapley(2)
     assert choose_estimator(64, "20n", depth="matched") == PermutationShapley(20, depth="matched")
+    assert choose_estimator(20, 400, depth=2) == ExactShapley(depth=2)
+    assert 380 <= choose_estimator(20, 400, depth=5).cost(20) <= 400
 
 
 @pytest.mark.filterwarnings("ignore:.*fewer than two samples")  # a single pair of walks
@@ -60,6 +62,17 @@ def test_a_bar_tells_the_cost_before_it_is_paid(capsys):
     printed = capsys.readouterr().out
     assert printed.splitlines()[0] == "Shapley values of 5 players: 32 evaluations"
     assert "done, 32 evaluations" in printed
+
+
+def test_a_bar_is_asked_for_at_the_estimator_too(capsys):
+    RegressionShapley(20).estimate(random_game(5), generator=0, progress=True)
+    assert "Shapley values of 5 players: 20 evaluations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n", [0, -2])
+def test_a_game_without_players_is_named(n):
+    with pytest.raises(ValueError, match="at least one player"):
+        shapley_values(lambda kept: kept.sum(1), n_players=n)
 
 
 def test_an_unknown_method_lists_the_known_ones():
