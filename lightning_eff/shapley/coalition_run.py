@@ -8,7 +8,7 @@ Shapes: `n` players, `P` units, `c` coalitions a unit (2: a coalition and its co
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -54,6 +54,15 @@ class Sampled:
         for start in range(0, len(self.packed), _BLOCK):
             bits = np.unpackbits(self.packed[start : start + _BLOCK], axis=1, count=self.n)
             yield torch.from_numpy(bits).double(), self.values[start : start + _BLOCK]
+
+
+def over_groups(
+    samples: Sequence[Sampled], of_group: Callable[[Sampled], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Values and standard errors `[n, D]` of the game from values and squared standard errors of every group."""
+    weight = torch.tensor([sampled.weight for sampled in samples], dtype=torch.float64)[:, None, None]
+    values, squared_error = (torch.stack(part) for part in zip(*map(of_group, samples), strict=True))
+    return (weight * values).sum(0), (weight**2 * squared_error).sum(0).sqrt()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_eff.shapley.coalition_run import CoalitionEstimator, Sampled
+from lightning_eff.shapley.coalition_run import CoalitionEstimator, Sampled, over_groups
 from lightning_eff.shapley.coalitions import CoalitionSequence, LeverageSequence, SizeSequence
 from lightning_eff.shapley.estimator import check_counts, warn
 
@@ -102,7 +102,7 @@ class RegressionShapley(CoalitionEstimator):
         """As `CoalitionEstimator.fit`; groups with rows enough are solved one by one, others together."""
         n = samples[0].n
         if len(samples) > 1 and all(len(s.packed) >= _ROWS_ALONE * self.least_units(n) for s in samples):
-            return _weighted_mean(samples, [self.fit([replace(s, weight=1.0)]) for s in samples])
+            return over_groups(samples, self._alone)
         if self.sampling == "official":
             return least_squares([_Rows(s, None, False, intercept=True) for s in samples], n, None)
         total = torch.stack([s.weight * (s.ends[1] - s.ends[0]) for s in samples]).sum(0)
@@ -111,11 +111,9 @@ class RegressionShapley(CoalitionEstimator):
         rows = [_Rows(s, counts, paired, terms=self._terms(n)) for s in samples]
         return least_squares(rows, n, total, ridge=self.ridge)
 
-
-def _weighted_mean(samples: Sequence[Sampled], parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    weight = torch.tensor([s.weight for s in samples], dtype=torch.float64)[:, None, None]
-    values, stderr = (torch.stack(part) for part in zip(*parts, strict=True))
-    return (weight * values).sum(0), (weight * stderr).square().sum(0).sqrt()
+    def _alone(self, sampled: Sampled) -> tuple[Tensor, Tensor]:
+        values, stderr = self.fit([replace(sampled, weight=1.0)])
+        return values, stderr**2
 
 
 def kernel_sizes(n: int) -> Tensor:

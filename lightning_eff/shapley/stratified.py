@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_eff.shapley.coalition_run import CoalitionEstimator, Sampled
+from lightning_eff.shapley.coalition_run import CoalitionEstimator, Sampled, over_groups
 from lightning_eff.shapley.coalitions import CoalitionSequence, SizeSequence
 from lightning_eff.shapley.regression import kernel_sizes
 
@@ -52,12 +52,7 @@ class StratifiedShapley(CoalitionEstimator):
 
     def fit(self, samples: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
         """As `CoalitionEstimator.fit`; variances are pooled over the strata of a size."""
-        values = variance = torch.zeros(samples[0].n, 1, dtype=torch.float64)
-        for sampled in samples:
-            mean, squared_error = _strata_means(sampled)
-            values = values + sampled.weight * mean
-            variance = variance + sampled.weight**2 * squared_error
-        return values, variance.sqrt()
+        return over_groups(samples, _strata_means)
 
 
 class _SinglesFirst:

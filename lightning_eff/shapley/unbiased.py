@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_eff.shapley.coalition_run import CoalitionEstimator, Sampled
+from lightning_eff.shapley.coalition_run import CoalitionEstimator, Sampled, over_groups
 from lightning_eff.shapley.coalitions import CoalitionSequence, SizeSequence
 from lightning_eff.shapley.regression import kernel_sizes
 
@@ -39,12 +39,7 @@ class UnbiasedKernelShapley(CoalitionEstimator):
 
     def fit(self, samples: Sequence[Sampled]) -> tuple[Tensor, Tensor]:
         """As `CoalitionEstimator.fit`; the error is that of a mean over pairs."""
-        values = variance = torch.zeros(samples[0].n, 1, dtype=torch.float64)
-        for sampled in samples:
-            mean, squared_error = _mean_of_pairs(sampled)
-            values = values + sampled.weight * mean
-            variance = variance + sampled.weight**2 * squared_error
-        return values, variance.sqrt()
+        return over_groups(samples, _mean_of_pairs)
 
 
 def _mean_of_pairs(sampled: Sampled) -> tuple[Tensor, Tensor]:
