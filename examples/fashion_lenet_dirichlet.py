@@ -42,12 +42,13 @@ VARIANTS = {
 
 
 class WideLeNet(nn.Sequential):
-    """LeNet 20-50-200-84: norm behind pooling and ReLU, ReLU between linear layers."""
+    """LeNet 20-50-200-84: norm behind pooling and ReLU (or between them), ReLU between linear layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm_first: bool = False) -> None:
+        order = -1 if norm_first else 1
         super().__init__(
-            nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.ReLU(), nn.BatchNorm2d(20),
-            nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.ReLU(), nn.BatchNorm2d(50),
+            nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), *[nn.ReLU(), nn.BatchNorm2d(20)][::order],
+            nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), *[nn.ReLU(), nn.BatchNorm2d(50)][::order],
             nn.Flatten(), nn.Linear(800, 200), nn.ReLU(), nn.Linear(200, 84), nn.ReLU(), nn.Linear(84, 10),
         )  # fmt: skip
 
@@ -62,10 +63,10 @@ class OneCycle(ImageClassifier):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def trained(data: L.LightningDataModule, epochs: int) -> nn.Module:
+def trained(data: L.LightningDataModule, epochs: int, norm_first: bool) -> nn.Module:
     """Train the network and return it in evaluation mode."""
     L.seed_everything(0, verbose=False)
-    model = OneCycle(WideLeNet())
+    model = OneCycle(WideLeNet(norm_first))
     L.Trainer(
         accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_model_summary=False,
         enable_progress_bar=False, limit_val_batches=0,
@@ -88,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fast", action="store_true")
     parser.add_argument("--few", action="store_true", help="the default ranking and scale dim only")
+    parser.add_argument("--norm-first", action="store_true", help="the norms before the ReLUs of the convolutions")
     parser.add_argument("--root", default=None, help="folder with the idx files, if not Debian's or a download")
     parser.add_argument("--dirpath", default="runs/fashion_lenet_dirichlet")
     args = parser.parse_args()
@@ -95,7 +97,7 @@ def main() -> None:
     data = FashionMNISTDataModule(
         root=args.root, batch_size=128, train_size=1_024 if args.fast else None, test_size=500 if args.fast else 5_000
     )
-    model = trained(data, 1 if args.fast else 4)
+    model = trained(data, 1 if args.fast else 4, args.norm_first)
     train, test = ([tuple(batch) for batch in loader] for loader in (data.train_dataloader(), data.test_dataloader()))
     train = train[: 4 if args.fast else 94]
     graph = ChannelGraph.from_model(model, train[0][0][:2])

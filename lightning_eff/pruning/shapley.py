@@ -32,8 +32,10 @@ from lightning_eff.shapley import (
     ShapleyEstimator,
     ShapleyWarning,
     StopRule,
+    TopKShapley,
     choose_estimator,
 )
+from lightning_eff.shapley.coalition_run import CoalitionEstimator
 from lightning_eff.shapley.estimator import resolve_budget
 
 
@@ -110,12 +112,17 @@ class ShapleyPruningCallback(StructuredPruningCallback):
         self.calibration_groups = game.groups
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As the base, and tell before training when the budget is too small for a layer."""
+        """As the base, and tell before training when the estimator or its budget does not suit a layer to be scored."""
         super().on_train_start(trainer, pl_module)
-        if self._graph is not None and self.given_plan is None:
-            for name in self._graph.prunable:
+        if self._graph is None or self._dense is None or self.given_plan is not None:
+            return
+        anywhere = not isinstance(self.amount, dict) and self.allocation.mode != "uniform"
+        kept = self._counts(self._graph, self._dense, self.schedule.steps - 1)
+        for name in self._graph.prunable:
+            size = self._graph.groups[name].size
+            if anywhere or kept.get(name, size) < size:
                 try:
-                    self._check_affordable(self._graph.groups[name].size)
+                    self._check_affordable(size)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
 
@@ -166,6 +173,14 @@ class ShapleyPruningCallback(StructuredPruningCallback):
 
     def _check_affordable(self, n: int) -> None:
         estimator, limit = self._estimator(n, removed=1), None if self.stop is None else self.stop.max_evals
+        cost = estimator.cost(n)
+        if isinstance(estimator, ExactShapley) and cost > 2**estimator.max_players:
+            raise ValueError(
+                f"exact values need {cost:,} evaluations, max_players={estimator.max_players} allows "
+                f"{2**estimator.max_players:,}: take another estimator"
+            )
+        if isinstance(estimator, CoalitionEstimator | TopKShapley):
+            estimator.with_budget(resolve_budget(estimator.budget, n), n)
         if limit is not None and estimator.with_budget(limit, n) is estimator and estimator.cost(n) > limit:
             raise ValueError(f"{estimator.cost(n)} evaluations are needed, stop.max_evals is {limit}")
 

@@ -155,8 +155,9 @@ def check_counts(settings: object, *names: str, least: int = 1) -> None:
 
 def check_depth(depth: Depth) -> None:
     """Raises ValueError unless `depth` is a positive int, "full" or "matched"."""
-    whole = isinstance(depth, int) and not isinstance(depth, bool)
-    if not (depth in ("full", "matched") if not whole else int(depth) >= 1):
+    if depth in ("full", "matched"):
+        return
+    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
         raise ValueError(f'depth must be "full", "matched" or an int >= 1, got {depth!r}')
 
 

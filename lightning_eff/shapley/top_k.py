@@ -85,7 +85,9 @@ class TopKShapley(ShapleyEstimator):
         return 2 + (resolve_budget(self.budget, n) - 2) // (n + 1) * (n + 1)
 
     def with_budget(self, budget: int, n: int) -> TopKShapley:
-        """As `ShapleyEstimator.with_budget`."""
+        """As `ShapleyEstimator.with_budget`; ValueError also where there are not more than `k` players."""
+        if self.k >= n:
+            raise ValueError(f"k must lie in 1..{n - 1} for {n} players, got {self.k}")
         if budget < n + 3:
             raise ValueError(f"one coalition of {n} players and its neighbours need {n + 3} evaluations, got {budget}")
         return replace(self, budget=budget)
@@ -93,11 +95,8 @@ class TopKShapley(ShapleyEstimator):
     def run(self, game: Game, request: Request) -> ShapleyResult:
         """As `ShapleyEstimator.run`; `resume` adds `budget` evaluations to those of the result."""
         n = player_count(game)
-        if self.k >= n:
-            raise ValueError(f"k must lie in 1..{n - 1} for {n} players, got {self.k}")
         budget = resolve_budget(self.budget, n)
-        if request.resume is None:
-            self.with_budget(budget, n)
+        self.with_budget(budget if request.resume is None else n + 3, n)
         limit = budget + (0 if request.resume is None else request.resume.n_evals)
         stop = request.stop or StopRule()
         stop = replace(stop, max_evals=min(limit, stop.max_evals or limit))

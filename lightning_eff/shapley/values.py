@@ -80,7 +80,7 @@ def choose_estimator(n: int, budget: int | str | None = None, depth: Depth = "fu
     """The estimator that `"auto"` stands for.
 
     Exact values where the budget allows all coalitions; else antithetic walks for a partial value and for small
-    budgets; else regression, which errs least at equal evaluations on the games it was measured on.
+    budgets; else regression, whose error at equal evaluations was small on every game it was measured on.
 
     Args:
         n: number of players.

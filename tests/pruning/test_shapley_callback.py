@@ -162,6 +162,41 @@ def test_a_limit_too_small_for_the_estimator_is_told_before_training(trained: Ne
         trainer(callback, max_epochs=1).fit(copy.deepcopy(trained), TRAIN, VAL)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (ExactShapley(max_players=4), "max_players=4 allows 16"),
+        (ExactShapley(depth=1000), "depth must lie in"),
+        (RegressionShapley(20), "the budget is 20"),
+        (TopKShapley(1000), "k must lie in"),
+    ],
+    ids=["exact", "depth", "regression", "top k"],
+)
+def test_an_estimator_that_does_not_suit_a_layer_is_told_before_training(trained, estimator, message) -> None:
+    callback = ShapleyPruningCallback(
+        estimator=estimator, schedule=Schedule(start=1), calibration=Calibration(samples=64), verbose=False
+    )
+    model = copy.deepcopy(trained)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        trainer(callback, max_epochs=2).fit(model, TRAIN, VAL)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_layer_that_keeps_all_channels_is_not_held_against_the_estimator(trained) -> None:
+    sizes = {f"body.{i}": trained.body[i].out_channels for i in (0, 4)}
+    smallest = min(sizes, key=sizes.get)
+    assert sizes[smallest] < max(sizes.values())  # the estimator would refuse the larger layer
+    callback = ShapleyPruningCallback(
+        {smallest: sizes[smallest] - 2}, estimator=TopKShapley(sizes[smallest] - 1, budget=2 * sizes[smallest] + 8),
+        stop=StopRule(max_evals=2 * sizes[smallest] + 8), calibration=Calibration(samples=64), verbose=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ShapleyWarning)
+        trainer(callback, max_epochs=1).fit(copy.deepcopy(trained), TRAIN, VAL)
+    assert callback.plan is not None
+
+
 def test_a_time_limit_ends_the_estimate_not_the_training(trained: Net) -> None:
     callback = ShapleyPruningCallback(
         0.25, budget="2000n", stop=StopRule(max_seconds=1e-6), calibration=Calibration(samples=64),
