@@ -304,7 +304,8 @@ def test_partial_values_are_called_so():
 
 
 def test_histograms_share_their_scale_and_count_every_player():
-    results = {f"layer {number}": PermutationShapley(4).estimate(saturating_game(5, number)) for number in range(5)}
+    games = {f"layer {number}": saturating_game(5, number) for number in range(5)}
+    results = {name: PermutationShapley(4).estimate(game, generator=1) for name, game in games.items()}
     axes = [axis for axis in draw_histogram(results, columns=3).axes if axis.get_visible()]
     assert [axis.get_title() for axis in axes] == [f"layer {number} (5)" for number in range(5)]
     for axis in axes:
