@@ -1,17 +1,17 @@
 """Structured pruning callbacks: remove whole channels, keep training, ship the smaller network."""
 
 from lightning_eff.pruning.callback import StructuredPruningCallback
-from lightning_eff.pruning.channel_game import ChannelGame, GameOptions
-from lightning_eff.pruning.dirichlet import DirichletPruneCallback
-from lightning_eff.pruning.dirichlet_figures import cut_figure, feature_figure, posterior_figure, share_figure
-from lightning_eff.pruning.dirichlet_options import PUBLISHED, DirichletOptions
-from lightning_eff.pruning.dirichlet_posterior import DirichletPosterior, dirichlet_kl
-from lightning_eff.pruning.dirichlet_scoring import dirichlet_scores
+from lightning_eff.pruning.dirichlet.callback import DirichletPruneCallback
+from lightning_eff.pruning.dirichlet.figures import cut_figure, feature_figure, posterior_figure, share_figure
+from lightning_eff.pruning.dirichlet.options import PUBLISHED, DirichletOptions
+from lightning_eff.pruning.dirichlet.posterior import DirichletPosterior, dirichlet_kl
+from lightning_eff.pruning.dirichlet.scoring import dirichlet_scores
 from lightning_eff.pruning.report import PruneReport, Scores
 from lightning_eff.pruning.samples import Samples
 from lightning_eff.pruning.scoring import Scoring
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule
-from lightning_eff.pruning.shapley import ShapleyPruningCallback
+from lightning_eff.pruning.shapley.callback import ShapleyPruningCallback
+from lightning_eff.pruning.shapley.channel_game import ChannelGame, GameOptions
 from lightning_eff.pruning.values import Accuracy, NegativeLoss
 
 __all__ = [

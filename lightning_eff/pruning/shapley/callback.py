@@ -18,10 +18,10 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_eff.pruning.callback import StructuredPruningCallback
-from lightning_eff.pruning.channel_game import ChannelGame, GameOptions
 from lightning_eff.pruning.report import Scores
 from lightning_eff.pruning.scoring import Scoring
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule
+from lightning_eff.pruning.shapley.channel_game import ChannelGame, GameOptions
 from lightning_eff.pruning.values import Value
 from lightning_eff.reporting import progress
 from lightning_eff.shapley import (

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_eff.batch import batch_size, call_model, take
-from lightning_eff.pruning.evaluation import (
+from lightning_eff.pruning.memory import fingerprint
+from lightning_eff.pruning.samples import Samples
+from lightning_eff.pruning.settings import check_choices
+from lightning_eff.pruning.shapley.evaluation import (
     Evaluation,
     GatedBatch,
     MaskedNetwork,
@@ -28,11 +31,8 @@ from lightning_eff.pruning.evaluation import (
     WrongOutputsError,
     quick_pools,
 )
-from lightning_eff.pruning.linear_reader import DeltaBatch, LinearReader
-from lightning_eff.pruning.linear_tail import TailTables, affine_logits, table_bytes
-from lightning_eff.pruning.memory import fingerprint
-from lightning_eff.pruning.samples import Samples
-from lightning_eff.pruning.settings import check_choices
+from lightning_eff.pruning.shapley.linear_reader import DeltaBatch, LinearReader
+from lightning_eff.pruning.shapley.linear_tail import TailTables, affine_logits, table_bytes
 from lightning_eff.pruning.values import Value, value_function
 from lightning_eff.shapley.games import Start
 from lightning_eff.surgery import ChannelGraph, Gates, PrefixCache

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_eff.pruning import DirichletOptions
-from lightning_eff.pruning.dirichlet_switches import EPSILON, Switches
+from lightning_eff.pruning.dirichlet.switches import EPSILON, Switches
 
 
 def switches(phi: list[float] | None = None, seed: int = 0, **options: Any) -> Switches:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eff.batch import call_model, take
-from lightning_eff.pruning.dirichlet_posterior import DirichletPosterior
+from lightning_eff.pruning.dirichlet.posterior import DirichletPosterior
 from lightning_eff.reporting import KEPT, REFERENCE, REMOVED, new_figure
 from lightning_eff.surgery.state import quiet_model
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_eff.batch import call_model, take
-from lightning_eff.pruning.dirichlet_data import Likelihood
+from lightning_eff.pruning.dirichlet.data import Likelihood
 
 # (model, batch) -> scalar. Any, not Tensor: jsonargparse would look for classes derived from Tensor.
 LossFunction = Callable[[Any, Any], Any]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_eff.pruning.evaluation import GatedBatch, MaskedNetwork, UnfaithfulError, along, compare
+from lightning_eff.pruning.shapley.evaluation import GatedBatch, MaskedNetwork, UnfaithfulError, along, compare
 from lightning_eff.surgery.graph import ChannelGroup
 
 REFRESH = 64  # steps after which a running sum is formed anew, against float32 drift

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_eff.pruning import PUBLISHED, DirichletOptions, dirichlet_scores
-from lightning_eff.pruning.dirichlet_data import Data, Likelihood
-from lightning_eff.pruning.dirichlet_scoring import SwitchTraining
-from lightning_eff.pruning.dirichlet_switches import EPSILON
+from lightning_eff.pruning.dirichlet.data import Data, Likelihood
+from lightning_eff.pruning.dirichlet.scoring import SwitchTraining
+from lightning_eff.pruning.dirichlet.switches import EPSILON
 from lightning_eff.surgery import ChannelGraph
 
 Batch = tuple[Tensor, Tensor]

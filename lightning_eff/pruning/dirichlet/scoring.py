@@ -23,10 +23,10 @@ from torch.utils import _pytree as pytree
 
 from lightning_eff.batch import batch_size, take
 from lightning_eff.pruning.borrowing import borrowed
-from lightning_eff.pruning.dirichlet_data import Data, Likelihood, length_of, size_of
-from lightning_eff.pruning.dirichlet_options import DirichletOptions
-from lightning_eff.pruning.dirichlet_posterior import DirichletPosterior
-from lightning_eff.pruning.dirichlet_switches import Switches
+from lightning_eff.pruning.dirichlet.data import Data, Likelihood, length_of, size_of
+from lightning_eff.pruning.dirichlet.options import DirichletOptions
+from lightning_eff.pruning.dirichlet.posterior import DirichletPosterior
+from lightning_eff.pruning.dirichlet.switches import Switches
 from lightning_eff.reporting import Progress
 from lightning_eff.reporting import progress as progress_bar
 from lightning_eff.surgery import ChannelGraph, Gates, PrefixCache, record_together

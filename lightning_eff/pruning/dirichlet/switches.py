@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_eff.pruning.dirichlet_options import DirichletOptions
-from lightning_eff.pruning.dirichlet_posterior import DirichletPosterior, dirichlet_kl
+from lightning_eff.pruning.dirichlet.options import DirichletOptions
+from lightning_eff.pruning.dirichlet.posterior import DirichletPosterior, dirichlet_kl
 
 EPSILON = 1e-4  # keeps draws away from underflow, where gradients are useless
 

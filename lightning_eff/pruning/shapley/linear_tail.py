@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_eff.batch import batch_size
-from lightning_eff.pruning.evaluation import GatedBatch, MaskedNetwork, UnfaithfulError, along, compare
-from lightning_eff.pruning.linear_reader import DeltaBatch, LinearReader
+from lightning_eff.pruning.shapley.evaluation import GatedBatch, MaskedNetwork, UnfaithfulError, along, compare
+from lightning_eff.pruning.shapley.linear_reader import DeltaBatch, LinearReader
 from lightning_eff.pruning.values import Accuracy, NegativeLoss, ValueFunction, per_sample
 
 STACK = 2**21  # numbers of the reader's output that are handed on at a time

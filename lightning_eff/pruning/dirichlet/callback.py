@@ -17,12 +17,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_eff.pruning.callback import StructuredPruningCallback
-from lightning_eff.pruning.dirichlet_data import Data
-from lightning_eff.pruning.dirichlet_figures import cut_figure, feature_figure, posterior_figure, share_figure
-from lightning_eff.pruning.dirichlet_likelihood import LossFunction, check_training_step, trainer_likelihood
-from lightning_eff.pruning.dirichlet_options import DirichletOptions
-from lightning_eff.pruning.dirichlet_posterior import DirichletPosterior
-from lightning_eff.pruning.dirichlet_scoring import SwitchTraining
+from lightning_eff.pruning.dirichlet.data import Data
+from lightning_eff.pruning.dirichlet.figures import cut_figure, feature_figure, posterior_figure, share_figure
+from lightning_eff.pruning.dirichlet.likelihood import LossFunction, check_training_step, trainer_likelihood
+from lightning_eff.pruning.dirichlet.options import DirichletOptions
+from lightning_eff.pruning.dirichlet.posterior import DirichletPosterior
+from lightning_eff.pruning.dirichlet.scoring import SwitchTraining
 from lightning_eff.pruning.memory import fingerprint
 from lightning_eff.pruning.report import Scores
 from lightning_eff.pruning.scoring import Scoring

@@ -10,7 +10,7 @@ import torch
 import yaml
 from helpers import run_cli, run_ddp, run_python
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 REPOSITORY = HERE.parents[1]
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
