@@ -23,7 +23,7 @@ from lightning_eff import (
     ImageClassifier,
     dirichlet_scores,
 )
-from lightning_eff.pruning import posterior_figure
+from lightning_eff.pruning import Gate, Prior, posterior_figure
 from lightning_eff.reporting import SERIES, Column, Table, new_figure, save_figure
 
 KEEP = (0.75, 0.5, 0.35)
@@ -31,13 +31,14 @@ MEAN = DirichletOptions()
 SAMPLE = replace(MEAN, estimator="sample")
 VARIANTS = {
     "Dirichlet": MEAN,
+    "Dirichlet, early stop": replace(MEAN, early_stop=True),
     "Dirichlet, lr 1e-3": replace(MEAN, lr=1e-3),
     "Dirichlet, a draw per example": SAMPLE,
-    "Dirichlet, producer site": replace(MEAN, gate_site="producer"),
-    "Dirichlet, producer site, BatchNorm training": replace(MEAN, gate_site="producer", train_bn=True),
-    "Dirichlet, scale dim": replace(MEAN, scale="dim"),
+    "Dirichlet, producer site": replace(MEAN, gate=Gate(site="producer")),
+    "Dirichlet, producer site, BatchNorm training": replace(MEAN, gate=Gate(site="producer", train_bn=True)),
+    "Dirichlet, scale dim": replace(MEAN, gate=Gate(scale="dim")),
     "Dirichlet, joint, lr 1e-3": replace(MEAN, layers="joint", lr=1e-3),
-    "Dirichlet, joint, scale dim": replace(MEAN, layers="joint", scale="dim"),
+    "Dirichlet, joint, scale dim": replace(MEAN, layers="joint", gate=Gate(scale="dim")),
 }
 
 
@@ -109,11 +110,12 @@ def main() -> None:
     chance = [{name: torch.rand(graph.sizes[name], generator=generator) for name in graph.prunable} for _ in range(5)]
     rankings.append(("chance, five drawings", chance, 0.0))
     rankings.append(("L1 norm", [graph.weight_norms(model, p=1)], 0.0))
+    prior = Prior(dataset_size=len(data.train_dataloader().dataset))
     for title in few if args.fast or args.few else VARIANTS:
         start = time.process_time()
         posteriors = dirichlet_scores(
             model, graph, train, lambda net, batch: cross_entropy(net(batch[0]), batch[1]),
-            options=replace(VARIANTS[title], dataset_size=len(data.train_dataloader().dataset)), progress=False,
+            options=replace(VARIANTS[title], prior=prior), progress=False,
         )  # fmt: skip
         scores = {name: posterior.relative for name, posterior in posteriors.items()}
         rankings.append((title, [scores], time.process_time() - start))

@@ -3,7 +3,7 @@
 from lightning_eff.pruning.callback import StructuredPruningCallback
 from lightning_eff.pruning.dirichlet.callback import DirichletPruneCallback
 from lightning_eff.pruning.dirichlet.figures import cut_figure, feature_figure, posterior_figure, share_figure
-from lightning_eff.pruning.dirichlet.options import PUBLISHED, DirichletOptions
+from lightning_eff.pruning.dirichlet.options import PUBLISHED, DirichletOptions, Draws, Gate, Prior
 from lightning_eff.pruning.dirichlet.posterior import DirichletPosterior, dirichlet_kl
 from lightning_eff.pruning.dirichlet.scoring import dirichlet_scores
 from lightning_eff.pruning.report import PruneReport, Scores
@@ -23,9 +23,12 @@ __all__ = [
     "DirichletOptions",
     "DirichletPosterior",
     "DirichletPruneCallback",
+    "Draws",
     "GameOptions",
+    "Gate",
     "Layers",
     "NegativeLoss",
+    "Prior",
     "PruneReport",
     "Samples",
     "Schedule",

@@ -10,14 +10,25 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import nn
 
 
+class Generators:
+    """The global random generators of Python, NumPy and torch, as they are when this is made."""
+
+    def __init__(self) -> None:
+        self._states = _collect_rng_states()
+
+    def restore(self) -> None:
+        """Set them back, as often as wanted."""
+        _set_rng_states(self._states)
+
+
 @contextmanager
 def untouched_generators() -> Iterator[None]:
-    """Give the global random generators of Python, NumPy and torch back as they were."""
-    states = _collect_rng_states()
+    """Give the global random generators back as they were."""
+    generators = Generators()
     try:
         yield
     finally:
-        _set_rng_states(states)
+        generators.restore()
 
 
 @contextmanager
@@ -44,3 +55,22 @@ def parameters_require_grad(model: nn.Module, value: bool) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def channels_last_weights(model: nn.Module) -> Iterator[None]:
+    """Lay the weights of convolutions on the CPU out channels-last, where they run faster; values do not change."""
+    weights = [
+        (parameter, parameter.data)
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d)
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim == 4 and parameter.device.type == "cpu"
+    ]
+    try:
+        for parameter, data in weights:
+            parameter.data = data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for parameter, data in weights:
+            parameter.data = data

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_eff.batch import call_model, take
 from lightning_eff.pruning.callback import StructuredPruningCallback
-from lightning_eff.pruning.dirichlet.data import Data
+from lightning_eff.pruning.dirichlet.data import Data, Likelihood
 from lightning_eff.pruning.dirichlet.figures import cut_figure, feature_figure, posterior_figure, share_figure
-from lightning_eff.pruning.dirichlet.likelihood import LossFunction, check_training_step, trainer_likelihood
 from lightning_eff.pruning.dirichlet.options import DirichletOptions
 from lightning_eff.pruning.dirichlet.posterior import DirichletPosterior
 from lightning_eff.pruning.dirichlet.scoring import SwitchTraining
@@ -27,6 +28,7 @@ from lightning_eff.pruning.memory import fingerprint
 from lightning_eff.pruning.report import Scores
 from lightning_eff.pruning.scoring import Scoring
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule
+from lightning_eff.pruning.training_loss import LossFunction, check_training_step, scoring_autocast, training_loss
 from lightning_eff.pruning.values import Value
 from lightning_eff.reporting import Table, progress, save_figure
 
@@ -129,11 +131,12 @@ class DirichletPruneCallback(StructuredPruningCallback):
         trainer, device = scoring.trainer, scoring.pl_module.device
         steps, size = scoring.data.extent()
         training = SwitchTraining(
-            trainer_likelihood(trainer, scoring.pl_module, scoring.model, self._example, self.loss_fn),
+            self._likelihood(scoring),
             scoring.graph,
             Data(scoring.data.batches, steps, size, lambda values: scoring.data.sum(values).to(device)),
             self.switches,
             seed=scoring.seed + trainer.global_rank,
+            warn=rank_zero_warn,
         )
         finished = False
         try:
@@ -144,6 +147,17 @@ class DirichletPruneCallback(StructuredPruningCallback):
             if self.dirpath is not None and trainer.is_global_zero:
                 self._store(training, mark, finished)
         return {name: posterior.concentration for name, posterior in training.posterior().items()}
+
+    def _likelihood(self, scoring: Scoring) -> Likelihood:
+        model, loss_fn = scoring.model, self.loss_fn
+        return Likelihood(
+            model=model,
+            loss=training_loss(scoring.pl_module) if loss_fn is None else lambda batch, number: loss_fn(model, batch),
+            root=scoring.pl_module,
+            forward=lambda: call_model(model, self._example),
+            other=lambda: call_model(model, take(self._example, [-1, 0])),
+            autocast=scoring_autocast(scoring.trainer),
+        )
 
     def _store(self, training: SwitchTraining, mark: str, finished: bool) -> None:
         assert self.dirpath is not None

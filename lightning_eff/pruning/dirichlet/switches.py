@@ -52,22 +52,23 @@ class Switches:
     def gate(self, name: str, batch: int) -> Tensor:
         """Values for the gates of one forward pass: ``[C]``, or ``[B, C]`` where every example has its own."""
         phi = self.concentration(name)
-        scale = len(phi) if self._options.scale == "dim" else self._options.scale
+        scale = self._options.gate.scale
+        kappa = len(phi) if scale == "dim" else scale
         if self._options.estimator == "mean":
-            return scale * phi / phi.sum()
-        if self._options.sample_scope == "example":
+            return kappa * phi / phi.sum()
+        if self._options.draws.scope == "example":
             phi = phi.expand(batch, -1)
         draws = torch._standard_gamma(phi, generator=self._generator)
-        return scale * draws / draws.sum(-1, keepdim=True)
+        return kappa * draws / draws.sum(-1, keepdim=True)
 
     @property
     def passes(self) -> int:
         """Forward passes per batch and layer."""
-        return self._options.num_samples if self._options.estimator == "sample" else 1
+        return self._options.draws.number if self._options.estimator == "sample" else 1
 
     def kl(self, name: str) -> Tensor:
         """Divergence of a layer's switches from the prior, in nats."""
-        return dirichlet_kl(self.concentration(name), self._options.alpha0)
+        return dirichlet_kl(self.concentration(name), self._options.prior.alpha0)
 
     def step(self, gradients: Mapping[str, Tensor], kl_weight: float) -> None:
         """Move every layer's parameters against ``gradients`` (of the loss) and ``kl_weight`` times the divergence's.

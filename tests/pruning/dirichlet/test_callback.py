@@ -24,6 +24,7 @@ from lightning_eff.pruning import (
     DirichletOptions,
     DirichletPruneCallback,
     Layers,
+    Prior,
     Schedule,
     Scoring,
     dirichlet_scores,
@@ -427,10 +428,10 @@ class Dicts(IterableDataset):
 def test_dict_batches_reach_the_training_step_as_they_are(trained: Net) -> None:
     loaders = [DataLoader(Dicts(loader), batch_size=None) for loader in (TRAIN, VAL)]
     options = {"calibration": Calibration(source="train", split_batch=BatchKeys("image", "label"))}
-    with pytest.raises(ValueError, match=r"give DirichletOptions\(dataset_size"):
+    with pytest.raises(ValueError, match=r"give Prior\(dataset_size"):
         trainer(callback(**options), max_epochs=1).fit(like(trained, DictNet()), *loaders)
     model = like(trained, DictNet())
-    switches = DirichletOptions(lr=0.1, dataset_size=512)
+    switches = DirichletOptions(lr=0.1, prior=Prior(dataset_size=512))
     trainer(callback(switches=switches, **options), max_epochs=1).fit(model, *loaders)
     assert model.body[0].out_channels == 4
 

@@ -51,14 +51,14 @@ import os, sys; sys.path.insert(0, {str(HERE)!r})
 import torch, lightning.pytorch as pl
 from torch.nn import functional as F
 from magnitude import Net, digits
-from lightning_eff.pruning import Calibration, DirichletOptions, DirichletPruneCallback
+from lightning_eff.pruning import Calibration, DirichletOptions, DirichletPruneCallback, Prior
 model = Net()
 class Some(torch.utils.data.IterableDataset):
     def __iter__(self):
         rank = torch.distributed.get_rank()
         return iter([digits()[0].dataset[i] for i in range(64 * rank, 64 * (2 + 2 * rank))])
 prune = DirichletPruneCallback(
-    0.5, switches=DirichletOptions(lr=0.1, dataset_size=512), verbose=False,
+    0.5, switches=DirichletOptions(lr=0.1, prior=Prior(dataset_size=512)), verbose=False,
     calibration=Calibration(loader=torch.utils.data.DataLoader(Some(), 64)))
 with torch.no_grad():
     model.head.weight *= 20  # not a network that guesses
@@ -85,7 +85,7 @@ def test_options_typed_in_the_shell_reach_the_callback(tmp_path: Path) -> None:
         "--trainer.callbacks=DirichletPruneCallback",
         "--trainer.callbacks.allocation.mode=mass",
         "--trainer.callbacks.switches.estimator=sample",
-        "--trainer.callbacks.switches.scale=dim",
+        "--trainer.callbacks.switches.gate.scale=dim",
         "--trainer.callbacks.switches.max_batches=0.5",
         "--trainer.callbacks.loss_fn=torch.nn.functional.cross_entropy",
         cwd=tmp_path,
@@ -94,7 +94,7 @@ def test_options_typed_in_the_shell_reach_the_callback(tmp_path: Path) -> None:
     assert options["allocation"]["mode"] == "mass"
     assert options["calibration"]["source"] == "train"
     switches = options["switches"]
-    assert (switches["estimator"], switches["scale"], switches["max_batches"]) == ("sample", "dim", 0.5)
+    assert (switches["estimator"], switches["gate"]["scale"], switches["max_batches"]) == ("sample", "dim", 0.5)
     assert options["loss_fn"] == "torch.nn.functional.cross_entropy"
 
 

@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import run_python
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_eff.pruning import PUBLISHED, DirichletOptions, dirichlet_scores
+from lightning_eff.pruning import PUBLISHED, DirichletOptions, Draws, Gate, Prior, dirichlet_scores
 from lightning_eff.pruning.dirichlet.data import Data, Likelihood
-from lightning_eff.pruning.dirichlet.scoring import SwitchTraining
-from lightning_eff.pruning.dirichlet.switches import EPSILON
+from lightning_eff.pruning.dirichlet.scoring import SwitchTraining, _Settling
+from lightning_eff.pruning.dirichlet.switches import EPSILON, Switches
 from lightning_eff.surgery import ChannelGraph
 
 Batch = tuple[Tensor, Tensor]
-QUICK = DirichletOptions(kl_weight=0.0)
+QUICK = DirichletOptions(prior=Prior(weight=0.0))
 BOLD = replace(QUICK, lr=0.1)  # moves far enough in a few batches
 
 
@@ -96,11 +97,11 @@ def by_hand(model: nn.Module, graph: ChannelGraph, data: list[Batch], options: D
         optimizer = torch.optim.Adam([theta], options.lr)
         for x, y in data:
             phi = F.softplus(theta) + EPSILON
-            with graph.gate(model, {name: phi / phi.sum()}, site=options.gate_site):
+            with graph.gate(model, {name: phi / phi.sum()}, site=options.gate.site):
                 loss = F.cross_entropy(model(x), y)
-            prior = torch.distributions.Dirichlet(torch.full_like(phi, options.alpha0))
+            prior = torch.distributions.Dirichlet(torch.full_like(phi, options.prior.alpha0))
             kl = torch.distributions.kl_divergence(torch.distributions.Dirichlet(phi), prior)
-            loss = loss + options.kl_weight * kl / sum(len(y) for _, y in data)
+            loss = loss + options.prior.weight * kl / sum(len(y) for _, y in data)
             (theta.grad,) = torch.autograd.grad(loss, theta)
             optimizer.step()
         found[name] = F.softplus(theta.detach()) + EPSILON
@@ -110,7 +111,7 @@ def by_hand(model: nn.Module, graph: ChannelGraph, data: list[Batch], options: D
 @pytest.mark.parametrize("site", ["consumer", "producer"])
 def test_one_pass_for_all_layers_equals_one_run_per_layer(planted: Any, site: Any) -> None:
     model, graph, data = planted
-    options = DirichletOptions(gate_site=site)
+    options = DirichletOptions(gate=Gate(site=site))
     found = dirichlet_scores(model, graph, data, cross_entropy, options=options, progress=False)
     assert set(found) == {"conv", "read"}
     for name, phi in by_hand(model, graph, data, options).items():
@@ -182,8 +183,8 @@ def assert_unchanged(before: list[Any], model: nn.Module) -> None:
         QUICK,
         replace(QUICK, estimator="sample"),
         replace(QUICK, layers="joint"),
-        replace(QUICK, gate_site="producer", train_bn=True),
-        replace(QUICK, estimator="sample", num_samples=2, sample_scope="batch", average="logits"),
+        replace(QUICK, gate=Gate(site="producer", train_bn=True)),
+        replace(QUICK, estimator="sample", draws=Draws(2, "batch", "logits")),
     ],
     ids=["mean", "sample", "joint", "train_bn", "logits"],
 )
@@ -253,7 +254,7 @@ def test_same_seed_gives_the_same_scores_and_another_one_others(planted: Any) ->
 
 def test_strong_prior_wins_and_is_told(planted: Any) -> None:
     model, graph, data = planted
-    options = DirichletOptions(kl_weight=1e6, epochs=8)
+    options = DirichletOptions(prior=Prior(weight=1e6), epochs=8)
     with pytest.warns(UserWarning, match="equal within 1 %, so they say nothing"):
         found = dirichlet_scores(model, graph, data, cross_entropy, options=options, progress=False)
     for posterior in found.values():
@@ -263,9 +264,14 @@ def test_strong_prior_wins_and_is_told(planted: Any) -> None:
 def test_prior_does_not_matter_without_weight(planted: Any) -> None:
     model, graph, data = planted
     first, second = (
-        dirichlet_scores(model, graph, data[:5], cross_entropy, options=replace(QUICK, alpha0=alpha0), progress=False)[
-            "conv"
-        ].concentration
+        dirichlet_scores(
+            model,
+            graph,
+            data[:5],
+            cross_entropy,
+            options=replace(QUICK, prior=Prior(alpha0, weight=0.0)),
+            progress=False,
+        )["conv"].concentration
         for alpha0 in (0.1, 2.0)
     )
     assert torch.equal(first, second)
@@ -278,7 +284,7 @@ def test_annealed_prior_counts_less_at_first(planted: Any) -> None:
             Likelihood(model, lambda batch, index: cross_entropy(model, batch), model),
             graph,
             Data(lambda: data, len(data), 320),
-            DirichletOptions(kl_anneal_epochs=anneal),
+            DirichletOptions(prior=Prior(anneal_epochs=anneal)),
         )
         for anneal in (0.0, 2.0)
     }
@@ -291,11 +297,15 @@ def test_annealed_prior_counts_less_at_first(planted: Any) -> None:
 def test_gates_of_size_one_on_average_change_the_result(planted: Any) -> None:
     model, graph, data = planted
     plain, scaled = (
-        dirichlet_scores(model, graph, data, cross_entropy, options=replace(QUICK, scale=s), progress=False)["read"]
+        dirichlet_scores(model, graph, data, cross_entropy, options=replace(QUICK, gate=Gate(scale=s)), progress=False)[
+            "read"
+        ]
         for s in (1.0, "dim")
     )
     assert not torch.allclose(plain.concentration, scaled.concentration, atol=1e-3)
-    same = dirichlet_scores(model, graph, data, cross_entropy, options=replace(QUICK, scale=12), progress=False)
+    same = dirichlet_scores(
+        model, graph, data, cross_entropy, options=replace(QUICK, gate=Gate(scale=12)), progress=False
+    )
     assert torch.equal(same["read"].concentration, scaled.concentration)
 
 
@@ -309,7 +319,7 @@ def test_mean_of_the_outputs_of_several_draws_is_what_the_loss_sees(planted: Any
 
     passes: list[Tensor] = []
     handle = model.head.register_forward_hook(lambda module, args, output: passes.append(output.detach()))
-    options = replace(QUICK, estimator="sample", num_samples=3, average="logits", max_batches=1)
+    options = replace(QUICK, estimator="sample", draws=Draws(3, average="logits"), max_batches=1)
     dirichlet_scores(model, graph, data, loss, options=options, progress=False)
     handle.remove()
     # the first pass is without switches (once for each call in the loss), then three draws for each call
@@ -318,20 +328,20 @@ def test_mean_of_the_outputs_of_several_draws_is_what_the_loss_sees(planted: Any
 
 def test_averaged_logits_need_a_loss_that_calls_the_model(planted: Any) -> None:
     model, graph, data = planted
-    options = replace(QUICK, estimator="sample", num_samples=2, average="logits")
+    options = replace(QUICK, estimator="sample", draws=Draws(2, average="logits"))
     with pytest.raises(ValueError, match='average="logits" needs a loss that calls the model'):
         dirichlet_scores(model, graph, data, lambda net, b: net.head.weight.sum(), options=options, progress=False)
 
 
 def test_loss_of_several_draws_is_averaged(planted: Any) -> None:
     model, graph, data = planted
-    options = replace(QUICK, estimator="sample", sample_scope="batch", optimizer="sgd", lr=30.0)
+    options = replace(QUICK, estimator="sample", optimizer="sgd", lr=30.0)
     few, many = (
         torch.stack(
             [
                 dirichlet_scores(
                     model, graph, data[:1], cross_entropy,
-                    options=replace(options, num_samples=k),
+                    options=replace(options, draws=Draws(k, "batch")),
                     seed=seed, progress=False,
                 )["read"].concentration
                 for seed in range(12)
@@ -345,7 +355,9 @@ def test_loss_of_several_draws_is_averaged(planted: Any) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_options_run(planted: Any, name: str) -> None:
     model, graph, data = planted
-    options = replace(PUBLISHED[name], num_samples=min(2, PUBLISHED[name].num_samples), epochs=1)
+    published = PUBLISHED[name]
+    draws = replace(published.draws, number=min(2, published.draws.number))
+    options = replace(published, draws=draws, epochs=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*equal within 1 %.*")  # three batches teach little
         found = dirichlet_scores(model, graph, data[:3], cross_entropy, options=options, progress=False)
@@ -396,11 +408,11 @@ def test_loader_without_a_length_needs_the_size_of_the_data(planted: Any) -> Non
         def __iter__(self) -> Any:
             return iter(data[:4])
 
-    with pytest.raises(ValueError, match=r"give DirichletOptions\(dataset_size=...\), or kl_weight=0"):
+    with pytest.raises(ValueError, match=r"give Prior\(dataset_size=...\), or Prior\(weight=0\)"):
         dirichlet_scores(model, graph, Stream(), cross_entropy, progress=False)
     with pytest.raises(ValueError, match=r"max_batches=0.5 is a fraction"):
         dirichlet_scores(model, graph, Stream(), cross_entropy, options=replace(QUICK, max_batches=0.5), progress=False)
-    options = DirichletOptions(dataset_size=64)
+    options = DirichletOptions(prior=Prior(dataset_size=64))
     found = dirichlet_scores(model, graph, Stream(), cross_entropy, options=options, progress=False)
     expected = dirichlet_scores(model, graph, data[:4], cross_entropy, progress=False)
     assert torch.equal(found["conv"].concentration, expected["conv"].concentration)
@@ -458,9 +470,11 @@ def test_draws_per_example_need_the_batch_first() -> None:
     data = [(torch.randn(6, 5, 3), torch.randint(0, 4, (6,))) for _ in range(2)]
     graph = ChannelGraph.from_model(model, data[0][0])
     options = replace(QUICK, estimator="sample")
-    with pytest.raises(ValueError, match=r'not the first dimension .* use sample_scope="batch"'):
+    with pytest.raises(ValueError, match=r'not the first dimension .* use Draws\(scope="batch"\)'):
         dirichlet_scores(model, graph, data, cross_entropy, options=options, progress=False)
-    dirichlet_scores(model, graph, data, cross_entropy, options=replace(options, sample_scope="batch"), progress=False)
+    dirichlet_scores(
+        model, graph, data, cross_entropy, options=replace(options, draws=Draws(scope="batch")), progress=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -510,3 +524,37 @@ def test_reference_networks_are_scored(name: str) -> None:
     assert list(found) == list(chosen)
     for group, phi in by_hand(model, graph, data, DirichletOptions()).items():
         torch.testing.assert_close(found[group].concentration, phi, rtol=0, atol=1e-4)
+
+
+def test_early_stop_ends_once_two_looks_see_the_same_ranking() -> None:
+    model, graph, data = voters((0, 3))
+    seen: list[int] = []
+
+    def counting(network: nn.Module, batch: Batch) -> Tensor:
+        seen.append(1)
+        return cross_entropy(network, batch)
+
+    whole = dirichlet_scores(model, graph, data, counting, options=BOLD, progress=False)
+    runs = len(seen)
+    seen.clear()
+    early = dirichlet_scores(model, graph, data, counting, options=replace(BOLD, early_stop=True), progress=False)
+    assert len(seen) < runs / 2
+    assert set(early["0"].rank()[:2]) == set(whole["0"].rank()[:2]) == {0, 3}
+
+
+def test_early_stop_does_not_end_while_rankings_change() -> None:
+    switches = Switches({"a": 4, "b": 4}, QUICK)
+    settling = _Settling()
+    orders = ([0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 3, 2], [0, 1, 3, 2], [0, 1, 3, 2])
+    found = []
+    for order in orders:
+        with torch.no_grad():
+            switches.theta["a"].copy_(torch.tensor(order))
+            switches.theta["b"].copy_(torch.arange(4))
+        found.append(settling.settled(switches))
+    assert found == [False, False, False, False, True]
+
+
+def test_mathematics_runs_without_lightning() -> None:
+    code = "import sys, lightning_eff.pruning.dirichlet.scoring; print('lightning.pytorch' in sys.modules)"
+    assert run_python(code).stdout.split() == ["False"]

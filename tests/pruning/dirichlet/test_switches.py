@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_eff.pruning import DirichletOptions
+from lightning_eff.pruning import DirichletOptions, Draws, Gate, Prior
 from lightning_eff.pruning.dirichlet.switches import EPSILON, Switches
 
 
@@ -28,8 +29,8 @@ def test_concentration_is_the_softplus_of_the_parameter() -> None:
 
 def test_gates_of_the_mean_sum_to_the_scale() -> None:
     assert float(switches([1, 2, 5]).gate("layer", 7).sum().detach()) == pytest.approx(1)
-    assert float(switches([1, 2, 5], scale=2.5).gate("layer", 7).sum().detach()) == pytest.approx(2.5)
-    assert float(switches([1, 2, 5], scale="dim").gate("layer", 7).mean().detach()) == pytest.approx(1)
+    assert float(switches([1, 2, 5], gate=Gate(scale=2.5)).gate("layer", 7).sum().detach()) == pytest.approx(2.5)
+    assert float(switches([1, 2, 5], gate=Gate(scale="dim")).gate("layer", 7).mean().detach()) == pytest.approx(1)
 
 
 def test_every_example_has_a_draw_of_its_own_or_the_batch_one() -> None:
@@ -37,7 +38,7 @@ def test_every_example_has_a_draw_of_its_own_or_the_batch_one() -> None:
     assert own.shape == (7, 3)
     assert len(own.unique(dim=0)) == 7
     torch.testing.assert_close(own.sum(1), torch.ones(7))
-    assert switches([1, 2, 5], estimator="sample", sample_scope="batch").gate("layer", 7).shape == (3,)
+    assert switches([1, 2, 5], estimator="sample", draws=Draws(scope="batch")).gate("layer", 7).shape == (3,)
 
 
 def test_draws_depend_on_the_seed_alone() -> None:
@@ -136,30 +137,30 @@ def test_posterior_holds_the_concentrations() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alpha0": 0}, "alpha0 must be > 0, got 0"),
-        ({"alpha0": -0.5}, "alpha0 must be > 0"),
-        ({"lr": 0}, "lr must be > 0"),
-        ({"epochs": 0}, "epochs must be >= 1"),
-        ({"num_samples": 0}, "num_samples must be >= 1"),
-        ({"scale": 0}, 'scale must be > 0 or "dim", got 0'),
-        ({"scale": "width"}, 'scale must be > 0 or "dim"'),
-        ({"kl_weight": -1}, "kl_weight must be >= 0"),
-        ({"kl_anneal_epochs": -1}, "kl_anneal_epochs must be >= 0"),
-        ({"max_batches": 0}, "max_batches must be an int >= 1, a fraction"),
-        ({"max_batches": 1.5}, "max_batches must be an int >= 1, a fraction"),
-        ({"dataset_size": 0}, "dataset_size must be >= 1"),
-        ({"alpha0": math.nan}, "alpha0 must be > 0, got nan"),
-        ({"estimator": "median"}, "estimator must be one of 'mean', 'sample'"),
-        ({"sample_scope": "epoch"}, "sample_scope must be one of"),
-        ({"average": "weights"}, "average must be one of"),
-        ({"optimizer": "lbfgs"}, "optimizer must be one of"),
-        ({"layers": "both"}, "layers must be one of"),
-        ({"gate_site": "loss"}, "gate_site must be one of"),
+        (lambda: Prior(0), "alpha0 must be > 0, got 0"),
+        (lambda: Prior(-0.5), "alpha0 must be > 0"),
+        (lambda: Prior(math.nan), "alpha0 must be > 0, got nan"),
+        (lambda: Prior(weight=-1), "weight must be >= 0"),
+        (lambda: Prior(anneal_epochs=-1), "anneal_epochs must be >= 0"),
+        (lambda: Prior(dataset_size=0), "dataset_size must be >= 1"),
+        (lambda: Draws(0), "number must be >= 1"),
+        (lambda: Draws(scope="epoch"), "scope must be one of"),
+        (lambda: Draws(average="weights"), "average must be one of"),
+        (lambda: Gate(0), 'scale must be > 0 or "dim", got 0'),
+        (lambda: Gate("width"), 'scale must be > 0 or "dim"'),
+        (lambda: Gate(site="loss"), "site must be one of"),
+        (lambda: DirichletOptions(lr=0), "lr must be > 0"),
+        (lambda: DirichletOptions(epochs=0), "epochs must be >= 1"),
+        (lambda: DirichletOptions(max_batches=0), "max_batches must be an int >= 1, a fraction"),
+        (lambda: DirichletOptions(max_batches=1.5), "max_batches must be an int >= 1, a fraction"),
+        (lambda: DirichletOptions(estimator="median"), "estimator must be one of 'mean', 'sample'"),
+        (lambda: DirichletOptions(optimizer="lbfgs"), "optimizer must be one of"),
+        (lambda: DirichletOptions(layers="both"), "layers must be one of"),
     ],
 )
-def test_bad_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+def test_bad_options_are_refused_at_once(options: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DirichletOptions(**options)
+        options()
 
 
 def test_softplus_of_the_tests_is_inverted_exactly() -> None:

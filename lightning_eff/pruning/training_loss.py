@@ -1,4 +1,4 @@
-"""A LightningModule's own training step as the likelihood that importance switches are trained on."""
+"""A LightningModule's own training step as a function of a batch, for rules that score channels by their loss."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
-
-from lightning_eff.batch import call_model, take
-from lightning_eff.pruning.dirichlet.data import Likelihood
+from torch import Tensor
 
 # (model, batch) -> scalar. Any, not Tensor: jsonargparse would look for classes derived from Tensor.
 LossFunction = Callable[[Any, Any], Any]
 
 
 def check_training_step(pl_module: LightningModule) -> None:
-    """Raise ValueError where the training step cannot serve as the likelihood."""
+    """Raise ValueError where the training step does not say what the loss of a batch is."""
     name = type(pl_module).__name__
     if not pl_module.automatic_optimization:
         raise ValueError(
@@ -31,30 +28,11 @@ def check_training_step(pl_module: LightningModule) -> None:
         raise ValueError(f"{name}.training_step draws its own batches: give loss_fn, a function (model, batch) -> loss")
 
 
-def trainer_likelihood(
-    trainer: Trainer, pl_module: LightningModule, model: nn.Module, example: Any, loss_fn: LossFunction | None
-) -> Likelihood:
-    """Make the loss of a batch from ``loss_fn(model, batch)``, or from the module's training step.
+def training_loss(pl_module: LightningModule) -> Callable[[Any, int], Tensor]:
+    """Make ``(batch, number) -> loss`` of the module's training step; what it logs while it is asked goes nowhere.
 
-    Args:
-        trainer: the running Trainer, whose autocast is used; float16 without it, since gradients of the switches
-            would underflow.
-        pl_module: its module; what it logs while it is asked goes nowhere.
-        model: the part of it whose channels are gated.
-        example: inputs of two samples.
-        loss_fn: instead of the training step.
+    Use it while the module is ``borrowed``, which takes the silenced ``log`` away again.
     """
-    return Likelihood(
-        model=model,
-        loss=_training_loss(pl_module) if loss_fn is None else lambda batch, index: loss_fn(model, batch),
-        root=pl_module,
-        forward=lambda: call_model(model, example),
-        other=lambda: call_model(model, take(example, [-1, 0])),
-        autocast=_autocast(trainer),
-    )
-
-
-def _training_loss(pl_module: LightningModule) -> Callable[[Any, int], Tensor]:
     numbered = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
 
     def loss(batch: Any, index: int) -> Tensor:
@@ -76,13 +54,13 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Take what is logged; epoch averages must not see it."""
 
 
-def _autocast(trainer: Trainer) -> Callable[[], AbstractContextManager[Any]]:
+def scoring_autocast(trainer: Trainer) -> Callable[[], AbstractContextManager[Any]]:
+    """The Trainer's autocast; none for float16, where gradients of gates would underflow."""
     precision = trainer.precision_plugin
     if isinstance(precision, MixedPrecision) and precision.precision == "16-mixed":
         return nullcontext
     if precision.precision in ("16-true", "transformer-engine-float16"):
         rank_zero_warn(
-            f"precision {precision.precision!r}: gradients of importance switches are small and may vanish; bf16 or "
-            "float32 are safe"
+            f"precision {precision.precision!r}: gradients of gates are small and may vanish; bf16 or float32 are safe"
         )
     return precision.forward_context
