@@ -15,31 +15,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_eff.batch import take
-from lightning_eff.pruning.allocation import (
-    Dense,
-    budget_counts,
-    counts_per_layer,
-    global_counts,
-    mass_counts,
-    uniform_counts,
-)
+from lightning_eff.pruning.allocation import Dense
+from lightning_eff.pruning.decision import Counts, Decision, best_channels
 from lightning_eff.pruning.masking import Masks, zero_readers
 from lightning_eff.pruning.memory import ScoreMemory, fingerprint, forget
+from lightning_eff.pruning.record import Record
+from lightning_eff.pruning.repair import Repair, repair
 from lightning_eff.pruning.report import PruneReport, Scores, Stage
 from lightning_eff.pruning.samples import Samples
 from lightning_eff.pruning.scoring import Scoring
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule, check_amount
 from lightning_eff.pruning.trainer_data import NO_VALIDATION, TrainerData
 from lightning_eff.pruning.values import Value, value_function
-from lightning_eff.surgery import ChannelGraph, PruningPlan, measure_latency, prunable
+from lightning_eff.surgery import ChannelGraph, PruningPlan, Trial, measure_latency, prunable
 from lightning_eff.surgery.in_trainer import apply_plan_in_trainer, refuse_unsupported
 from lightning_eff.surgery.state import untouched_generators
 from lightning_eff.surgery.structure import averaged_models, is_prunable, structure_of, unprunable
@@ -57,6 +52,7 @@ class StructuredPruningCallback(Callback):
         calibration: the data that channels are judged on.
         value: what the network is worth on a sample: ``"accuracy"``, ``"neg_loss"`` or a callable ``(outputs, target)
             -> [B]``, higher is better.
+        repair: how the remaining weights are corrected after a cut; None leaves them.
         plan: path of a plan to follow instead of scoring.
         dirpath: where plan, report, figure, the final weights (``pruned.ckpt``) and unfinished scores are written; None
             writes nothing.
@@ -77,6 +73,7 @@ class StructuredPruningCallback(Callback):
         layers: Layers = Layers(),  # noqa: B008
         calibration: Calibration = Calibration(),  # noqa: B008
         value: Value = "accuracy",
+        repair: Repair | None = None,
         plan: str | Path | None = None,
         dirpath: str | Path | None = None,
         seed: int = 0,
@@ -87,6 +84,11 @@ class StructuredPruningCallback(Callback):
             raise ValueError(f"amount {amount} (fraction removed) is above allocation.max_ratio {allocation.max_ratio}")
         if plan is not None and schedule.steps != 1:
             raise ValueError(f"a given plan is applied in one step, got schedule.steps={schedule.steps}")
+        if repair is not None and schedule.physical != "immediate":
+            raise ValueError(
+                f'repair corrects what a cut leaves: it needs physical="immediate", got {schedule.physical!r}'
+            )
+        self._counts = Counts(amount, allocation, schedule, self.scores_per_cost)
         self.amount = amount
         self.allocation = allocation
         self.schedule = schedule
@@ -94,6 +96,7 @@ class StructuredPruningCallback(Callback):
         self.calibration = calibration
         self.value = value_function(value)
         self.value_name = value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
+        self.repair = repair
         self.given_plan = None if plan is None else PruningPlan.load(plan)
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.seed = seed
@@ -106,15 +109,11 @@ class StructuredPruningCallback(Callback):
         self.report: PruneReport | None = None
         self._steps_done = 0
         self._finished = False
-        self._dense: Dense | None = None
-        self._stages: list[Stage] = []
-        self._scores: dict[str, tuple[Scores, list[int]]] = {}
-        self._removed_value: dict[str, float] = {}
+        self._record = Record()
         self._protected: dict[str, str] | None = None
         self._masks = Masks()
         self._graph: ChannelGraph | None = None
         self._example: Any = None
-        self._notes: list[str] = []
 
     calibration_groups: int | None = 1  # rules that give groups of samples coalitions of their own say so
     whole_batches = False  # rules that take the loader's batches as they are, not calibration.samples samples
@@ -172,9 +171,9 @@ class StructuredPruningCallback(Callback):
                     reasons = "; ".join(f"{name}: {g.protected or 'one channel'}" for name, g in graph.groups.items())
                     name = type(pl_module).__name__
                     raise ValueError(f"there is nothing to prune in {name}: {reasons or 'no layers found'}")
-                self._dense = self._dense or Dense.of(graph)
+                self._record.dense = self._record.dense or Dense.of(graph)
                 if self.given_plan is None:
-                    self._counts(graph, self._dense, self.schedule.steps - 1)
+                    self._counts.before_scores(graph, self._record.dense, self.schedule.steps - 1)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the next step when its epoch has come."""
@@ -195,8 +194,8 @@ class StructuredPruningCallback(Callback):
             graph = self._graph or self._trace(trainer, pl_module)
             if self._masks.state is not None and not self._finished:
                 self._end_masking(trainer, pl_module, graph)
-            if not self._stages or self._stages[-1].name != "fine-tuned":
-                self._stages.append(self._measure("fine-tuned", trainer, pl_module))
+            if not self._record.stages or self._record.stages[-1].name != "fine-tuned":
+                self._record.stages.append(self._measure("fine-tuned", trainer, pl_module))
             self._finish_report(trainer)
         self._finished = True
         if self.dirpath is not None:
@@ -208,13 +207,9 @@ class StructuredPruningCallback(Callback):
             "steps_done": self._steps_done,
             "finished": self._finished,
             "plan": None if self.plan is None else self.plan.to_dict(),
-            "dense": None if self._dense is None else {**vars(self._dense), "sizes": dict(self._dense.sizes)},
-            "stages": [vars(stage) for stage in self._stages],
-            "scores": {name: [scores.to_dict(), kept] for name, (scores, kept) in self._scores.items()},
-            "removed_value": dict(self._removed_value),
+            "record": self._record.to_dict(),
             "protected": self._protected,
             "masks": self._masks.state,
-            "notes": list(self._notes),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -222,13 +217,9 @@ class StructuredPruningCallback(Callback):
         self._steps_done = state_dict["steps_done"]
         self._finished = state_dict["finished"]
         self.plan = None if state_dict["plan"] is None else PruningPlan.from_dict(state_dict["plan"])
-        self._dense = None if state_dict["dense"] is None else Dense(**state_dict["dense"])
-        self._stages = [Stage(**stage) for stage in state_dict["stages"]]
-        self._scores = {name: (Scores.from_dict(s), kept) for name, (s, kept) in state_dict["scores"].items()}
-        self._removed_value = dict(state_dict["removed_value"])
+        self._record = Record.from_dict(state_dict["record"])
         self._protected = state_dict["protected"]
         self._masks = Masks(state_dict["masks"])
-        self._notes = list(state_dict["notes"])
         self._graph = None
 
     # One step
@@ -236,32 +227,20 @@ class StructuredPruningCallback(Callback):
     def _prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = self._steps_done
         graph = self._graph or self._trace(trainer, pl_module)
-        if not self._stages:
-            self._stages.append(self._measure("dense", trainer, pl_module))
-        scores: Mapping[str, Scores] = {}
-        if self.given_plan is not None:
-            plan = self.given_plan
-        else:
-            scores, config = self._scored(trainer, pl_module, graph, step)
-            values = self._masks.last({name: one.values for name, one in scores.items()})
-            ranked = {
-                name: value if (ties := scores[name].ties) is None else torch.stack([value, ties.to(value)], 1)
-                for name, value in values.items()
-            }
-            plan = PruningPlan.from_scores(graph, ranked, config)
-        plan = PruningPlan.from_dict(trainer.strategy.broadcast(plan.to_dict()))
+        if not self._record.stages:
+            self._record.stages.append(self._measure("dense", trainer, pl_module))
+        decision = Decision(self.given_plan) if self.given_plan else self.decide(trainer, pl_module, graph, step)
+        plan = PruningPlan.from_dict(trainer.strategy.broadcast(decision.plan.to_dict()))
         named = PruningPlan(plan.validate(graph), graph.sizes)
-        for name, kept in named.keep.items():
-            if name in scores:
-                self._scores[name] = (scores[name], list(kept))
-                gone = torch.ones(len(scores[name].values), dtype=torch.bool)
-                gone[list(kept)] = False
-                lost = float(scores[name].values[gone].nan_to_num().sum())
-                self._removed_value[name] = self._removed_value.get(name, 0.0) + lost
+        self._record.keep(decision.scores, named)
         if self.schedule.physical == "immediate":
+            state = dict(decision.state) or self._repaired(trainer, pl_module, graph, named)
+            state = trainer.strategy.broadcast(state)
             cut = apply_plan_in_trainer(
                 trainer, pl_module, named, self._example, graph=graph, submodule=self.layers.submodule
             )
+            for module in (pl_module, *averaged_models(trainer)) if state else ():
+                self._model(module).load_state_dict(state, strict=False)
             self._graph = cut.graph
             self.plan = named if self.plan is None else self.plan.compose(named)
         else:
@@ -269,78 +248,66 @@ class StructuredPruningCallback(Callback):
             self._masks.replace(graph, named.keep)
             self._masks.open(self._model(pl_module))
         self._steps_done += 1
-        self._stages.append(self._measure(f"pruned, step {self._steps_done}", trainer, pl_module))
+        self._record.stages.append(self._measure(f"pruned, step {self._steps_done}", trainer, pl_module))
         self._log(pl_module)
         if self.dirpath is not None and trainer.is_global_zero:
             self._full_plan().save(self.dirpath / "plan.json")
             forget(self.dirpath, step)
 
-    def _scored(
-        self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph, step: int
-    ) -> tuple[Mapping[str, Scores], dict[str, int]]:
-        """Score channels and choose how many of each group stay."""
-        assert self._dense is not None
-        expected = self._counts(graph, self._dense, step)
-        mode = "per_layer" if isinstance(self.amount, dict) else self.allocation.mode
-        if isinstance(self.amount, dict):
-            graph = graph.protect({name: "not named in amount" for name in graph.groups if name not in expected})
-        elif mode != "uniform":  # channels may go anywhere, so every group needs scores
-            expected = {name: min(kept, graph.groups[name].size - 1) for name, kept in expected.items()}
+    def decide(self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph, step: int) -> Decision:
+        """Score channels and keep the best; rules that do not score every channel write this instead of ``score``."""
+        assert self._record.dense is not None
+        expected = self._counts.before_scores(graph, self._record.dense, step)
+        graph, reckoned = self._counts.to_score(graph, expected)
         data = self._data(trainer, pl_module)
         samples = Samples([]) if self.whole_batches else self._samples(data)
-        scoring = Scoring(
-            trainer=trainer,
-            pl_module=pl_module,
-            model=self._model(pl_module),
-            graph=graph,
-            samples=samples,
-            data=data,
-            expected=expected,
-            curves=mode == "budget",
-            seed=self.seed + 1_000_003 * step,
-            verbose=self.verbose and trainer.is_global_zero,
-            remembered=ScoreMemory(
-                self.dirpath if trainer.world_size == 1 and self._value_bytes() is not None else None,
-                step,
-                fingerprint(pl_module, samples, (*self.fingerprint_settings(), self.amount, step)),
-            ),
+        scores = self.score(
+            Scoring(
+                trainer=trainer,
+                pl_module=pl_module,
+                model=self._model(pl_module),
+                graph=graph,
+                samples=samples,
+                data=data,
+                expected=reckoned,
+                curves=self._counts.mode == "budget",
+                seed=self.seed + 1_000_003 * step,
+                verbose=self.verbose and trainer.is_global_zero,
+                remembered=ScoreMemory(
+                    self.dirpath if trainer.world_size == 1 and self._value_bytes() is not None else None,
+                    step,
+                    fingerprint(pl_module, samples, (*self.fingerprint_settings(), self.amount, step)),
+                ),
+            )
         )
-        scores = self.score(scoring)
-        config = expected
-        if not isinstance(self.amount, dict) and mode != "uniform":
-            amount = self.schedule.amount(step, self.amount)
-            values = self._masks.last({name: one.values for name, one in scores.items()})
-            if mode == "global":
-                config = global_counts(
-                    graph, self._dense, amount, self.allocation, values, per_cost=self.scores_per_cost
-                )
-            elif mode == "mass":
-                config = mass_counts(graph, self._dense, amount, self.allocation, values)
-            else:
-                curves = {name: one.curve for name, one in scores.items() if one.curve is not None}
-                config = budget_counts(graph, self._dense, amount, self.allocation, curves)
-        return scores, self._masks.cap(config)
+        values = self._masks.last({name: one.values for name, one in scores.items()})
+        curves = {name: one.curve for name, one in scores.items() if one.curve is not None}
+        config = self._masks.cap(self._counts.after_scores(graph, self._record.dense, step, reckoned, values, curves))
+        return Decision(best_channels(graph, scores, values, config), scores)
+
+    def _repaired(
+        self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph, plan: PruningPlan
+    ) -> dict[str, Tensor]:
+        """Corrected weights of the network that ``plan`` leaves; every process works on the data of the first."""
+        if self.repair is None:
+            return {}
+        data = self._data(trainer, pl_module)
+        batches = data.shared(max(self.repair.samples, self.repair.bn_samples))
+        trial = Trial(self._model(pl_module), graph, plan)
+        repair(trial, batches, self.repair, split=data.split, final=True, seed=self.seed)
+        return trial.state()
 
     def _samples(self, data: TrainerData) -> Samples:
         samples = data.samples(self.calibration_groups)
         found, asked = int(samples.counts.sum()), self.calibration.samples
-        note = f"Scores are of {found} samples, all there are of {asked} asked for."
-        if found < asked and note not in self._notes:
-            self._notes.append(note)
+        if found < asked:
+            self._record.note(f"Scores are of {found} samples, all there are of {asked} asked for.")
         return samples
-
-    def _counts(self, graph: ChannelGraph, dense: Dense, step: int) -> dict[str, int]:
-        """Channels kept after ``step``: exact for per-layer and uniform amounts, about right for the others."""
-        if isinstance(self.amount, dict):
-            return counts_per_layer(graph, dense, self.amount, self.schedule, step)
-        return uniform_counts(graph, dense, self.schedule.amount(step, self.amount), self.allocation)
 
     def _full_plan(self) -> PruningPlan:
         assert self.plan is not None
-        assert self._dense is not None
-        scores = {name: scores.to_dict() for name, (scores, _) in self._scores.items()}
         settings = {"amount": self.amount, "technique": self.technique, "value": self.value_name, "seed": self.seed}
-        return PruningPlan(self.plan.keep, dict(self._dense.sizes), {"scores": scores, "settings": settings})
+        return self._record.plan(self.plan, settings)
 
     def _end_masking(self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph) -> None:
         """Turn masks into a cut, or into weights that are zero."""
@@ -358,7 +325,7 @@ class StructuredPruningCallback(Callback):
 
     # Data and measurements
 
-    def _model(self, pl_module: LightningModule) -> nn.Module:
+    def _model(self, pl_module: nn.Module) -> nn.Module:
         return pl_module.get_submodule(self.layers.submodule)
 
     def _trace(self, trainer: Trainer, pl_module: LightningModule) -> ChannelGraph:
@@ -384,7 +351,7 @@ class StructuredPruningCallback(Callback):
         return self._graph
 
     def _data(self, trainer: Trainer, pl_module: LightningModule) -> TrainerData:
-        return TrainerData(trainer, pl_module, self.calibration, self._notes)
+        return TrainerData(trainer, pl_module, self.calibration, self._record.notes)
 
     def _measure(self, name: str, trainer: Trainer, pl_module: LightningModule) -> Stage:
         """Evaluate the network as it is on the whole validation set."""
@@ -415,17 +382,8 @@ class StructuredPruningCallback(Callback):
     # Report
 
     def _log(self, pl_module: LightningModule) -> None:
-        dense, now = self._stages[0], self._stages[-1]
-        values = {
-            "macs": float(now.macs),
-            "params": float(now.params),
-            "macs_ratio": now.macs / max(dense.macs, 1),
-            "params_ratio": now.params / max(dense.params, 1),
-            "value_before": self._stages[-2].value,
-            "value_after": now.value,
-        }
         pl_module.log_dict(
-            {f"{self.technique}/{name}": value for name, value in values.items()},
+            {f"{self.technique}/{name}": value for name, value in self._record.quantities().items()},
             on_step=False,
             on_epoch=True,
             sync_dist=True,
@@ -433,18 +391,9 @@ class StructuredPruningCallback(Callback):
 
     def _finish_report(self, trainer: Trainer) -> None:
         assert self._graph is not None
-        assert self._dense is not None
         data = "the calibration loader" if self.calibration.loader is not None else "the whole validation set"
-        self.report = PruneReport(
-            self.value_name,
-            "the training set" if NO_VALIDATION in self._notes else data,
-            self._dense,
-            self._graph,
-            self._stages,
-            self._scores,
-            self._removed_value,
-            self._notes,
-        )
+        data = "the training set" if NO_VALIDATION in self._record.notes else data
+        self.report = self._record.report(self.value_name, data, self._graph)
         if not trainer.is_global_zero:
             return
         if self.verbose:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_eff.batch import batch_size, call_model, split_batch
 from lightning_eff.pruning.samples import Samples
@@ -29,6 +31,9 @@ class TrainerData:
         pl_module: its module.
         calibration: which loader, how many samples, how a batch is split.
         notes: what a reader of the report must know is appended here.
+
+    Attributes:
+        split: ``batch -> (inputs, target)``.
     """
 
     def __init__(
@@ -37,13 +42,13 @@ class TrainerData:
         self._trainer = trainer
         self._pl_module = pl_module
         self._calibration = calibration
-        self._split = calibration.split_batch or split_batch
+        self.split = calibration.split_batch or split_batch
         self._notes = notes
 
     def first(self) -> Any:
         """Inputs of the first calibration batch."""
         for batch in self._batches(self._calibration.source):
-            return self._split(batch)[0]
+            return self.split(batch)[0]
         raise ValueError("the calibration loader gave no batch")
 
     def samples(self, groups: int | None) -> Samples:
@@ -51,7 +56,7 @@ class TrainerData:
         return Samples.collect(
             self._batches(self._calibration.source),
             self._calibration.samples,
-            self._split,
+            self.split,
             groups=groups,
             reduce=self.sum,
             world_size=self._trainer.world_size,
@@ -60,6 +65,35 @@ class TrainerData:
     def batches(self) -> Iterator[Any]:
         """Whole batches of the calibration loader, as ``training_step`` gets them; every process has its own."""
         return self._batches(self._calibration.source)
+
+    def shared(self, samples: int) -> list[Any]:
+        """Whole batches of about ``samples`` samples, the same on every process: those of the first one."""
+        taken: list[Any] = []
+        count = 0
+        for batch in self.batches():
+            taken.append(batch)
+            count += batch_size(batch)
+            if count >= samples:
+                break
+        if self._trainer.world_size == 1:
+            return taken
+        strategy, device = self._trainer.strategy, self._pl_module.device
+        on_cpu = strategy.broadcast(strategy.batch_to_device(taken, torch.device("cpu")))
+        return list(strategy.batch_to_device(on_cpu, device))
+
+    def whole_validation(self, most: int | float | None = None) -> list[Any]:
+        """Batches of the validation set, on every process the same ones from its beginning.
+
+        Args:
+            most: take at most so many batches (int), or this fraction of them (float); None takes all.
+        """
+        loader, limit = self._loader("val")
+        if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+            loader = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
+        steps = _length(loader)
+        if isinstance(most, float):
+            most = 1 if steps is None else max(1, math.ceil(most * steps))
+        return list(self._on_device(loader, min((n for n in (limit, most) if n is not None), default=None)))
 
     def extent(self) -> tuple[int | None, int | None]:
         """Batches of this process, and samples of the whole data set, of the calibration loader; None for unknown."""
@@ -75,7 +109,7 @@ class TrainerData:
         total = torch.zeros(2, dtype=torch.float64)
         with quiet_model(self._pl_module), torch.no_grad(), self._trainer.precision_plugin.forward_context():
             for batch in self._batches("val"):
-                inputs, target = self._split(batch)
+                inputs, target = self.split(batch)
                 count = batch_size(inputs)
                 values = per_sample(value, call_model(model, inputs), target, count)
                 total += torch.tensor([float(values.sum()), count], dtype=torch.float64)
@@ -94,6 +128,9 @@ class TrainerData:
     def _batches(self, source: str) -> Iterator[Any]:
         own = self._calibration.loader
         loader, limit = (own, None) if own is not None else self._loader(source)
+        yield from self._on_device(loader, limit)
+
+    def _on_device(self, loader: Any, limit: int | None) -> Iterator[Any]:
         with _own_workers(loader):
             for batch in islice(loader, limit):
                 batch = self._trainer.precision_plugin.convert_input(batch)

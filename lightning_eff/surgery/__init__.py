@@ -9,6 +9,7 @@ from lightning_eff.surgery.plan import PruningPlan
 from lightning_eff.surgery.prefix import PrefixCache, record_together
 from lightning_eff.surgery.profile import Latency, Profile, measure_latency, profile
 from lightning_eff.surgery.structure import apply_structure, load_pruned, prunable, save_pruned, structure_of
+from lightning_eff.surgery.trial import Trial
 
 __all__ = [
     "BudgetError",
@@ -23,6 +24,7 @@ __all__ = [
     "PruningGraphError",
     "PruningPlan",
     "SurgeryError",
+    "Trial",
     "apply_plan",
     "apply_structure",
     "export_model",

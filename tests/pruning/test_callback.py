@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_eff.batch import BatchKeys
 from lightning_eff.pruning import Accuracy, Allocation, Calibration, Layers, Schedule, Scores, Scoring
-from lightning_eff.surgery import BudgetError, load_pruned
+from lightning_eff.surgery import BudgetError, ChannelGraph, load_pruned
 from lightning_eff.surgery.structure import is_prunable, structure_of
 
 TRAIN, VAL = digits()
@@ -563,8 +564,10 @@ def test_final_checkpoint_holds_the_small_network_also_after_masked_training(tmp
 
 def test_masked_channels_stay_masked_when_less_is_asked_for_later() -> None:
     class Less(Magnitude):
-        def _counts(self, *args: Any) -> dict[str, int]:
-            return {"body.0": 7, "body.4": 15, "body.7": 15} if self._steps_done else super()._counts(*args)
+        def decide(self, trainer: pl.Trainer, pl_module: pl.LightningModule, graph: ChannelGraph, step: int) -> Any:
+            if step:
+                self._counts = replace(self._counts, amount={"body.0": 7, "body.4": 15, "body.7": 15})
+            return super().decide(trainer, pl_module, graph, step)
 
     model = fit(Less(0.5, schedule=Schedule(steps=2, physical="at_end"), **QUIET), max_epochs=3)
     assert model.body[0].out_channels == 5  # cubic: 0.4375 of eight channels go in the first of two steps

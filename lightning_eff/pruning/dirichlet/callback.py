@@ -25,6 +25,7 @@ from lightning_eff.pruning.dirichlet.options import DirichletOptions
 from lightning_eff.pruning.dirichlet.posterior import DirichletPosterior
 from lightning_eff.pruning.dirichlet.scoring import SwitchTraining
 from lightning_eff.pruning.memory import fingerprint
+from lightning_eff.pruning.repair import Repair
 from lightning_eff.pruning.report import Scores
 from lightning_eff.pruning.scoring import Scoring
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule
@@ -49,6 +50,7 @@ class DirichletPruneCallback(StructuredPruningCallback):
         loss_fn: ``(model, batch) -> loss``, the mean over the batch, where ``training_step`` cannot serve.
         value: what the network is worth on a sample, for the report: ``"accuracy"``, ``"neg_loss"`` or a callable
             ``(outputs, target) -> [B]``, higher is better.
+        repair: how the remaining weights are corrected after a cut; None leaves them.
         plan: path of a plan to follow instead of scoring.
         dirpath: where plan, report, figures, scores (``scores.json``, ``scores.csv``) and the final weights
             (``pruned.ckpt``) are written; None writes nothing. A scoring that was finished but not used, because the
@@ -77,6 +79,7 @@ class DirichletPruneCallback(StructuredPruningCallback):
         switches: DirichletOptions = DirichletOptions(),  # noqa: B008
         loss_fn: LossFunction | None = None,
         value: Value = "accuracy",
+        repair: Repair | None = None,
         plan: str | Path | None = None,
         dirpath: str | Path | None = None,
         seed: int = 0,
@@ -94,6 +97,7 @@ class DirichletPruneCallback(StructuredPruningCallback):
             layers=layers,
             calibration=calibration,
             value=value,
+            repair=repair,
             plan=plan,
             dirpath=dirpath,
             seed=seed,
@@ -194,7 +198,7 @@ class DirichletPruneCallback(StructuredPruningCallback):
         super()._finish_report(trainer)
         if self.dirpath is None or not trainer.is_global_zero or not self.posterior:
             return
-        kept = {name: self._scores[name][1] for name in self.posterior if name in self._scores}
+        kept = {name: self._record.scores[name][1] for name in self.posterior if name in self._record.scores}
         save_figure(posterior_figure(self.posterior, kept), self.dirpath / "posterior.png")
         save_figure(cut_figure(self.posterior, kept), self.dirpath / "cut.png")
         save_figure(share_figure(self.posterior), self.dirpath / "shares.png")

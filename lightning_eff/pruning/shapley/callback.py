@@ -18,6 +18,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_eff.pruning.callback import StructuredPruningCallback
+from lightning_eff.pruning.repair import Repair
 from lightning_eff.pruning.report import Scores
 from lightning_eff.pruning.scoring import Scoring
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule
@@ -56,6 +57,7 @@ class ShapleyPruningCallback(StructuredPruningCallback):
         budget: evaluations a layer for ``"auto"``: a number, or a multiple of its channels such as ``"20n"``.
         stop: when to stop estimating a layer early.
         game: how the network is evaluated without some of its channels.
+        repair: how the remaining weights are corrected after a cut; None leaves them.
         plan: path of a plan to follow instead of scoring.
         dirpath: where plan, report, figure, the final weights (``pruned.ckpt``) and unfinished scores are written; None
             writes nothing.
@@ -79,6 +81,7 @@ class ShapleyPruningCallback(StructuredPruningCallback):
         budget: int | str = "20n",
         stop: StopRule | None = None,
         game: GameOptions = GameOptions(),  # noqa: B008
+        repair: Repair | None = None,
         plan: str | Path | None = None,
         dirpath: str | Path | None = None,
         seed: int = 0,
@@ -91,6 +94,7 @@ class ShapleyPruningCallback(StructuredPruningCallback):
             layers=layers,
             calibration=calibration,
             value=value,
+            repair=repair,
             plan=plan,
             dirpath=dirpath,
             seed=seed,
@@ -114,10 +118,10 @@ class ShapleyPruningCallback(StructuredPruningCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As the base, and tell before training when the estimator or its budget does not suit a layer to be scored."""
         super().on_train_start(trainer, pl_module)
-        if self._graph is None or self._dense is None or self.given_plan is not None:
+        if self._graph is None or self._record.dense is None or self.given_plan is not None:
             return
-        anywhere = not isinstance(self.amount, dict) and self.allocation.mode != "uniform"
-        kept = self._counts(self._graph, self._dense, self.schedule.steps - 1)
+        anywhere = self._counts.mode not in ("per_layer", "uniform")
+        kept = self._counts.before_scores(self._graph, self._record.dense, self.schedule.steps - 1)
         for name in self._graph.prunable:
             size = self._graph.groups[name].size
             if anywhere or kept.get(name, size) < size:

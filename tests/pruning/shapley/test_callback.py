@@ -91,7 +91,7 @@ def test_scores_are_the_shapley_values_of_the_channel_game(trained: Net) -> None
     samples = Samples.collect(VAL, 64, lambda batch: batch)
     expected = ExactShapley(depth=2).estimate(ChannelGame(model, graph, "body.0", samples)).values
     trainer(callback, max_epochs=1).fit(small, TRAIN, VAL)
-    scores, kept = callback._scores["body.0"]
+    scores, kept = callback._record.scores["body.0"]
     assert torch.allclose(scores.values, expected)
     removed = [c for c in range(6) if c not in kept]
     assert len(kept) == 3

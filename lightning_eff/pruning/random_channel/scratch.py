@@ -1,0 +1,306 @@
+"""Search from scratch: narrow networks with fresh weights are trained for a while each, and the best one goes on.
+
+Y. Li et al., Revisiting Random Channel Pruning for Neural Network Compression, CVPR 2022, arXiv 2205.05676: nothing of
+a trained network is used. Successive halving: K. Jamieson, A. Talwalkar, AISTATS 2016, arXiv 1502.07943. It needs one
+Trainer a candidate, so it is a function and no callback.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_eff.batch import SplitBatch, split_batch, take
+from lightning_eff.pruning.random_channel.candidates import Candidate, Candidates, Mode, rank
+from lightning_eff.pruning.random_channel.sampling import config_of, sample_configs
+from lightning_eff.pruning.settings import Layers
+from lightning_eff.reporting import progress
+from lightning_eff.surgery import ChannelGraph, PruningPlan, apply_plan, prunable
+from lightning_eff.surgery.graph import axis_masks
+from lightning_eff.surgery.state import untouched_generators
+
+_QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+@dataclass
+class ScratchResult(Candidates):
+    """What a search from scratch found.
+
+    Attributes:
+        plan: channels that the best candidate keeps, always the first ones of each group.
+        model: the best candidate, trained as far as the search went.
+        checkpoint: file to train it on from with optimizer state, ``Trainer(max_epochs=...).fit(result.model,
+            ckpt_path=result.checkpoint)``; None where no ``dirpath`` was given.
+        epochs: epochs it was trained for.
+    """
+
+    plan: PruningPlan = field(default_factory=lambda: PruningPlan({}))
+    model: LightningModule | None = field(default=None, repr=False)
+    checkpoint: Path | None = None
+    epochs: int = 0
+
+
+def search_from_scratch(
+    make_model: Callable[[], LightningModule],
+    datamodule: LightningDataModule,
+    *,
+    monitor: str,
+    mode: Mode = "min",
+    amount: float | None = None,
+    n: int = 20,
+    configs: Tensor | None = None,
+    warm_epochs: int = 1,
+    eta: int | None = None,
+    trainer_kwargs: Mapping[str, Any] | None = None,
+    layers: Layers = Layers(),  # noqa: B008 (frozen)
+    example_inputs: Any = None,
+    initialise: Callable[[LightningModule], object] | None = None,
+    split: SplitBatch = split_batch,
+    seed: int = 0,
+    dirpath: str | Path | None = None,
+    show_progress: bool = True,
+) -> ScratchResult:
+    """Train many narrow networks for a short while and return the best one.
+
+    Args:
+        make_model: builds the whole network with new weights.
+        datamodule: what every candidate is trained and validated on.
+        monitor: logged quantity that decides, e.g. ``"val_loss"``.
+        mode: whether the ``"min"`` or the ``"max"`` of it is best.
+        amount: fraction of the multiply-adds removed, in [0, 1): ``n`` configurations are drawn by the power law.
+        n: candidates, >= 1.
+        configs: channel counts ``[n, G]`` of :func:`sample_configs` for the graph of ``make_model()`` instead.
+        warm_epochs: epochs that every candidate is trained for, >= 1.
+        eta: successive halving, >= 2: one in ``eta`` candidates goes on, for ``eta`` times as many epochs in all, and
+            so forth until one is left. None trains all once. Schedules of the learning rate that count on the number
+            of epochs see it grow.
+        trainer_kwargs: for every ``Trainer`` (``accelerator``, ``precision``, ``limit_train_batches`` ...), one process
+            and without ``max_epochs``; callbacks are copied for each.
+        layers: which channel groups may be narrower.
+        example_inputs: for the trace; by default ``example_input_array``, or else inputs of the first training batch.
+        initialise: gives a candidate its fresh weights; by default ``reset_parameters`` of every layer that is
+            narrower, the others are as ``make_model`` made them.
+        split: ``batch -> (inputs, target)``, for the example.
+        seed: of configurations, weights and the order of samples; the same for every candidate.
+        dirpath: where to keep the checkpoint of the best candidate; None keeps none.
+        show_progress: show a bar over candidates.
+
+    Raises:
+        ValueError: an argument out of range, or ``monitor`` is not logged; the message lists what is.
+        MisconfigurationException: a Trainer of several processes.
+        RuntimeError: not a single candidate has a score that is a number.
+    """
+    _check(monitor, mode, amount, n, configs, warm_epochs, eta, trainer_kwargs)
+    _trainer(warm_epochs, trainer_kwargs)  # raises before any work where it cannot be built
+    with untouched_generators(), tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary if dirpath is None else dirpath)
+        folder.mkdir(parents=True, exist_ok=True)
+        _seed(seed)
+        whole = make_model()
+        example = example_inputs if example_inputs is not None else _example(whole, datamodule, split)
+        graph = ChannelGraph.from_model(
+            whole.get_submodule(layers.submodule),
+            example,
+            include=layers.include,
+            exclude=layers.exclude,
+            allow_norm_coupled=layers.allow_norm_coupled,
+        )
+        if configs is None:
+            assert amount is not None
+            configs = sample_configs(graph, n, amount, seed=seed)
+        search = _Search(make_model, datamodule, graph, configs, monitor, mode, trainer_kwargs, layers, folder, seed)
+        search.initialise = initialise
+        rungs = _rungs(len(configs), eta)
+        alive, epochs, tried = list(range(len(configs))), warm_epochs, list[Candidate]()
+        with progress("search from scratch", sum(rungs), enabled=show_progress, unit="trainings") as bar:
+            for rung, count in enumerate(rungs):
+                epochs = warm_epochs * (eta or 1) ** rung
+                results = []
+                for number in alive[:count]:
+                    results.append(search.train(number, rung, epochs))
+                    bar.advance(1, f"best {rank(results, mode)[0].score:.4g}")
+                tried += results
+                ranked = [c.number for c in rank(results, mode) if not math.isnan(c.score)]
+                if not ranked:
+                    raise RuntimeError(f"not a single candidate has a {monitor} that is a number: look at the training")
+                following = rungs[rung + 1] if rung + 1 < len(rungs) else 1
+                alive = ranked[:following]
+                search.forget(number for number in range(len(configs)) if number not in alive)
+        model, checkpoint = search.load(alive[0])
+    return ScratchResult(
+        candidates=tried,
+        mode=mode,
+        sizes={name: graph.sizes[name] for name in graph.prunable},
+        macs=round(graph.macs().item()),
+        params=round(graph.params().item()),
+        plan=search.plan(alive[0]),
+        model=model,
+        checkpoint=None if dirpath is None else checkpoint,
+        epochs=epochs,
+    )
+
+
+def _check(
+    monitor: str,
+    mode: str,
+    amount: float | None,
+    n: int,
+    configs: Tensor | None,
+    warm_epochs: int,
+    eta: int | None,
+    trainer_kwargs: Mapping[str, Any] | None,
+) -> None:
+    if (amount is None) == (configs is None):
+        raise ValueError("pass either amount, a fraction to remove, or configs, rows of sample_configs")
+    if mode not in ("max", "min"):
+        raise ValueError(f"mode must be one of 'max', 'min', got {mode!r}")
+    for name, value, least in (("n", n, 1), ("warm_epochs", warm_epochs, 1), ("eta", eta, 2)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+    if not monitor:
+        raise ValueError("monitor must be the name of a logged quantity, got ''")
+    if trainer_kwargs and "max_epochs" in trainer_kwargs:
+        raise ValueError("trainer_kwargs must not set max_epochs: pass warm_epochs")
+
+
+def _rungs(n: int, eta: int | None) -> list[int]:
+    """Candidates trained in each rung: all, then one in ``eta``, down to one."""
+    rungs = [n]
+    while eta is not None and rungs[-1] > 1:
+        rungs.append(-(-rungs[-1] // eta))
+    return rungs
+
+
+def _trainer(epochs: int, trainer_kwargs: Mapping[str, Any] | None) -> Trainer:
+    given = dict(trainer_kwargs or {})
+    if "callbacks" in given:
+        given["callbacks"] = copy.deepcopy(given["callbacks"])
+    trainer = Trainer(max_epochs=epochs, **{**_QUIET, **given})
+    if trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"search_from_scratch trains every candidate in one process, this Trainer has {trainer.world_size}: pass "
+            'trainer_kwargs={"devices": 1, ...}, or train the best configuration by itself in several processes'
+        )
+    return trainer
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _example(model: LightningModule, datamodule: LightningDataModule, split: SplitBatch) -> Any:
+    if model.example_input_array is not None:
+        return model.example_input_array
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    inputs, _ = split(next(iter(datamodule.train_dataloader())))
+    return take(inputs, slice(0, 2))
+
+
+class _Search:
+    """Builds, trains and reloads candidates."""
+
+    initialise: Callable[[LightningModule], object] | None = None
+
+    def __init__(
+        self,
+        make_model: Callable[[], LightningModule],
+        datamodule: LightningDataModule,
+        graph: ChannelGraph,
+        configs: Tensor,
+        monitor: str,
+        mode: Mode,
+        trainer_kwargs: Mapping[str, Any] | None,
+        layers: Layers,
+        folder: Path,
+        seed: int,
+    ) -> None:
+        self._make_model, self._datamodule, self._graph, self._configs = make_model, datamodule, graph, configs
+        self._monitor, self._mode, self._trainer_kwargs = monitor, mode, trainer_kwargs
+        self._submodule, self._folder, self._seed = layers.submodule, folder, seed
+        self._macs, self._params = (cost(configs).round().long().tolist() for cost in (graph.macs, graph.params))
+
+    def plan(self, number: int) -> PruningPlan:
+        """Keep the first channels: their weights are drawn anew."""
+        config = config_of(self._graph, self._configs[number])
+        return PruningPlan({name: range(kept) for name, kept in config.items()}, self._graph.sizes)
+
+    def build(self, number: int) -> LightningModule:
+        """Make the narrow network with fresh weights."""
+        _seed(self._seed)
+        model = self._make_model()
+        part, plan = model.get_submodule(self._submodule), self.plan(number)
+        apply_plan(part, plan, None, graph=self._graph, verify=False)
+        prunable(type(model))  # checkpoints carry the shapes
+        if self.initialise is not None:
+            self.initialise(model)
+        else:
+            _reset(part, {path for path, _ in axis_masks(self._graph, plan.keep_masks(self._graph))})
+        return model
+
+    def train(self, number: int, rung: int, epochs: int) -> Candidate:
+        """Train a candidate up to ``epochs`` epochs in all, from its checkpoint where it has one."""
+        start = time.perf_counter()
+        model, trainer = self.build(number), _trainer(epochs, self._trainer_kwargs)
+        _seed(self._seed + rung)
+        # files of our own, which may hold hyperparameters of any type
+        resume: dict[str, Any] = {"ckpt_path": self._path(number), "weights_only": False} if rung else {}
+        trainer.fit(model, datamodule=self._datamodule, **resume)
+        trainer.save_checkpoint(self._path(number))
+        config = config_of(self._graph, self._configs[number])
+        macs, params, score = self._macs[number], self._params[number], self._score(trainer)
+        return Candidate(number, config, macs, params, score, math.nan, time.perf_counter() - start, f"rung {rung}")
+
+    def load(self, number: int) -> tuple[LightningModule, Path]:
+        """Return a trained candidate and its checkpoint."""
+        model = self.build(number)
+        checkpoint = torch.load(self._path(number), map_location="cpu", weights_only=False)
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        return model, self._path(number)
+
+    def forget(self, numbers: Any) -> None:
+        """Delete the checkpoints of candidates that do not go on."""
+        for number in numbers:
+            self._path(number).unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"candidate-{number}.ckpt"
+
+    def _score(self, trainer: Trainer) -> float:
+        logged = trainer.callback_metrics
+        if self._monitor not in logged:
+            raise ValueError(
+                f"monitor={self._monitor!r} was not logged: expected one of {', '.join(sorted(logged)) or 'nothing'}. "
+                "Log it in validation_step, and give the data module a validation loader"
+            )
+        score = float(logged[self._monitor])
+        return score if math.isfinite(score) else math.nan
+
+
+def _reset(model: nn.Module, paths: set[str]) -> None:
+    """Draw the weights of layers anew; bare parameters stay the part of the old ones that was kept."""
+    for path, module in model.named_modules():
+        reset = getattr(module, "reset_parameters", None)
+        if path in paths and callable(reset):
+            reset()

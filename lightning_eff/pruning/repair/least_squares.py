@@ -1,0 +1,114 @@
+"""Weights that explain outputs from what is left of the inputs: ridge regression on second moments.
+
+With second moments ``G`` of the kept inputs and ``B`` between outputs and kept inputs, the weights that minimise
+``E ||y - V x||^2 + p ||V||^2`` are ``V = B (G + p I)^-1``, and what stays unexplained is
+``E ||y||^2 - <V, B> - p ||V||^2``.
+
+Shape letters: ``J`` blocks, ``R`` outputs, ``K`` inputs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_eff.pruning.repair.settings import RepairError
+
+ESCALATIONS = 5
+DOUBLE_UP_TO = 1024  # inputs; above, moments are held and solved as they were summed
+
+
+class Fit(NamedTuple):
+    """``weights [J, R, K]``, and the part of the outputs' second moment that they leave unexplained."""
+
+    weights: Tensor
+    relative_error: float
+
+
+def solve_type(columns: int, summed: torch.dtype) -> torch.dtype:
+    """The type in which moments of so many columns are held and solved."""
+    return torch.float64 if columns <= DOUBLE_UP_TO else summed
+
+
+def summed_type(weight: Tensor) -> torch.dtype:
+    """The type in which rows are multiplied: that of the weights, at least float32."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def centred_products(products: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Turn averaged products ``[J, A, B]`` into those about the means ``[J, A]`` and ``[J, B]``."""
+    return products - (left.unsqueeze(2) * right.unsqueeze(1)).to(products.dtype)
+
+
+def ridge_fit(gram: Tensor, cross: Tensor, energy: float, penalty: Penalty, path: str) -> Fit:
+    """Solve for the weights.
+
+    Args:
+        gram: second moments of the kept inputs ``[J, K, K]``.
+        cross: second moments between outputs and kept inputs ``[J, R, K]``.
+        energy: sum of the outputs' second moments.
+        penalty: the ridge.
+        path: of the layer, for messages.
+    """
+    factor, added = penalty.factor(gram, path)
+    weights = torch.cholesky_solve(cross.transpose(1, 2), factor).transpose(1, 2)
+    return Fit(checked(weights, path), unexplained(weights, cross, energy, added))
+
+
+def unexplained(weights: Tensor, cross: Tensor, energy: float, added: float) -> float:
+    """What weights ``[J, R, K]`` leave of ``energy``, as a fraction of it."""
+    if energy <= 0:
+        return 0.0
+    left = energy - float((weights * cross).sum()) - added * float(weights.square().sum())
+    return max(0.0, left / energy)
+
+
+def checked(weights: Tensor, path: str) -> Tensor:
+    """Return finite weights; RepairError for others."""
+    if not torch.isfinite(weights).all():
+        raise RepairError(f"{path}: the corrected weights are not finite; raise ridge or the number of samples")
+    return weights
+
+
+class Penalty(NamedTuple):
+    """What is added to the diagonal, and how it grows when that is not enough.
+
+    Attributes:
+        ridge: as a fraction of ``scale``.
+        scale: mean second moment of all inputs, or their mean variance.
+        second: mean second moment in either case: moments are known to rounding errors of this.
+        summed: type the rows were summed in.
+    """
+
+    ridge: float
+    scale: float
+    second: float
+    summed: torch.dtype
+
+    def factor(self, gram: Tensor, path: str) -> tuple[Tensor, float]:
+        """Cholesky factor of ``gram + penalty``, with ten times the penalty as often as it needs; and what was added.
+
+        Raises:
+            RepairError: moments that are not finite, or not positive definite with the largest penalty.
+        """
+        if not torch.isfinite(gram).all():
+            raise RepairError(
+                f"{path}: its inputs are not all finite on the calibration samples; look for NaN or overflow in the "
+                "batches or before this layer"
+            )
+        added = self.ridge * self.scale + torch.finfo(self.summed).eps * self.second
+        if added == 0:
+            added = 1.0  # inputs that are all zero: any penalty gives weights of zero
+        for _ in range(ESCALATIONS + 1):
+            regular = gram.clone()
+            regular.diagonal(dim1=-2, dim2=-1).add_(added)
+            factor, failed = torch.linalg.cholesky_ex(regular)
+            if not failed.any():
+                return factor, added
+            added *= 10
+        raise RepairError(
+            f"{path}: the second moments of its inputs are not positive definite, even with {10**ESCALATIONS:,} times "
+            f"ridge={self.ridge:g}; raise ridge or the number of samples"
+        )

@@ -1,0 +1,110 @@
+"""What a LightningModule's own validation says of its network, outside of the Trainer's validation loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_eff.batch import batch_size
+from lightning_eff.pruning.borrowing import borrowed
+
+
+class ValidationScore:
+    """Run ``validation_step`` over batches and return what it logs under one name.
+
+    Values are averaged over samples; metrics are reset before, computed at the end, and left as they were.
+
+    Args:
+        pl_module: the module; nothing about it changes.
+        monitor: the name it logs.
+        batches: batches on its device.
+        autocast: context of every step.
+
+    Raises:
+        ValueError: the module has no ``validation_step``, or logs no such name; the message lists those it logs.
+    """
+
+    def __init__(
+        self,
+        pl_module: LightningModule,
+        monitor: str,
+        batches: Iterable[Any],
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        if not is_overridden("validation_step", pl_module):
+            raise ValueError(
+                f"{type(pl_module).__name__} has no validation_step that could log {monitor!r}: leave monitor=None to "
+                "judge by the loss of training_step"
+            )
+        self._pl_module = pl_module
+        self._monitor = monitor
+        self._batches = batches
+        self._autocast = autocast
+
+    def __call__(self, model: nn.Module | None = None) -> float:
+        """Return the value for the module as it is now."""
+        logged = _Logged()
+        with borrowed(self._pl_module), torch.no_grad(), self._autocast():
+            vars(self._pl_module).update(log=logged.log, log_dict=logged.log_dict)  # borrowed takes them back
+            for metric in self._pl_module.modules():
+                if isinstance(metric, Metric):
+                    metric.reset()
+                    metric.sync_on_compute = False  # every process validates by itself
+            self._pl_module.on_validation_epoch_start()
+            for number, batch in enumerate(self._batches):
+                logged.batch = batch
+                self._pl_module.validation_step(*self._arguments(batch, number))
+            self._pl_module.on_validation_epoch_end()
+            return logged.value(self._monitor)
+
+    def _arguments(self, batch: Any, number: int) -> tuple[Any, ...]:
+        step = self._pl_module.validation_step
+        if is_param_in_hook_signature(step, "dataloader_idx"):
+            return batch, number, 0
+        return (batch, number) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
+
+
+class _Logged:
+    """Takes what a module logs."""
+
+    def __init__(self) -> None:
+        self.batch: Any = None
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._metrics: dict[str, Metric] = {}
+
+    def log(self, name: str, value: Any, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
+        if isinstance(value, Metric):
+            self._metrics[name] = value
+            return
+        weight = float(batch_size if batch_size is not None else _samples(self.batch))
+        total, count = self._sums.get(name, (0.0, 0.0))
+        number = float(value.detach().mean()) if isinstance(value, Tensor) else float(value)
+        self._sums[name] = total + weight * number, count + weight
+
+    def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        for name, value in dictionary.items():
+            self.log(name, value, **kwargs)
+
+    def value(self, name: str) -> float:
+        if name in self._metrics:
+            return float(self._metrics[name].compute())
+        if name not in self._sums:
+            known = ", ".join(map(repr, (*self._sums, *self._metrics))) or "nothing"
+            raise ValueError(f"validation does not log {name!r}; it logs {known}")
+        total, count = self._sums[name]
+        return total / count
+
+
+def _samples(batch: Any) -> int:
+    try:
+        return batch_size(batch)
+    except ValueError:
+        return 1
