@@ -18,7 +18,8 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     """Freeze ``model`` in evaluation mode; on leaving, also by an exception, everything about it is as it was.
 
     That is parameters, buffers, ``requires_grad``, modes, random generators, and what modules hold in attributes:
-    tensors (the state of metrics), lists, dicts and sets, one level deep.
+    tensors (the state of metrics), lists, dicts and sets, however deep. What objects of other kinds count in themselves
+    is not put back.
     """
     with ExitStack() as stack:
         stack.enter_context(_untouched_attributes(model))
@@ -41,6 +42,8 @@ def _untouched_attributes(model: nn.Module) -> Iterator[None]:
             back.append(_tensor(value))
         elif isinstance(value, list | dict | set | deque):
             back.append(_container(value))
+            for item in list(value.values() if isinstance(value, dict) else value):
+                remember(item)
 
     for module in model.modules():
         for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):

@@ -9,11 +9,10 @@ this file only remembers which steps are done.
 
 from __future__ import annotations
 
-import pickle
-from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,14 +24,14 @@ from lightning_eff.batch import take
 from lightning_eff.pruning.allocation import Dense
 from lightning_eff.pruning.decision import Counts, Decision, best_channels
 from lightning_eff.pruning.masking import Masks, zero_readers
-from lightning_eff.pruning.memory import ScoreMemory, fingerprint, forget
+from lightning_eff.pruning.memory import ScoreMemory, fingerprint, forget, function_bytes
 from lightning_eff.pruning.record import Record
 from lightning_eff.pruning.repair import Repair, repair
 from lightning_eff.pruning.report import PruneReport, Scores, Stage
 from lightning_eff.pruning.samples import Samples
 from lightning_eff.pruning.scoring import Scoring
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule, check_amount
-from lightning_eff.pruning.trainer_data import NO_VALIDATION, TrainerData
+from lightning_eff.pruning.trainer_data import NO_VALIDATION, TrainerData, silent_loggers
 from lightning_eff.pruning.values import Value, value_function
 from lightning_eff.surgery import ChannelGraph, PruningPlan, Trial, measure_latency, prunable
 from lightning_eff.surgery.in_trainer import apply_plan_in_trainer, refuse_unsupported
@@ -93,7 +92,7 @@ class StructuredPruningCallback(Callback):
         self.allocation = allocation
         self.schedule = schedule
         self.layers = layers
-        self.calibration = calibration
+        self.calibration = replace(calibration, source=calibration.source or self.default_source)
         self.value = value_function(value)
         self.value_name = value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
         self.repair = repair
@@ -115,13 +114,14 @@ class StructuredPruningCallback(Callback):
         self._graph: ChannelGraph | None = None
         self._example: Any = None
 
+    default_source: Literal["val", "train"] = "val"  # of calibration data
     calibration_groups: int | None = 1  # rules that give groups of samples coalitions of their own say so
     whole_batches = False  # rules that take the loader's batches as they are, not calibration.samples samples
     scores_per_cost = True  # False where scores say what part of its layer a channel is, not what the network loses
 
-    @abstractmethod
     def score(self, scoring: Scoring) -> Mapping[str, Scores]:
         """Return scores for every group in ``scoring.graph.prunable`` that may lose channels."""
+        raise TypeError(f"{type(self).__name__} must write score, or decide")
 
     # Lightning hooks
 
@@ -229,7 +229,8 @@ class StructuredPruningCallback(Callback):
         graph = self._graph or self._trace(trainer, pl_module)
         if not self._record.stages:
             self._record.stages.append(self._measure("dense", trainer, pl_module))
-        decision = Decision(self.given_plan) if self.given_plan else self.decide(trainer, pl_module, graph, step)
+        with silent_loggers(trainer):
+            decision = Decision(self.given_plan) if self.given_plan else self.decide(trainer, pl_module, graph, step)
         plan = PruningPlan.from_dict(trainer.strategy.broadcast(decision.plan.to_dict()))
         named = PruningPlan(plan.validate(graph), graph.sizes)
         self._record.keep(decision.scores, named)
@@ -274,7 +275,7 @@ class StructuredPruningCallback(Callback):
                 seed=self.seed + 1_000_003 * step,
                 verbose=self.verbose and trainer.is_global_zero,
                 remembered=ScoreMemory(
-                    self.dirpath if trainer.world_size == 1 and self._value_bytes() is not None else None,
+                    self.dirpath if trainer.world_size == 1 and function_bytes(self.value) is not None else None,
                     step,
                     fingerprint(pl_module, samples, (*self.fingerprint_settings(), self.amount, step)),
                 ),
@@ -370,14 +371,7 @@ class StructuredPruningCallback(Callback):
 
     def fingerprint_settings(self) -> tuple[Any, ...]:
         """Whatever else the scores depend on; subclasses add their own."""
-        return (self.value_name, self._value_bytes(), self.seed, self.allocation, self.schedule)
-
-    def _value_bytes(self) -> bytes | None:
-        """What tells one value function from another; None for a lambda, whose scores are never taken up again."""
-        try:
-            return pickle.dumps(self.value)
-        except Exception:
-            return None
+        return (self.value_name, function_bytes(self.value), self.seed, self.allocation, self.schedule)
 
     # Report
 

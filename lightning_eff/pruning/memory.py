@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,23 @@ def forget(dirpath: Path, step: int) -> None:
 
 def fingerprint(model: nn.Module, samples: Samples, settings: tuple[Any, ...]) -> str:
     """Hash what scores depend on: weights, samples with their targets, settings."""
-    digest = hashlib.sha256(repr((settings, samples.counts.tolist())).encode())
-    for leaf in (*model.state_dict().values(), *pytree.tree_leaves(list(samples.groups))):
+    return digest((settings, samples.counts.tolist()), *model.state_dict().values(), list(samples.groups))
+
+
+def digest(*trees: Any) -> str:
+    """Hash trees: tensors by their content, everything else by how it prints."""
+    found = hashlib.sha256()
+    for leaf in pytree.tree_leaves(list(trees)):
         if isinstance(leaf, Tensor):
-            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            found.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            found.update(repr(leaf).encode())
+    return found.hexdigest()
+
+
+def function_bytes(function: Any) -> bytes | None:
+    """What tells one function from another; None for a lambda, whose results are never taken up again."""
+    try:
+        return pickle.dumps(function)
+    except Exception:
+        return None

@@ -21,6 +21,20 @@ def alone(values: Tensor) -> Tensor:
     return values
 
 
+def length_of(loader: Any) -> int | None:
+    """Batches in a loader, or samples in a data set; None where that is unknown."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def samples_in(loader: Any) -> int | None:
+    """Samples in the data set of a loader; None where that is unknown, or where its items are whole batches."""
+    whole_batches = getattr(loader, "batch_size", 1) is None and getattr(loader, "batch_sampler", None) is None
+    return None if whole_batches else length_of(getattr(loader, "dataset", None))
+
+
 @dataclass(frozen=True)
 class Samples:
     """Batches for scoring.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch.utils.data import DataLoader
@@ -16,11 +17,16 @@ from lightning_eff.batch import SplitBatch
 
 
 def check_choices(settings: Any) -> None:
-    """Raise ValueError where a field of a settings object that is a Literal holds anything else."""
+    """Raise ValueError where a field of a settings object that is a Literal, or None, holds anything else."""
     for name, kind in get_type_hints(type(settings)).items():
-        if get_origin(kind) is Literal and getattr(settings, name) not in get_args(kind):
-            choices = ", ".join(map(repr, get_args(kind)))
-            raise ValueError(f"{name} must be one of {choices}, got {getattr(settings, name)!r}")
+        parts = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+        literals = [part for part in parts if get_origin(part) is Literal]
+        if not literals or not all(part in literals or part is type(None) for part in parts):
+            continue
+        choices = [choice for part in literals for choice in get_args(part)] + [None] * (len(parts) > len(literals))
+        if getattr(settings, name) not in choices:
+            told = ", ".join(map(repr, choices))
+            raise ValueError(f"{name} must be one of {told}, got {getattr(settings, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -138,14 +144,14 @@ class Calibration:
 
     Attributes:
         source: ``"val"`` or ``"train"``: the loaders of the Trainer; without a validation loader the training loader
-            is taken, and the report says so.
+            is taken, and the report says so. None is what suits the callback: see there.
         samples: number of samples over all processes; fewer are used where fewer exist.
         split_batch: ``batch -> (inputs, target)`` where batches are not ``(inputs, target)``, for example
             ``BatchKeys("image", "label")``.
         loader: a loader of your own instead of ``source``.
     """
 
-    source: Literal["val", "train"] = "val"
+    source: Literal["val", "train"] | None = None
     samples: int = 1024
     split_batch: SplitBatch | None = None
     loader: DataLoader[Any] | None = None

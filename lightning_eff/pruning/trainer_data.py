@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_eff.batch import batch_size, call_model, split_batch
-from lightning_eff.pruning.samples import Samples
+from lightning_eff.pruning.samples import Samples, length_of, samples_in
 from lightning_eff.pruning.settings import Calibration
 from lightning_eff.pruning.values import ValueFunction, per_sample
 from lightning_eff.surgery.state import quiet_model
@@ -42,19 +43,23 @@ class TrainerData:
         self._trainer = trainer
         self._pl_module = pl_module
         self._calibration = calibration
+        self._source = calibration.source or "val"
         self.split = calibration.split_batch or split_batch
         self._notes = notes
 
     def first(self) -> Any:
         """Inputs of the first calibration batch."""
-        for batch in self._batches(self._calibration.source):
-            return self.split(batch)[0]
-        raise ValueError("the calibration loader gave no batch")
+        for batch in self._batches(self._source):
+            try:
+                return self.split(batch)[0]
+            except TypeError as error:
+                raise TypeError(f"{error}; here: calibration=Calibration(split_batch=...)") from error
+        raise ValueError("the calibration loader gave no batch: give Calibration(loader=...) one that does")
 
     def samples(self, groups: int | None) -> Samples:
         """Calibration samples; every process takes its share."""
         return Samples.collect(
-            self._batches(self._calibration.source),
+            self._batches(self._source),
             self._calibration.samples,
             self.split,
             groups=groups,
@@ -63,8 +68,18 @@ class TrainerData:
         )
 
     def batches(self) -> Iterator[Any]:
-        """Whole batches of the calibration loader, as ``training_step`` gets them; every process has its own."""
-        return self._batches(self._calibration.source)
+        """Whole batches of the calibration loader, as ``training_step`` gets them; every process has its own.
+
+        Raises:
+            ValueError: the Trainer has several loaders, whose batches come in combinations.
+        """
+        trainer = self._trainer
+        several = trainer.train_dataloader if self._source == "train" else trainer.val_dataloaders
+        if self._calibration.loader is None and isinstance(several, list | tuple | dict) and len(several) > 1:
+            raise ValueError(
+                f"there are {len(several)} loaders: give Calibration(loader=...) one whose batches the loss can take"
+            )
+        return self._batches(self._source)
 
     def shared(self, samples: int) -> list[Any]:
         """Whole batches of about ``samples`` samples, the same on every process: those of the first one."""
@@ -90,7 +105,7 @@ class TrainerData:
         loader, limit = self._loader("val")
         if isinstance(getattr(loader, "sampler", None), DistributedSampler):
             loader = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
-        steps = _length(loader)
+        steps = length_of(loader)
         if isinstance(most, float):
             most = 1 if steps is None else max(1, math.ceil(most * steps))
         return list(self._on_device(loader, min((n for n in (limit, most) if n is not None), default=None)))
@@ -98,11 +113,11 @@ class TrainerData:
     def extent(self) -> tuple[int | None, int | None]:
         """Batches of this process, and samples of the whole data set, of the calibration loader; None for unknown."""
         own = self._calibration.loader
-        loader, limit = (own, None) if own is not None else self._loader(self._calibration.source)
-        steps = _length(loader)
+        loader, limit = (own, None) if own is not None else self._loader(self._source)
+        steps = length_of(loader)
         if steps is not None and limit is not None:
             steps = min(steps, limit)
-        return limit if steps is None else steps, _length(getattr(loader, "dataset", None))
+        return limit if steps is None else steps, samples_in(loader)
 
     def mean_value(self, model: nn.Module, value: ValueFunction) -> float:
         """Mean value per sample over the whole validation loader and all processes."""
@@ -173,8 +188,12 @@ def _own_workers(loader: Any) -> Iterator[None]:
         loader._iterator = held
 
 
-def _length(of: Any) -> int | None:
+@contextmanager
+def silent_loggers(trainer: Trainer) -> Iterator[None]:
+    """Keep from the loggers what a module writes to them while its steps are only asked for a score."""
+    held = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in held]
     try:
-        return len(of)
-    except (TypeError, NotImplementedError):
-        return None
+        yield
+    finally:
+        trainer.loggers = held

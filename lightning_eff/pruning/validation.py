@@ -1,8 +1,11 @@
-"""What a LightningModule's own validation says of its network, outside of the Trainer's validation loop."""
+"""What a network is worth: what its module's own validation logs, or its mean loss, outside of the Trainer's loops.
+
+Both print as what they depend on, data included, so that one score can be told from another.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +18,7 @@ from torchmetrics import Metric
 
 from lightning_eff.batch import batch_size
 from lightning_eff.pruning.borrowing import borrowed
+from lightning_eff.pruning.memory import digest
 
 
 class ValidationScore:
@@ -36,7 +40,7 @@ class ValidationScore:
         self,
         pl_module: LightningModule,
         monitor: str,
-        batches: Iterable[Any],
+        batches: Sequence[Any],
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         if not is_overridden("validation_step", pl_module):
@@ -48,6 +52,10 @@ class ValidationScore:
         self._monitor = monitor
         self._batches = batches
         self._autocast = autocast
+        self._name = f"ValidationScore({monitor!r}, {digest(batches)})"
+
+    def __repr__(self) -> str:
+        return self._name
 
     def __call__(self, model: nn.Module | None = None) -> float:
         """Return the value for the module as it is now."""
@@ -70,6 +78,32 @@ class ValidationScore:
         if is_param_in_hook_signature(step, "dataloader_idx"):
             return batch, number, 0
         return (batch, number) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
+
+
+class LossScore:
+    """Mean loss per sample over batches.
+
+    Args:
+        loss_fn: ``(model, batch) -> loss``, the mean over the batch.
+        batches: batches on the model's device.
+        known_as: tells the loss from another one.
+    """
+
+    def __init__(self, loss_fn: Callable[[Any, Any], Any], batches: Sequence[Any], known_as: Any = None) -> None:
+        self._loss_fn = loss_fn
+        self._batches = batches
+        self._name = f"LossScore({digest(known_as, batches)})"
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def __call__(self, model: nn.Module) -> float:
+        """Return the loss of the network as it is now."""
+        total = count = 0.0
+        for batch in self._batches:
+            total += float(self._loss_fn(model, batch).detach()) * _samples(batch)
+            count += _samples(batch)
+        return total / count
 
 
 class _Logged:

@@ -140,6 +140,7 @@ def importance(
 
     Example:
         >>> import torch
+        >>> from lightning_eff.surgery import ChannelGraph
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
         >>> graph = ChannelGraph.from_model(model, torch.randn(2, 2))
         >>> importance(model, graph, "l1")["0"].shape

@@ -7,7 +7,6 @@ an average channel of any layer.
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,24 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_eff.batch import call_model, take
+from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.callback import StructuredPruningCallback
 from lightning_eff.pruning.dirichlet.data import Data, Likelihood
 from lightning_eff.pruning.dirichlet.figures import cut_figure, feature_figure, posterior_figure, share_figure
+from lightning_eff.pruning.dirichlet.memory import SwitchMemory
 from lightning_eff.pruning.dirichlet.options import DirichletOptions
 from lightning_eff.pruning.dirichlet.posterior import DirichletPosterior
 from lightning_eff.pruning.dirichlet.scoring import SwitchTraining
-from lightning_eff.pruning.memory import fingerprint
+from lightning_eff.pruning.memory import fingerprint, function_bytes
 from lightning_eff.pruning.repair import Repair
 from lightning_eff.pruning.report import Scores
 from lightning_eff.pruning.scoring import Scoring
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule
+from lightning_eff.pruning.trainer_data import silent_loggers
 from lightning_eff.pruning.training_loss import LossFunction, check_training_step, scoring_autocast, training_loss
 from lightning_eff.pruning.values import Value
 from lightning_eff.reporting import Table, progress, save_figure
+from lightning_eff.surgery.state import untouched_generators
 
 
 class DirichletPruneCallback(StructuredPruningCallback):
@@ -65,6 +68,7 @@ class DirichletPruneCallback(StructuredPruningCallback):
     """
 
     technique = "dirichlet"
+    default_source = "train"
     whole_batches = True
     scores_per_cost = False
 
@@ -75,7 +79,7 @@ class DirichletPruneCallback(StructuredPruningCallback):
         allocation: Allocation = Allocation(),  # noqa: B008 (frozen)
         schedule: Schedule = Schedule(),  # noqa: B008
         layers: Layers = Layers(),  # noqa: B008
-        calibration: Calibration = Calibration(source="train"),  # noqa: B008
+        calibration: Calibration = Calibration(),  # noqa: B008
         switches: DirichletOptions = DirichletOptions(),  # noqa: B008
         loss_fn: LossFunction | None = None,
         value: Value = "accuracy",
@@ -116,83 +120,95 @@ class DirichletPruneCallback(StructuredPruningCallback):
         if stage == "fit" and self.loss_fn is None and self.given_plan is None:
             check_training_step(pl_module)
 
-    def score(self, scoring: Scoring) -> Mapping[str, Scores]:
-        """Train the switches of every prunable group, or take up what an interrupted run left."""
-        mark = fingerprint(
-            scoring.pl_module, scoring.samples, (*self.fingerprint_settings(), self.amount, scoring.seed)
-        )
-        stored = scoring.trainer.strategy.broadcast(self._stored(mark) if scoring.trainer.is_global_zero else None)
-        if stored is None:
-            phi = self._train(scoring, mark)
-        else:
-            phi = {name: torch.tensor(values) for name, values in stored.items()}
-        self.posterior = {name: DirichletPosterior(phi[name]) for name in scoring.graph.prunable}
-        if self.dirpath is not None and scoring.trainer.is_global_zero:
-            self._draw_features(scoring)
-        return {name: Scores(posterior.relative.double()) for name, posterior in self.posterior.items()}
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As the base, and ask for the loss of one batch: what cannot work is told before training."""
+        super().on_train_start(trainer, pl_module)
+        if self._graph is None or self.given_plan is not None or self._steps_done >= self.schedule.steps:
+            return
+        data, model = self._data(trainer, pl_module), self._model(pl_module)
+        likelihood = self._likelihood(trainer, pl_module, model)
+        SwitchTraining(likelihood, self._graph, Data(data.batches, *data.extent()), self.switches)
+        with untouched_generators(), silent_loggers(trainer), borrowed(pl_module), torch.no_grad():
+            for batch in data.batches():
+                likelihood.loss(batch, 0)
+                break
 
-    def _train(self, scoring: Scoring, mark: str) -> dict[str, torch.Tensor]:
-        trainer, device = scoring.trainer, scoring.pl_module.device
+    def score(self, scoring: Scoring) -> Mapping[str, Scores]:
+        """Train the switches of every prunable group, from where an interrupted run left them."""
+        trainer = scoring.trainer
         steps, size = scoring.data.extent()
+        memory = self._memory(scoring)
         training = SwitchTraining(
-            self._likelihood(scoring),
+            self._likelihood(trainer, scoring.pl_module, scoring.model),
             scoring.graph,
-            Data(scoring.data.batches, steps, size, lambda values: scoring.data.sum(values).to(device)),
+            Data(
+                scoring.data.batches, steps, size, lambda values: scoring.data.sum(values).to(scoring.pl_module.device)
+            ),
             self.switches,
             seed=scoring.seed + trainer.global_rank,
             warn=rank_zero_warn,
+            keep=memory.keep,
         )
-        finished = False
+        stored = memory.stored()
+        if stored is not None:
+            training.load_state_dict(stored)
         try:
             with progress("importance switches", training.steps or 0, enabled=scoring.verbose, unit="batches") as bar:
-                training.run(bar)
-            finished = True
+                self.posterior = training.run(bar)
         finally:
             if self.dirpath is not None and trainer.is_global_zero:
-                self._store(training, mark, finished)
-        return {name: posterior.concentration for name, posterior in training.posterior().items()}
+                self._write(self.dirpath, training)
+        if self.dirpath is not None and trainer.is_global_zero:
+            self._draw_features(self.dirpath, scoring)
+        return {name: Scores(posterior.relative.double()) for name, posterior in self.posterior.items()}
 
-    def _likelihood(self, scoring: Scoring) -> Likelihood:
-        model, loss_fn = scoring.model, self.loss_fn
+    def _memory(self, scoring: Scoring) -> SwitchMemory:
+        """Switches on disk until the step is done; of one process whose loss can be told from another."""
+        step = scoring.pl_module.training_step
+        settings = (
+            *self.fingerprint_settings(),
+            self.layers,
+            scoring.graph.sizes,
+            scoring.graph.prunable,
+            scoring.data.extent(),
+            scoring.seed,
+            getattr(getattr(step, "__code__", None), "co_code", b""),
+        )
+        keeps = self.dirpath is not None and scoring.trainer.world_size == 1
+        folder = self.dirpath if keeps and function_bytes(self.loss_fn) is not None else None
+        return SwitchMemory(folder, self._steps_done, fingerprint(scoring.pl_module, scoring.samples, settings))
+
+    def _likelihood(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Likelihood:
+        loss_fn = self.loss_fn
         return Likelihood(
             model=model,
-            loss=training_loss(scoring.pl_module) if loss_fn is None else lambda batch, number: loss_fn(model, batch),
-            root=scoring.pl_module,
+            loss=training_loss(pl_module) if loss_fn is None else lambda batch, number: loss_fn(model, batch),
+            root=pl_module,
             forward=lambda: call_model(model, self._example),
             other=lambda: call_model(model, take(self._example, [-1, 0])),
-            autocast=scoring_autocast(scoring.trainer),
+            autocast=scoring_autocast(trainer),
         )
 
-    def _store(self, training: SwitchTraining, mark: str, finished: bool) -> None:
-        assert self.dirpath is not None
+    def _write(self, dirpath: Path, training: SwitchTraining) -> None:
+        """Switches as they are, for readers."""
         groups = {
             name: {"phi": one.concentration.tolist(), "mean": one.mean.tolist(), "rank": one.rank()}
             for name, one in training.posterior().items()
         }
-        self.dirpath.mkdir(parents=True, exist_ok=True)
-        unfinished = self.dirpath / "scores.part"  # a process that dies while writing leaves no half of a file
-        unfinished.write_text(json.dumps({"fingerprint": mark, "finished": finished, "groups": groups}))
-        unfinished.replace(self.dirpath / "scores.json")
+        dirpath.mkdir(parents=True, exist_ok=True)
+        unfinished = dirpath / "scores.part"  # a process that dies while writing leaves no half of a file
+        unfinished.write_text(json.dumps(groups))
+        unfinished.replace(dirpath / "scores.json")
         columns = ["batches", "layer", "loss", "kl", "phi_min", "phi_max", "phi_sum"]
-        Table("Importance switches", columns, training.history).save(self.dirpath / "scores.csv")
+        Table("Importance switches", columns, training.history).save(dirpath / "scores.csv")
 
-    def _stored(self, mark: str) -> dict[str, list[float]] | None:
-        path = None if self.dirpath is None else self.dirpath / "scores.json"
-        if path is None or not path.exists() or self._loss_bytes() is None:
-            return None
-        stored = json.loads(path.read_text())
-        if stored["fingerprint"] != mark or not stored["finished"]:
-            return None
-        return {name: group["phi"] for name, group in stored["groups"].items()}
-
-    def _draw_features(self, scoring: Scoring) -> None:
+    def _draw_features(self, dirpath: Path, scoring: Scoring) -> None:
         """What the first prunable layer makes of one image, while all of its channels are there."""
-        assert self.dirpath is not None
         name = scoring.graph.prunable[0]
         layer = scoring.model.get_submodule(name)
         if isinstance(layer, nn.Conv2d) and layer.out_channels == scoring.graph.groups[name].size:
             figure = feature_figure(scoring.model, name, self._example, self.posterior[name])
-            save_figure(figure, self.dirpath / "features.png")
+            save_figure(figure, dirpath / "features.png")
 
     def _finish_report(self, trainer: Trainer) -> None:
         super()._finish_report(trainer)
@@ -218,11 +234,4 @@ class DirichletPruneCallback(StructuredPruningCallback):
     def fingerprint_settings(self) -> tuple[Any, ...]:
         """Add how switches are trained and on what."""
         source = (self.calibration.source, type(self.calibration.loader).__name__)
-        return (*super().fingerprint_settings(), self.switches, self._loss_bytes(), source)
-
-    def _loss_bytes(self) -> bytes | None:
-        """What tells one loss function from another; None for a lambda, whose scores are never taken up again."""
-        try:
-            return pickle.dumps(self.loss_fn)
-        except Exception:
-            return None
+        return (*super().fingerprint_settings(), self.amount, self.switches, function_bytes(self.loss_fn), source)

@@ -11,11 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_eff.batch import batch_size
-
-
-def alone(values: Tensor) -> Tensor:
-    """Sum over processes where there is only one."""
-    return values
+from lightning_eff.pruning.samples import alone, samples_in
 
 
 @dataclass(frozen=True)
@@ -64,16 +60,8 @@ class Data:
         return self.steps if most is None else most if self.steps is None else min(most, self.steps)
 
 
-def length_of(loader: Any) -> int | None:
-    """Batches in a loader, or samples in a data set; None where that is unknown."""
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
-
-
 def size_of(loader: Any) -> int | None:
     """Samples in the data set of a loader, or in a list of batches; None where that is unknown."""
     if isinstance(loader, list | tuple):
         return sum(batch_size(batch) for batch in loader)
-    return length_of(getattr(loader, "dataset", None))
+    return samples_in(loader)

@@ -139,11 +139,12 @@ class SwitchGradients:
     def _cache(self, i: int, batch: Any, number: int) -> PrefixCache:
         (name,), gates = self.units[i], self._gates[i]
         likelihood = self._likelihood
+        sliceable = all(isinstance(leaf, Tensor) and leaf.ndim for leaf in pytree.tree_leaves(batch))
 
         def forward(run: Callable[[], Any] | None, samples: list[int]) -> Callable[[], Any]:
             def passed() -> Any:
                 if run is None:
-                    return self._loss(take(batch, samples), number)
+                    return self._loss(take(batch, samples) if sliceable else batch, number)
                 with likelihood.autocast():
                     return run()
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from lightning_eff.pruning.borrowing import borrowed
-from lightning_eff.pruning.dirichlet.data import Data, Likelihood, length_of, size_of
+from lightning_eff.pruning.dirichlet.data import Data, Likelihood, size_of
 from lightning_eff.pruning.dirichlet.gradients import SwitchGradients
 from lightning_eff.pruning.dirichlet.options import DirichletOptions
 from lightning_eff.pruning.dirichlet.posterior import DirichletPosterior
 from lightning_eff.pruning.dirichlet.switches import Switches
+from lightning_eff.pruning.samples import length_of
 from lightning_eff.reporting import Progress
 from lightning_eff.reporting import progress as progress_bar
 from lightning_eff.surgery import ChannelGraph
@@ -86,6 +88,7 @@ class SwitchTraining:
         options: how.
         seed: of everything random.
         warn: called with what the user should know.
+        keep: called about twenty times a pass with the state to go on from, should the run break off.
 
     ``history`` then has a row ``(batches seen, group, loss, KL, least phi, largest phi, sum of phi)`` for each group,
     at about twenty moments of every pass; ``posterior`` may be asked for at any time.
@@ -100,6 +103,7 @@ class SwitchTraining:
         *,
         seed: int = 0,
         warn: Callable[[str], None] = warnings.warn,
+        keep: Callable[[dict[str, Any]], None] = lambda state: None,
     ) -> None:
         if not graph.prunable:
             reasons = "; ".join(f"{name}: {g.protected or 'one channel'}" for name, g in graph.groups.items())
@@ -111,6 +115,8 @@ class SwitchTraining:
                 "the loader's data set has no length, which weighs the divergence from the prior: give "
                 "Prior(dataset_size=...), or Prior(weight=0)"
             )
+        if options.prior.anneal_epochs > 0 and self.limit is None:
+            raise ValueError("prior.anneal_epochs counts passes, but the loader has no length: give max_batches")
         self.steps = None if self.limit is None else self.limit * options.epochs
         self.history: list[tuple[int, str, float, float, float, float, float]] = []
         self._root = likelihood.root
@@ -119,6 +125,11 @@ class SwitchTraining:
         self._options = options
         self._seed = seed
         self._warn = warn
+        self._keep = keep
+        self._pass = 0  # over the data
+        self._number = 0  # batches of this pass
+        self._seen = 0  # batches of all passes
+        self._looked = False
         sizes = {name: graph.groups[name].size for name in graph.prunable}
         self.switches = Switches(sizes, options, device=_device(likelihood.model), seed=seed)
         self._gradients = SwitchGradients(likelihood, graph, self.switches, options, warn)
@@ -127,46 +138,69 @@ class SwitchTraining:
     def run(self, bar: Progress | None = None) -> dict[str, DirichletPosterior]:
         """Train, and return the posterior of every group."""
         with borrowed(self._root), channels_last_weights(self._root):
-            torch.manual_seed(self._seed)
             if self._options.gate.train_bn:
                 for module in self._root.modules():
                     module.training |= isinstance(module, _BatchNorm)
-            for epoch in range(self._options.epochs):
-                if not self._epoch(epoch, bar or Progress()):
-                    break
-        for name, posterior in self.posterior().items():
-            phi = posterior.concentration
-            if phi.max() / phi.min() < 1.01:
-                self._warn(
-                    f"{name}: the switches of all channels are equal within 1 %, so they say nothing about which "
-                    "channel matters: raise lr or epochs, or lower prior.weight"
-                )
+            while self._pass < self._options.epochs and not self._settling.done:
+                self._epoch(bar or Progress())
+                self._pass, self._number = self._pass + 1, 0
+                if not self._looked:
+                    self._look_back()
+        phis = {name: one.concentration for name, one in self.posterior().items()}
+        alike = [name for name, phi in phis.items() if phi.max() < 1.01 * phi.min()]
+        if alike:
+            self._warn(
+                f"{', '.join(alike)}: the switches of all channels are equal within 1 %, so they say nothing about "
+                "which channel matters: raise lr or epochs, or lower prior.weight"
+            )
         return self.posterior()
 
     def posterior(self) -> dict[str, DirichletPosterior]:
         """What is known now."""
         return self.switches.posterior()
 
-    def _epoch(self, epoch: int, bar: Progress) -> bool:
-        """Pass over the data once; False where the rankings have settled and more would be a waste."""
-        batches = iter(self._data.batches())
-        number = 0
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training is: tensors and plain Python."""
+        return {
+            "switches": self.switches.state_dict(),
+            "at": [self._pass, self._number, self._seen],
+            "history": [list(row) for row in self.history],
+            "dense": list(self._gradients.dense),
+            "settling": self._settling.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there: batches that were seen are drawn and passed over, so the loader should repeat its order."""
+        self.switches.load_state_dict(state["switches"])
+        self._pass, self._number, self._seen = state["at"]
+        self.history = [tuple(row) for row in state["history"]]
+        self._gradients.dense = list(state["dense"])
+        self._settling.load_state_dict(state["settling"])
+
+    def _epoch(self, bar: Progress) -> None:
+        """Pass over the data once, or over what is left of it, until the rankings have settled."""
+        torch.manual_seed(self._seed + 7919 * self._pass)  # a shuffled loader repeats its order when this goes on
+        batches = islice(iter(self._data.batches()), self._number, None)
         often = 20 if self.limit is None else max(1, self.limit // 20)
-        while self.limit is None or number < self.limit:
-            batch = next(batches, None)
-            total, count = self._summed(batch, number)
+        bar.advance(self._seen - bar.done)
+        noted = True
+        while self.limit is None or self._number < self.limit:
+            total, count = self._summed(next(batches, None), self._number)
             if not count:  # on every process
                 break
-            losses = self._step(total / count, self._kl_weight(epoch, number), number)
-            number += 1
-            bar.advance(1, f"loss {losses.mean():.3f}")
-            if number % often == 0 or number == self.limit:
-                self._note(epoch * (self.limit or 0) + number, losses)
+            losses = self._step(total / count, self._kl_weight(self._pass, self._number), self._number)
+            self._number, self._seen = self._number + 1, self._seen + 1
+            noted = self._number % often == 0 or self._number == self.limit
+            if noted:
+                self._note(losses)
+                self._keep(self.state_dict())
                 if self._options.early_stop and self._settling.settled(self.switches):
-                    return False
-        if number == 0:
+                    return
+            bar.advance(1, self._told(losses))
+        if self._number == 0:
             raise ValueError("the loader gave no batch: give a loader that does")
-        return True
+        if not noted:
+            self._note(losses)
 
     def _kl_weight(self, epoch: int, number: int) -> float:
         """``beta / N``, growing over the first passes where annealing is asked for."""
@@ -183,13 +217,12 @@ class SwitchTraining:
         first = next(iter(thetas.values()))
         flat = first.new_zeros(sum(map(len, thetas.values())) + units + 1, dtype=torch.float64, requires_grad=False)
         if batch is not None:
-            looked = self._gradients.looked
             losses, parts = self._gradients.of(batch, number)
             flat = torch.cat(
                 [*(parts[name].double() for name in thetas), torch.stack(losses).double(), flat.new_ones(1)]
             )
-            if self._gradients.looked and not looked:
-                self._warn_if_untrained()
+            if self._gradients.looked and not self._looked:
+                self._look_back()
         total = self._data.reduce(flat)
         return total[:-1], float(total[-1])
 
@@ -207,24 +240,29 @@ class SwitchTraining:
         self.switches.step(gradients, kl_weight)
         return losses
 
-    def _warn_if_untrained(self) -> None:
+    def _look_back(self) -> None:
+        """Warn where the network was not trained, by the loss of the first batches without switches."""
+        self._looked = True
         dense = self._gradients.dense
         outputs = [g.size for g in self._graph.groups.values() if "output" in g.protected and g.size > 1]
-        mean = sum(dense) / len(dense)
-        if outputs and abs(mean - math.log(outputs[-1])) < 0.05 * math.log(outputs[-1]):
+        mean = sum(dense) / max(1, len(dense))
+        if outputs and dense and abs(mean - math.log(outputs[-1])) < 0.05 * math.log(outputs[-1]):
             self._warn(
                 f"the loss {mean:.3f} is that of guessing among {outputs[-1]} classes: scores of an untrained network "
                 "mean little"
             )
 
-    def _note(self, seen: int, losses: Tensor) -> None:
+    def _told(self, losses: Tensor) -> str:
+        return f"loss {losses.mean():.3f}" + (f", KL {self.history[-1][3]:.3g}" if self.history else "")
+
+    def _note(self, losses: Tensor) -> None:
         units = self._gradients.units
         of = {name: loss for unit, loss in zip(units, losses.tolist(), strict=True) for name in unit}
         with torch.no_grad():
             for name, loss in of.items():
                 phi = self.switches.concentration(name)
                 numbers = map(float, (loss, self.switches.kl(name), phi.min(), phi.max(), phi.sum()))
-                self.history.append((seen, name, *numbers))  # type: ignore[arg-type]
+                self.history.append((self._seen, name, *numbers))  # type: ignore[arg-type]
 
 
 class _Settling:
@@ -234,13 +272,24 @@ class _Settling:
         self._before: dict[str, Tensor] = {}
         self._quiet = 0
 
-    def settled(self, switches: Switches) -> bool:
-        """True the second time in a row that no layer's ranking has changed much."""
-        now = {name: theta.detach().argsort(stable=True).argsort().double() for name, theta in switches.theta.items()}
-        alike = [torch.stack([before, now[name]]).corrcoef()[0, 1] for name, before in self._before.items()]
-        self._quiet = self._quiet + 1 if alike and min(alike) > SETTLED else 0
-        self._before = now
+    @property
+    def done(self) -> bool:
+        """Whether no layer's ranking has changed much, twice in a row."""
         return self._quiet >= 2
+
+    def settled(self, switches: Switches) -> bool:
+        """Look again, and say whether that is so."""
+        places = {name: theta.detach().cpu().argsort(stable=True).argsort() for name, theta in switches.theta.items()}
+        alike = [torch.stack([was, places[name]]).double().corrcoef()[0, 1] for name, was in self._before.items()]
+        self._quiet = self._quiet + 1 if alike and min(alike) > SETTLED else 0
+        self._before = places
+        return self.done
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": dict(self._before), "quiet": self._quiet}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._before, self._quiet = dict(state["before"]), state["quiet"]
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -9,6 +9,7 @@ Shape letters: ``C`` channels of a layer, ``B`` batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,3 +85,19 @@ class Switches:
     def posterior(self) -> dict[str, DirichletPosterior]:
         """What is known now."""
         return {name: DirichletPosterior(self.concentration(name)) for name in self.theta}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training goes on from, tensors and plain Python."""
+        return {
+            "theta": {name: theta.detach().cpu().clone() for name, theta in self.theta.items()},
+            "optimizer": self._optimizer.state_dict(),
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+        with torch.no_grad():
+            for name, theta in self.theta.items():
+                theta.copy_(state["theta"][name])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._generator.set_state(state["generator"])

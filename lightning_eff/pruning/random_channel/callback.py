@@ -6,7 +6,7 @@ judges it; nothing is trained until the best one is cut for good. Candidate 0 is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,21 +15,20 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_eff.batch import batch_size
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.callback import StructuredPruningCallback
 from lightning_eff.pruning.criteria import Criterion, needs
 from lightning_eff.pruning.decision import Decision
+from lightning_eff.pruning.memory import function_bytes
 from lightning_eff.pruning.random_channel.candidates import Candidates
 from lightning_eff.pruning.random_channel.sampling import sample_configs
 from lightning_eff.pruning.random_channel.search import Processes, random_search
 from lightning_eff.pruning.repair import Repair
 from lightning_eff.pruning.report import Scores
-from lightning_eff.pruning.scoring import Scoring
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule, check_choices
 from lightning_eff.pruning.trainer_data import NO_VALIDATION, TrainerData
 from lightning_eff.pruning.training_loss import LossFunction, check_training_step, scoring_autocast, training_loss
-from lightning_eff.pruning.validation import ValidationScore
+from lightning_eff.pruning.validation import LossScore, ValidationScore
 from lightning_eff.pruning.values import Value
 from lightning_eff.surgery import ChannelGraph
 
@@ -192,7 +191,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
                 split=data.split,
                 seed=self.seed + step,
                 show_progress=self.verbose and trainer.is_global_zero,
-                journal=None if self.dirpath is None else self.dirpath / "search" / f"step{step}.csv",
+                journal=Path(self.dirpath or "") / "search" / f"step{step}.csv" if self._can_go_on else None,
                 processes=_processes(trainer),
             )
         self.search = found
@@ -201,9 +200,11 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         scores = {name: Scores(values.double()) for name, values in found.scores.items() if name in found.plan.keep}
         return Decision(found.plan, scores, found.state)
 
-    def score(self, scoring: Scoring) -> Mapping[str, Scores]:
-        """Not asked: :meth:`decide` does the work."""
-        raise NotImplementedError
+    @property
+    def _can_go_on(self) -> bool:
+        """Whether a search that breaks off could be told from another one by its files."""
+        known = all(function_bytes(part) is not None for part in (self.loss_fn, self.criterion))
+        return self.dirpath is not None and known
 
     def _draw(self, graph: ChannelGraph, step: int, number: int) -> Tensor:
         """Configurations ``[n, G]`` of a step, the same on every process."""
@@ -227,14 +228,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         batches = data.whole_validation(most)
         if self.settings.monitor is not None:
             return self._validation(trainer, pl_module, batches)
-        loss_fn = self._loss(trainer, pl_module)
-
-        def mean_loss(model: nn.Module) -> float:
-            sizes = torch.tensor([float(batch_size(batch)) for batch in batches], dtype=torch.float64)
-            losses = torch.stack([loss_fn(model, batch).detach().double().cpu().reshape(()) for batch in batches])
-            return float((losses * sizes).sum() / sizes.sum())
-
-        return mean_loss
+        return LossScore(self._loss(trainer, pl_module), batches, function_bytes(self.loss_fn))
 
     def _validation(self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Any]) -> ValidationScore:
         if NO_VALIDATION in self._record.notes:

@@ -8,11 +8,13 @@ Trainer a candidate, so it is a function and no callback.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,8 +111,8 @@ def search_from_scratch(
         RuntimeError: not a single candidate has a score that is a number.
     """
     _check(monitor, mode, amount, n, configs, warm_epochs, eta, trainer_kwargs)
-    _trainer(warm_epochs, trainer_kwargs)  # raises before any work where it cannot be built
-    with untouched_generators(), tempfile.TemporaryDirectory() as temporary:
+    with _silence(), untouched_generators(), tempfile.TemporaryDirectory() as temporary:
+        _trainer(warm_epochs, trainer_kwargs)  # raises before any work where it cannot be built
         folder = Path(temporary if dirpath is None else dirpath)
         folder.mkdir(parents=True, exist_ok=True)
         _seed(seed)
@@ -200,6 +202,18 @@ def _trainer(epochs: int, trainer_kwargs: Mapping[str, Any] | None) -> Trainer:
             'trainer_kwargs={"devices": 1, ...}, or train the best configuration by itself in several processes'
         )
     return trainer
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep Lightning from telling the same about every Trainer; warnings come through."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _seed(seed: int) -> None:

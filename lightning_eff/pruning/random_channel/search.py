@@ -135,6 +135,7 @@ def random_search(
         RuntimeError: not a single candidate has a score that is a number.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> x = torch.randn(64, 4)
         >>> graph, whole = ChannelGraph.from_model(model, x[:2]), model(x).detach()

@@ -81,9 +81,10 @@ def layouts_of(
         held = sum(map(_bytes, layouts.values())) if together else _bytes(layouts[path])
         if held <= limit:
             continue
-        narrowed.append(path)
         layouts[path] = _layout(graph, path, model.get_submodule(path), "channel")
-        if _bytes(layouts[path]) > limit:
+        if _bytes(layouts[path]) <= limit:
+            narrowed.append(path)
+        else:
             del layouts[path]
             skipped[path] = f"its moments do not fit into {max_memory_mb:g} MB"
     if narrowed:

@@ -37,9 +37,9 @@ def summed_type(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def centred_products(products: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Turn averaged products ``[J, A, B]`` into those about the means ``[J, A]`` and ``[J, B]``."""
-    return products - (left.unsqueeze(2) * right.unsqueeze(1)).to(products.dtype)
+def about_zero(covariance: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Turn products about the means ``[J, A]`` and ``[J, B]`` into second moments ``[J, A, B]``."""
+    return covariance + (left.unsqueeze(2) * right.unsqueeze(1)).to(covariance.dtype)
 
 
 def ridge_fit(gram: Tensor, cross: Tensor, energy: float, penalty: Penalty, path: str) -> Fit:
@@ -77,14 +77,12 @@ class Penalty(NamedTuple):
 
     Attributes:
         ridge: as a fraction of ``scale``.
-        scale: mean second moment of all inputs, or their mean variance.
-        second: mean second moment in either case: moments are known to rounding errors of this.
-        summed: type the rows were summed in.
+        scale: mean second moment of the inputs, or their mean variance.
+        summed: type the rows were multiplied in, whose rounding errors are covered in any case.
     """
 
     ridge: float
     scale: float
-    second: float
     summed: torch.dtype
 
     def factor(self, gram: Tensor, path: str) -> tuple[Tensor, float]:
@@ -98,9 +96,9 @@ class Penalty(NamedTuple):
                 f"{path}: its inputs are not all finite on the calibration samples; look for NaN or overflow in the "
                 "batches or before this layer"
             )
-        added = self.ridge * self.scale + torch.finfo(self.summed).eps * self.second
+        added = (self.ridge + torch.finfo(self.summed).eps) * self.scale
         if added == 0:
-            added = 1.0  # inputs that are all zero: any penalty gives weights of zero
+            added = 1.0  # inputs that never vary: any penalty gives weights of zero
         for _ in range(ESCALATIONS + 1):
             regular = gram.clone()
             regular.diagonal(dim1=-2, dim2=-1).add_(added)

@@ -30,13 +30,14 @@ from lightning_eff.pruning.repair.consumers import (
 from lightning_eff.pruning.repair.layout import Layout, Mode
 from lightning_eff.pruning.repair.least_squares import (
     Penalty,
-    centred_products,
+    about_zero,
     checked,
     ridge_fit,
     solve_type,
     summed_type,
     unexplained,
 )
+from lightning_eff.pruning.repair.scatter import Scatter, over_processes
 from lightning_eff.pruning.samples import alone
 from lightning_eff.surgery import ChannelGraph
 from lightning_eff.surgery.errors import unknown_name
@@ -107,7 +108,7 @@ class Moments:
         """
         paths = readers(graph, graph.prunable)
         layouts, skipped = layouts_of(model, graph, paths, mode, max_memory_mb)
-        sums: dict[str, LayerMoments] = {}
+        sums: dict[str, _Sums] = {}
 
         def receive(path: str, seen: Seen) -> None:
             if path in skipped:
@@ -116,9 +117,9 @@ class Moments:
                 if not computes_plainly(seen):
                     skipped[path] = "its output is not what its weight gives (a forward of its own)"
                     return
-                sums[path] = LayerMoments.empty(path, seen)
+                sums[path] = _Sums(seen)
             for rows in seen.rows():
-                sums[path].add(rows)
+                sums[path].scatter.add(rows, rows)
 
         with quiet_model(model), torch.no_grad(), exact_products():  # noqa: SIM117
             with watched(model, layouts, receive, positions=positions, seed=seed):
@@ -128,7 +129,7 @@ class Moments:
             if path not in sums and path not in skipped:
                 skipped[path] = "it was not called"
         warn_of_skipped(skipped)
-        layers = {path: sums[path].averaged(reduce) for path in layouts if path in sums}
+        layers = {path: LayerMoments.of(path, sums.pop(path), reduce) for path in layouts if path in sums}
         warn_of_few_rows([path for path, layer in layers.items() if layer.count < layer.layout.columns])
         return cls(graph, mode, layers, skipped)
 
@@ -157,9 +158,8 @@ class Moments:
         if path not in self.layers:
             raise unknown_name("layer with moments", path, self.layers)
         problem = _Problem(self.layers[path], keep_in, keep_out, fit_bias)
-        fit = ridge_fit(
-            problem.gram(), problem.cross, problem.energy, self.layers[path].penalty(ridge, problem.centre), path
-        )
+        penalty = self.layers[path].penalty(ridge, problem.centre)
+        fit = ridge_fit(problem.gram(), problem.cross, problem.energy, penalty, path)
         return problem.solution(*fit)
 
     def nested(self, rankings: Mapping[str, Tensor]) -> NestedMoments:
@@ -237,17 +237,17 @@ class NestedMoments:
 Solver: TypeAlias = Moments | NestedMoments
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerMoments:
-    """What is known of one layer: sums while it is being collected, then averages.
+    """What is known of one layer.
 
     Attributes:
         path: of the layer.
         layout: its layout.
         weight: of the layer in the whole network.
         bias: likewise; None where it has none.
-        gram: ``[J, K, K]``.
-        mean: ``[J, K]``.
+        covariance: of the inputs ``[J, K, K]``.
+        mean: of the inputs ``[J, K]``.
         count: rows.
     """
 
@@ -255,51 +255,32 @@ class LayerMoments:
     layout: Layout
     weight: Tensor
     bias: Tensor | None
-    gram: Tensor
+    covariance: Tensor
     mean: Tensor
-    count: float = 0
+    count: float
 
     @classmethod
-    def empty(cls, path: str, seen: Seen) -> LayerMoments:
-        """Moments before the first row."""
-        layout, weight, bias = seen.layout, seen.module.get_parameter("weight"), seen.module._parameters.get("bias")
-        kind = solve_type(layout.columns, summed_type(weight))
-        gram = torch.zeros(layout.blocks, layout.columns, layout.columns, dtype=kind, device=seen.x.device)
-        mean = torch.zeros(layout.blocks, layout.columns, dtype=torch.float64, device=seen.x.device)
-        return cls(path, layout, weight.detach(), None if bias is None else bias.detach(), gram, mean)
-
-    def add(self, rows: Tensor) -> None:
-        """Add rows ``[J, n, K]``."""
-        self.gram += rows.transpose(1, 2) @ rows
-        self.mean += rows.sum(1)
-        self.count += rows.shape[1]
-
-    def averaged(self, reduce: Callable[[Tensor], Tensor]) -> LayerMoments:
-        """Turn sums, added up over processes, into averages."""
-        self.count = float(reduce(torch.tensor([float(self.count)], dtype=torch.float64))[0])
-        self.gram = reduce(self.gram).div_(self.count)
-        self.mean = reduce(self.mean).div_(self.count)
-        return self
+    def of(cls, path: str, sums: _Sums, reduce: Callable[[Tensor], Tensor]) -> LayerMoments:
+        """Average sums, over all processes."""
+        covariance, mean = sums.scatter.covariance(), sums.scatter.means[0]
+        joined = over_processes(covariance, mean, sums.scatter.count, reduce)
+        return cls(path, sums.layout, sums.weight, sums.bias, *joined)
 
     @cached_property
     def matrix(self) -> Tensor:
         """Weights ``[J, R, K]`` in the type of the moments."""
-        return self.layout.matrix(self.weight).to(self.gram.dtype)
+        return self.layout.matrix(self.weight).to(self.covariance.dtype)
 
     @cached_property
     def cross(self) -> Tensor:
-        """Second moments between outputs and inputs ``[J, R, K]``."""
-        return self.matrix @ self.gram
+        """Covariance between outputs and inputs ``[J, R, K]``."""
+        with exact_products():
+            return self.matrix @ self.covariance
 
     @cached_property
     def energy(self) -> Tensor:
-        """Second moments of the outputs ``[J, R]``."""
-        return (self.cross * self.matrix).sum(2)
-
-    @property
-    def summed(self) -> torch.dtype:
-        """Type of the rows that were summed."""
-        return summed_type(self.weight)
+        """Variances of the outputs ``[J, R]``."""
+        return (self.cross * self.matrix).sum(2).double()
 
     @cached_property
     def output_mean(self) -> Tensor:
@@ -308,17 +289,26 @@ class LayerMoments:
 
     def penalty(self, ridge: float, centre: bool) -> Penalty:
         """The ridge on all inputs, or on what they vary."""
-        diagonal = self.gram.diagonal(dim1=-2, dim2=-1).double()
-        second = float(diagonal.mean())
-        scale = max(0.0, float((diagonal - self.mean.square()).mean())) if centre else second
-        return Penalty(ridge, scale, second, self.summed)
+        diagonal = self.covariance.diagonal(dim1=-2, dim2=-1).double()
+        scale = float((diagonal if centre else diagonal + self.mean.square()).mean())
+        return Penalty(ridge, max(0.0, scale), summed_type(self.weight))
+
+
+class _Sums:
+    """Sums over the inputs of one layer, and the weights it has now."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.layout, bias = seen.layout, seen.module._parameters.get("bias")
+        self.weight = seen.module.get_parameter("weight").detach().clone()
+        self.bias = None if bias is None else bias.detach().clone()
+        self.scatter = Scatter(solve_type(seen.layout.columns, summed_type(self.weight)))
 
 
 class _Problem:
     """What is solved for one layer, one set of kept inputs and one of kept outputs."""
 
     def __init__(self, layer: LayerMoments, keep_in: Tensor, keep_out: Tensor | None, fit_bias: bool) -> None:
-        layout, device = layer.layout, layer.gram.device
+        layout, device = layer.layout, layer.covariance.device
         keep_out = torch.ones(layout.outputs, dtype=torch.bool) if keep_out is None else keep_out.cpu()
         keep_in = keep_in.cpu()
         for mask, length, axis in ((keep_in, layout.inputs, "in"), (keep_out, layout.outputs, "out")):
@@ -331,14 +321,14 @@ class _Problem:
         self.rows = layout.kept_rows(keep_out).nonzero().flatten().to(device)
         self.mean, self.output_mean = layer.mean[:, self.columns], layer.output_mean[:, self.rows]
         cross = layer.cross[:, self.rows[:, None], self.columns]
-        self.cross = centred_products(cross, self.output_mean, self.mean) if self.centre else cross
-        energy = layer.energy[:, self.rows].double()
-        self.energy = float((energy - self.output_mean.square() if self.centre else energy).sum())
+        self.cross = cross if self.centre else about_zero(cross, self.output_mean, self.mean)
+        energy = layer.energy[:, self.rows]
+        self.energy = float((energy if self.centre else energy + self.output_mean.square()).sum())
 
     def gram(self) -> Tensor:
-        """Second moments of the kept inputs."""
-        gram = self.layer.gram[:, self.columns[:, None], self.columns]
-        return centred_products(gram, self.mean, self.mean) if self.centre else gram
+        """Second moments of the kept inputs, about their means where the bias is fitted."""
+        gram = self.layer.covariance[:, self.columns[:, None], self.columns]
+        return gram if self.centre else about_zero(gram, self.mean, self.mean)
 
     def solution(self, weights: Tensor, relative_error: float) -> Solution:
         """Give fitted weights ``[J, R, S]`` the layer's shape, and find the bias that goes with them."""
@@ -357,11 +347,11 @@ class _Factor(NamedTuple):
     @classmethod
     def of(cls, layer: LayerMoments, order: Tensor, ridge: float, fit_bias: bool) -> _Factor:
         centre = fits_bias(layer.layout, layer.bias, fit_bias)
-        order = order.to(layer.gram.device)
-        gram, cross = layer.gram[:, order[:, None], order], layer.cross[:, :, order]
-        if centre:
+        order = order.to(layer.covariance.device)
+        gram, cross = layer.covariance[:, order[:, None], order], layer.cross[:, :, order]
+        if not centre:
             mean = layer.mean[:, order]
-            gram, cross = centred_products(gram, mean, mean), centred_products(cross, layer.output_mean, mean)
+            gram, cross = about_zero(gram, mean, mean), about_zero(cross, layer.output_mean, mean)
         lower, added = layer.penalty(ridge, centre).factor(gram, layer.path)
         return cls(lower, torch.linalg.solve_triangular(lower, cross.transpose(1, 2), upper=False), added)
 

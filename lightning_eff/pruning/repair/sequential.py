@@ -8,6 +8,7 @@ as well. Where all samples fit into one batch, one pass does it: each layer is f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from typing import Any
 
@@ -23,8 +24,9 @@ from lightning_eff.pruning.repair.consumers import (
     warn_of_skipped,
 )
 from lightning_eff.pruning.repair.layout import Layout
-from lightning_eff.pruning.repair.least_squares import Penalty, centred_products, ridge_fit, solve_type, summed_type
+from lightning_eff.pruning.repair.least_squares import Penalty, about_zero, ridge_fit, solve_type, summed_type
 from lightning_eff.pruning.repair.moments import Solution, fits_bias, solution
+from lightning_eff.pruning.repair.scatter import Scatter
 from lightning_eff.pruning.repair.settings import Repair
 from lightning_eff.pruning.samples import Samples
 from lightning_eff.surgery.state import quiet_model
@@ -60,7 +62,7 @@ def fit_in_order(
         with trial.lifted():
             graph, memory = trial.dense_graph, options.max_memory_mb
             layouts, skipped = layouts_of(model, graph, list(layers), "kernel", memory, together=False)
-            scout = _Scout(model, layouts, take_two(inputs[0]), options.positions, seed)
+            scout = _Scout(model, layouts, _first_two(inputs[0]), options.positions, seed)
         skipped.update(scout.skipped)
         skipped.update({path: "it was not called" for path in layouts if path not in {**scout.calls, **skipped}})
         warn_of_skipped(skipped)
@@ -100,7 +102,7 @@ class _Scout:
             call_model(model, inputs)
 
 
-def take_two(inputs: Any) -> Any:
+def _first_two(inputs: Any) -> Any:
     """The first two samples."""
     return take(inputs, slice(0, 2))
 
@@ -150,11 +152,19 @@ class _Walk:
         """Fit consecutive layers."""
         with self.trial.lifted():
             targets = self._targets(paths)
+        uneven = [path for path in paths if len(targets[path]) != calls[path] * len(self.inputs)]
+        warn_of_skipped(dict.fromkeys(uneven, "it is not called equally often on every batch"))
+        paths = [path for path in paths if path not in uneven]
         at_once = len(self.inputs) == 1
         with self.trial:
             for once, run in groupby(paths, key=lambda path: at_once and calls[path] == 1):
-                for part in [list(run)] if once else [[path] for path in run]:
-                    self._pass(part, targets, calls, fit_when_reached=once)
+                if once:
+                    self._fit_when_reached(list(run), targets)
+                    continue
+                for path in run:
+                    # a layer that is called again reads what it gave itself: its first calls are fitted before
+                    for number in sorted({1, calls[path]}):
+                        self._fit_after_passes(path, targets[path], number, calls[path])
 
     def _targets(self, paths: Sequence[str]) -> dict[str, list[Tensor]]:
         """What each call of the layers gives in the whole network; of layers fitted by channel, what it reads."""
@@ -172,33 +182,42 @@ class _Walk:
                 call_model(self.trial.model, inputs)
         return found
 
-    def _pass(
-        self,
-        paths: Sequence[str],
-        targets: Mapping[str, list[Tensor]],
-        calls: Mapping[str, int],
-        *,
-        fit_when_reached: bool,
-    ) -> None:
-        sums = {path: _Sums(self.trial, path, self.layouts[path], self.layers[path]) for path in paths}
-        done = dict.fromkeys(paths, 0)
+    def _fit_when_reached(self, paths: Sequence[str], targets: Mapping[str, list[Tensor]]) -> None:
+        """Fit layers in one pass over one batch, each just before it runs."""
+        sums = {path: self._sums(path) for path in paths}
 
         def receive(path: str, seen: Seen) -> None:
-            sums[path].add(seen, targets[path][done[path]])
-            done[path] += 1
-            if fit_when_reached:
-                self._write(path, sums.pop(path))
-            if path == paths[-1] and done[path] % calls[path] == 0:
+            sums[path].add(seen, targets[path][0])
+            self._write(path, sums.pop(path))
+            if not sums:
                 raise _Reached
 
-        with self._watched({path: sums[path].smaller for path in paths}, receive, before=True):
+        with self._watched({path: one.smaller for path, one in sums.items()}, receive, before=True):
+            self._run(self.inputs[0])
+
+    def _fit_after_passes(self, path: str, targets: Sequence[Tensor], number: int, calls: int) -> None:
+        """Fit a layer to the first ``number`` of its calls in every batch."""
+        sums = self._sums(path)
+        done = 0
+
+        def receive(path: str, seen: Seen) -> None:
+            nonlocal done
+            sums.add(seen, targets[calls * (done // number) + done % number])
+            done += 1
+            if done % number == 0:
+                raise _Reached
+
+        with self._watched({path: sums.smaller}, receive, before=True):
             for inputs in self.inputs:
-                try:
-                    call_model(self.trial.model, inputs)
-                except _Reached:
-                    continue
-        for path in list(sums):
-            self._write(path, sums.pop(path))
+                self._run(inputs)
+        self._write(path, sums)
+
+    def _run(self, inputs: Any) -> None:
+        with suppress(_Reached):
+            call_model(self.trial.model, inputs)
+
+    def _sums(self, path: str) -> _Sums:
+        return _Sums(self.trial, path, self.layouts[path], self.layers[path])
 
     def _watched(self, layouts: Mapping[str, Layout], receive: Any, before: bool = False) -> Any:
         positions, seed = self.options.positions, self.seed
@@ -227,15 +246,14 @@ class _Sums:
         if layout.mode == "channel":
             rows = layout.kept_rows(keep[1]).nonzero().flatten().to(device)
             self.matrix = layout.matrix(self.weight)[:, rows].to(summed)
-        j, k = self.smaller.blocks, self.smaller.columns
-        r = self.smaller.outputs // j * self.smaller.rows_per_output
-        kind = solve_type(k, summed)
-        self.gram = torch.zeros(j, k, k, dtype=kind, device=device)
-        self.cross = torch.zeros(j, r, k, dtype=kind, device=device)
-        self.mean, self.output_mean, self.energy = (
-            torch.zeros(j, length, dtype=torch.float64, device=device) for length in (k, r, r)
-        )
-        self.count = 0
+        kind = solve_type(self.smaller.columns, self.summed)
+        self.inputs, self.outputs = Scatter(kind), Scatter(kind)
+        self.energy: Tensor | None = None
+
+    @property
+    def count(self) -> float:
+        """Rows so far."""
+        return self.inputs.count
 
     def add(self, seen: Seen, targets: Tensor) -> None:
         """Add one call, with what it gives (or, by channel, reads) in the whole network at the same positions."""
@@ -243,12 +261,10 @@ class _Sums:
         for x in seen.rows():
             y = self._wanted(targets[first : first + x.shape[1]].to(x))
             first += x.shape[1]
-            self.gram += x.transpose(1, 2) @ x
-            self.cross += y.transpose(1, 2) @ x
-            self.mean += x.sum(1)
-            self.output_mean += y.sum(1)
-            self.energy += y.square().sum(1)
-            self.count += x.shape[1]
+            self.inputs.add(x, x)
+            self.outputs.add(y, x)
+            energy = y.double().square().sum(1)
+            self.energy = energy if self.energy is None else self.energy + energy
 
     def _wanted(self, targets: Tensor) -> Tensor:
         """Outputs without bias ``[J, n, R]``."""
@@ -259,17 +275,16 @@ class _Sums:
 
     def solution(self, options: Repair) -> Solution:
         """Solve for the layer's weights."""
-        n = self.count
-        gram, cross, mean, output_mean, energy = (
-            total / n for total in (self.gram, self.cross, self.mean, self.output_mean, self.energy)
-        )
-        second = float(gram.diagonal(dim1=-2, dim2=-1).mean())
+        assert self.energy is not None
+        output_mean, mean = self.outputs.means
+        gram, cross, energy = self.inputs.covariance(), self.outputs.covariance(), self.energy / self.count
         centre = fits_bias(self.dense, self.bias, options.fit_bias)
         if centre:
-            gram, cross = centred_products(gram, mean, mean), centred_products(cross, output_mean, mean)
             energy = energy - output_mean.square()
+        else:
+            gram, cross = about_zero(gram, mean, mean), about_zero(cross, output_mean, mean)
         scale = max(0.0, float(gram.diagonal(dim1=-2, dim2=-1).mean()))
-        penalty = Penalty(options.ridge, scale, second, self.summed)
+        penalty = Penalty(options.ridge, scale, self.summed)
         fit = ridge_fit(gram, cross, float(energy.sum()), penalty, self.path)
         means = (mean, output_mean) if centre else None
         return solution(self.smaller, fit.weights, self.weight, self.bias, means, fit.relative_error)

@@ -49,3 +49,10 @@ def wake(model: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
         model(x)
     model.eval()
+
+
+def sharpen(model: nn.Module) -> None:
+    """Let the labels of ``network("SmallCNN")``, which it gets right, be clear: its loss is not that of guessing."""
+    with torch.no_grad():
+        for parameter in model.layers.out.parameters():
+            parameter *= 500

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from channel_networks import network, samples
-from criteria_networks import cross_entropy, only
+from criteria_networks import cross_entropy, only, sharpen
 from torch import nn
 
 from lightning_eff.pruning import ChannelGame, DirichletOptions, dirichlet_scores
@@ -46,6 +46,7 @@ def test_settings_of_the_shapley_criterion_are_checked() -> None:
 
 def test_dirichlet_scores_are_the_relative_switches_that_training_gives() -> None:
     model, graph, x, y = network("SmallCNN", count=12)
+    sharpen(model)
     graph, options = only(graph, "layers.conv3"), DirichletOptions(epochs=2, lr=0.1, prior=Prior(weight=0))
     batches = [(x[:6], y[:6]), (x[6:], y[6:])]
     posterior = dirichlet_scores(model, graph, batches, cross_entropy, options=options, seed=2, progress=False)

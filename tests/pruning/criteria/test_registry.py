@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from channel_networks import network
-from criteria_networks import cross_entropy, only
+from criteria_networks import cross_entropy, only, sharpen
 from torch import Tensor, nn
 
 from lightning_eff.batch import BatchKeys
@@ -55,6 +55,7 @@ def registry() -> Iterator[None]:
 
 def small() -> tuple[nn.Module, ChannelGraph, list[tuple[Tensor, Tensor]]]:
     model, graph, x, y = network("SmallCNN", count=12)
+    sharpen(model)
     graph = only(graph, "layers.conv1", "layers.conv3")
     return model, graph, [(x[:8], y[:8]), (x[8:], y[8:])]
 

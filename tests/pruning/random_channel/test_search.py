@@ -57,7 +57,7 @@ def test_scores_equal_those_of_copies_that_are_cut() -> None:
     score = likeness(model, batches)
     configs = sample_configs(graph, 6, 0.5)
     _, _, found = run((model, graph, batches), amount=None, configs=configs, repair=NONE, top_k=0)
-    l1 = {name: values for name, values in graph.weight_norms(model, 1).items()}
+    l1 = graph.weight_norms(model, 1)
     for row, candidate in zip(configs, found.candidates, strict=True):
         smaller = copy.deepcopy(model).eval()
         plan = PruningPlan.from_scores(graph, l1, config_of(graph, row))
@@ -310,6 +310,23 @@ def test_several_processes_find_what_one_finds(world: int, tmp_path: Path) -> No
         assert len(judged[rank]) <= 2 + math.ceil(8 / world) + math.ceil(2 / world)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["candidates.csv", "candidates.fingerprint.json"]
     assert len(lines(tmp_path / "candidates.csv")) == 10
+
+
+def test_one_process_goes_on_with_what_several_wrote(tmp_path: Path) -> None:
+    found, path = small(), tmp_path / "candidates.csv"
+
+    def stopped(value: Any) -> list[Any]:
+        raise KeyboardInterrupt
+
+    for rank in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(found, journal=path, top_k=0, processes=Processes(rank, 2, stopped))
+    assert [row["index"] for row in lines(tmp_path / "candidates.rank1.csv")] == ["1", "3", "5", "7"]
+    score, calls = counting(likeness(found[0], found[2]))
+    score.__qualname__ = likeness(found[0], found[2]).__qualname__
+    _, _, whole = run(found, score_fn=score, journal=path, top_k=0)
+    assert len(calls) == 1  # of the whole network
+    assert without_seconds(whole) == without_seconds(run(found, top_k=0)[2])
 
 
 def test_tables_have_a_column_for_each_group_and_files_are_written(tmp_path: Path) -> None:

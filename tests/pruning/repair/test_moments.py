@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 
 from lightning_eff.batch import BatchKeys
 from lightning_eff.pruning.repair import Moments, RepairError
+from lightning_eff.pruning.repair.scatter import over_processes
 from lightning_eff.surgery import ChannelGraph
 
 
@@ -64,7 +67,7 @@ def test_kept_sets_that_are_not_the_best_of_the_ranking_are_solved_on_their_own(
     graph = ChannelGraph.from_model(model, x)
     moments = Moments.collect(model, graph, [(inputs(x), None)])
     nested = moments.nested({"layers.conv1": torch.arange(8)})
-    keep_in = kept(torch.tensor([7, 2, 0]), 3)
+    keep_in = kept(torch.tensor([7, 2, 0, 1, 3, 4, 5, 6]), 3)
     assert torch.equal(nested.solve("layers.conv2", keep_in).weight, moments.solve("layers.conv2", keep_in).weight)
     assert not nested._factors
     with pytest.raises(ValueError, match="expected a ranking to hold every channel once"):
@@ -109,11 +112,11 @@ def test_moments_do_not_depend_on_how_samples_are_batched_or_named() -> None:
     split = BatchKeys("image", "label")
     other = Moments.collect(model, graph, batches, split=split, positions=10**6)
     for path, layer in one.layers.items():
-        assert torch.allclose(other.layers[path].gram, layer.gram, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(other.layers[path].covariance, layer.covariance, rtol=1e-4, atol=1e-5)
         assert other.layers[path].count == layer.count
     fewer = Moments.collect(model, graph, [(samples, None)], positions=10**6, samples=40)
     half = Moments.collect(model, graph, [(samples[:40], None)], positions=10**6)
-    assert torch.equal(fewer.layers["layers.conv3"].gram, half.layers["layers.conv3"].gram)
+    assert torch.equal(fewer.layers["layers.conv3"].covariance, half.layers["layers.conv3"].covariance)
 
 
 class TwoInputs(nn.Module):
@@ -132,17 +135,36 @@ def test_dict_inputs_are_handed_over_by_keyword() -> None:
     split = BatchKeys(["left", "right"], "target")
     moments = Moments.collect(model, graph, [{**x, "target": torch.zeros(20)}], split=split)
     seen = F.relu(model.a(x["left"] + x["right"])).detach()
-    assert torch.allclose(moments.layers["b"].gram[0].float(), seen.T @ seen / 20, atol=1e-5)
+    assert torch.allclose(moments.layers["b"].covariance[0].float(), seen.T.cov(correction=0), atol=1e-5)
+    assert torch.allclose(moments.layers["b"].mean[0].float(), seen.mean(0), atol=1e-5)
 
 
-def test_sums_over_processes_are_taken() -> None:
+@pytest.mark.filterwarnings("ignore:fewer calibration rows")
+def test_moments_of_several_processes_are_those_of_all_their_samples() -> None:
     model, x = build("SmallCNN")
-    graph = ChannelGraph.from_model(model, x)
-    one = Moments.collect(model, graph, [(inputs(x), None)])
-    two = Moments.collect(model, graph, [(inputs(x), None)], reduce=lambda total: 2 * total)
-    layer, doubled = one.layers["layers.conv4"], two.layers["layers.conv4"]
-    assert doubled.count == 2 * layer.count
-    assert torch.allclose(doubled.gram, layer.gram)
+    graph, samples = ChannelGraph.from_model(model, x), inputs(x)
+    samples[48:] += 1  # processes with other means
+    whole = Moments.collect(model, graph, [(samples, None)], positions=10**6).layers["layers.conv4"]
+    parts = [samples[:48], samples[48:]]
+    layers = [Moments.collect(model, graph, [(p, None)], positions=10**6).layers["layers.conv4"] for p in parts]
+    handed: list[Tensor] = []
+    both_came, both_read = threading.Barrier(2, timeout=20), threading.Barrier(2, timeout=20)
+
+    def reduce(tensor: Tensor) -> Tensor:
+        handed.append(tensor.clone())
+        both_came.wait()
+        total = handed[0] + handed[1]
+        if both_read.wait() == 0:
+            handed.clear()
+        both_came.wait()
+        return total
+
+    with ThreadPoolExecutor(2) as pool:
+        joined = list(pool.map(lambda of: over_processes(of.covariance, of.mean, of.count, reduce), layers))
+    for covariance, mean, count in joined:
+        assert count == whole.count
+        assert torch.allclose(mean, whole.mean, atol=1e-6)
+        assert torch.allclose(covariance, whole.covariance, atol=1e-5)
 
 
 def test_nothing_is_left_on_the_model() -> None:
@@ -194,7 +216,7 @@ def test_every_call_of_a_layer_counts() -> None:
         first = model.a(x)
         rows = torch.cat([first, torch.tanh(model.b(first))])
     assert moments.layers["b"].count == 40
-    assert torch.allclose(moments.layers["b"].gram[0], rows.T @ rows / 40)
+    assert torch.allclose(moments.layers["b"].covariance[0], rows.T.cov(correction=0))
 
 
 class Functional(nn.Module):
@@ -230,23 +252,23 @@ def test_moments_that_do_not_fit_into_memory_are_taken_by_channel_largest_first(
     model, x = build("SmallCNN")
     graph = ChannelGraph.from_model(model, x)
     with pytest.warns(
-        UserWarning, match=r"max_memory_mb=0\.3: layers\.conv5 are corrected channel by channel"
+        UserWarning, match=r"max_memory_mb=0\.3: layers\.conv5, layers\.conv4 are corrected channel by channel"
     ) as caught:
         moments = Moments.collect(model, graph, [(inputs(x), None)], max_memory_mb=0.3)
     assert len(caught) == 1
     assert moments.layers["layers.conv5"].layout.mode == "channel"
     assert moments.layers["layers.conv3"].layout.mode == "kernel"
-    held = sum(layer.gram.nbytes + layer.cross.nbytes for layer in moments.layers.values())
+    held = sum(layer.covariance.nbytes + layer.cross.nbytes for layer in moments.layers.values())
     assert held <= 0.3 * 2**20
-    with pytest.warns(UserWarning, match="layers.conv5: its moments do not fit into 0.001 MB"):
-        Moments.collect(model, graph, [(inputs(x), None)], max_memory_mb=0.001)
+    with pytest.warns(UserWarning, match="layers.conv5: its moments do not fit into 1e-06 MB"):
+        Moments.collect(model, graph, [(inputs(x), None)], max_memory_mb=1e-6)
 
 
 def test_too_few_rows_are_told_once_with_the_layers() -> None:
     model, x = build("SmallCNN")
     graph = ChannelGraph.from_model(model, x)
     with pytest.warns(
-        UserWarning, match=r"fewer calibration rows than weights per output in layers\.conv5, layers\.out"
+        UserWarning, match=r"fewer calibration rows than weights per output in layers\.conv2, layers\.conv3"
     ) as caught:
         Moments.collect(model, graph, [(inputs(x, 16), None)], positions=4)
     assert len(caught) == 1

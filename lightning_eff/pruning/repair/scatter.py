@@ -1,0 +1,76 @@
+"""Covariances in one pass over rows, without the cancellation that subtracting products of means brings.
+
+Rows are shifted by the means of the first ones before they are multiplied, so that rounding errors are of the size of
+what varies, not of what is constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Scatter:
+    """Products of two kinds of rows about their means, summed.
+
+    Shape letters: ``J`` blocks, ``n`` rows, ``A`` and ``B`` columns.
+
+    Args:
+        kind: type in which sums are held.
+    """
+
+    def __init__(self, kind: torch.dtype) -> None:
+        self._kind = kind
+        self._products: Tensor | None = None
+        self.count = 0.0
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Add rows ``[J, n, A]`` and, pair by pair, ``[J, n, B]``."""
+        if self._products is None:
+            self._shifts = left.mean(1, keepdim=True), right.mean(1, keepdim=True)
+            self._sums = tuple(torch.zeros_like(shift, dtype=torch.float64).squeeze(1) for shift in self._shifts)
+            size = (left.shape[0], left.shape[2], right.shape[2])
+            self._products = torch.zeros(size, dtype=self._kind, device=left.device)
+        same = left is right
+        left = left - self._shifts[0]
+        right = left if same else right - self._shifts[1]
+        self._products += left.transpose(1, 2) @ right
+        for total, rows in zip(self._sums, (left, right), strict=True):
+            total += rows.sum(1)
+        self.count += left.shape[1]
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Means ``[J, A]`` and ``[J, B]``, float64."""
+        a, b = (
+            total / self.count + shift.squeeze(1).double()
+            for total, shift in zip(self._sums, self._shifts, strict=True)
+        )
+        return a, b
+
+    def covariance(self) -> Tensor:
+        """Mean product about the means ``[J, A, B]``; frees the sums."""
+        assert self._products is not None
+        products, self._products = self._products, None
+        left, right = (total / self.count for total in self._sums)
+        return products.div_(self.count).sub_((left.unsqueeze(2) * right.unsqueeze(1)).to(self._kind))
+
+
+def over_processes(
+    covariance: Tensor, mean: Tensor, count: float, reduce: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, float]:
+    """Join covariance ``[J, K, K]``, mean ``[J, K]`` and number of rows of several processes.
+
+    Args:
+        covariance: of this process; may be overwritten.
+        mean: of this process.
+        count: of this process.
+        reduce: sums a tensor over all processes.
+    """
+    total = float(reduce(torch.tensor([count], dtype=torch.float64))[0])
+    joint = reduce(mean * count) / total
+    away = mean - joint
+    covariance += (away.unsqueeze(2) * away.unsqueeze(1)).to(covariance.dtype)
+    return reduce(covariance.mul_(count)) / total, joint, total

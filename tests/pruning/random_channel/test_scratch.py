@@ -1,0 +1,187 @@
+"""Narrow networks are built with fresh weights, trained for a while, and the best goes on."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_eff.data import DigitsDataModule
+from lightning_eff.models import ImageClassifier, SmallCNN
+from lightning_eff.pruning.random_channel import ScratchResult, config_of, sample_configs, search_from_scratch
+from lightning_eff.pruning.random_channel.scratch import _rungs
+from lightning_eff.pruning.settings import Layers
+from lightning_eff.surgery import ChannelGraph
+
+QUICK: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "limit_train_batches": 3, "limit_val_batches": 2}
+
+
+def whole() -> ImageClassifier:
+    return ImageClassifier(SmallCNN(width=8), lr=0.01, example_input_shape=[1, 8, 8])
+
+
+def run(**options: Any) -> ScratchResult:
+    given = {"monitor": "val/loss", "amount": 0.5, "n": 3, "trainer_kwargs": QUICK, "show_progress": False}
+    return search_from_scratch(whole, DigitsDataModule(), **{**given, **options})
+
+
+class Watch(Callback):
+    """Notes what every training begins with, in all copies of itself."""
+
+    starts: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        first = pl_module.get_submodule("net.layers.conv1")
+        self.starts.append(
+            {
+                "epoch": trainer.current_epoch,
+                "step": trainer.global_step,
+                "until": trainer.max_epochs,
+                "sizes": [m.out_channels for m in pl_module.modules() if isinstance(m, nn.Conv2d)],
+                "state": {name: tensor.clone() for name, tensor in pl_module.state_dict().items()},
+                "width": first.out_channels,
+            }
+        )
+
+
+@pytest.fixture
+def watch() -> Watch:
+    Watch.starts = []
+    return Watch()
+
+
+def test_every_candidate_starts_narrow_with_fresh_weights(watch: Watch) -> None:
+    graph = ChannelGraph.from_model(whole(), torch.zeros(2, 1, 8, 8))
+    configs = sample_configs(graph, 3, 0.5)
+    found = run(amount=None, configs=configs, trainer_kwargs={**QUICK, "callbacks": [watch]})
+    assert [start["sizes"] for start in Watch.starts] == [list(config_of(graph, row).values()) for row in configs]
+    for start in Watch.starts:
+        bound = 1 / math.sqrt(9 * start["sizes"][0])  # of weights that torch draws for the inputs of a convolution
+        weight = start["state"]["net.layers.conv2.weight"]
+        assert weight.abs().max() <= bound
+        assert weight.abs().max() > 0.9 * bound
+        assert not start["state"]["net.layers.norm2.running_mean"].any()
+    assert [c.config for c in found.candidates] == [config_of(graph, row) for row in configs]
+    assert [c.macs for c in found.candidates] == graph.macs(configs).tolist()
+
+
+def test_the_best_candidate_comes_back_trained_and_can_be_trained_on(tmp_path: Path) -> None:
+    found = run(dirpath=tmp_path)
+    assert found.best.score == min(c.score for c in found.candidates)
+    assert found.checkpoint == tmp_path / f"candidate-{found.best.number}.ckpt"
+    assert list(tmp_path.iterdir()) == [found.checkpoint]
+    model, data = found.model, DigitsDataModule()
+    assert isinstance(model, ImageClassifier)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    (scores,) = Trainer(**QUICK, **quiet).validate(model, data, verbose=False)
+    assert scores["val/loss"] == pytest.approx(found.best.score, rel=1e-5)
+    trainer = Trainer(max_epochs=2, **QUICK, **quiet, enable_checkpointing=False)
+    trainer.fit(model, datamodule=data, ckpt_path=found.checkpoint)
+    assert trainer.global_step == 6
+
+
+def test_halving_trains_fewer_and_fewer_for_longer_and_longer(watch: Watch) -> None:
+    found = run(n=5, eta=2, trainer_kwargs={**QUICK, "callbacks": [watch]})
+    assert [(start["epoch"], start["step"], start["until"]) for start in Watch.starts] == [
+        *[(0, 0, 1)] * 5,
+        *[(1, 3, 2)] * 3,
+        *[(2, 6, 4)] * 2,
+        (4, 12, 8),
+    ]
+    assert found.stages == ["rung 0", "rung 1", "rung 2", "rung 3"]
+    assert {c.number for c in found.candidates if c.stage == "rung 1"} == {c.number for c in found.top(3, "rung 0")}
+    assert found.best is found.candidates[-1]
+    assert found.epochs == 8
+    assert found.checkpoint is None
+
+
+def test_trainers_are_quiet_and_lightning_speaks_again_afterwards(caplog: pytest.LogCaptureFixture) -> None:
+    level = logging.getLogger("lightning.pytorch").level
+    run(n=1)
+    assert not caplog.records
+    assert logging.getLogger("lightning.pytorch").level == level
+
+
+def test_rungs_end_with_one() -> None:
+    assert _rungs(9, 3) == [9, 3, 1]
+    assert _rungs(10, 3) == [10, 4, 2, 1]
+    assert _rungs(7, None) == [7]
+    assert _rungs(1, 2) == [1]
+
+
+def test_same_seed_same_search_and_the_global_generators_are_left_alone() -> None:
+    state = torch.get_rng_state()
+    first, again = run(), run()
+    assert [c.score for c in first.candidates] == [c.score for c in again.candidates]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_only_a_part_of_the_module_is_narrower_where_layers_say_so(watch: Watch) -> None:
+    run(layers=Layers(submodule="net", exclude=["layers.conv1"]), trainer_kwargs={**QUICK, "callbacks": [watch]})
+    assert all(start["width"] == 8 for start in Watch.starts)
+    assert all(sum(start["sizes"]) < 8 + 8 + 16 + 16 + 32 for start in Watch.starts)
+
+
+def test_weights_may_be_drawn_by_a_function_of_ones_own(watch: Watch) -> None:
+    run(
+        n=1,
+        initialise=lambda model: nn.init.constant_(model.get_submodule("net.layers.conv1").weight, 0.25),
+        trainer_kwargs={**QUICK, "callbacks": [watch]},
+    )
+    assert (Watch.starts[0]["state"]["net.layers.conv1.weight"] == 0.25).all()
+
+
+def test_without_an_example_the_first_training_batch_is_traced() -> None:
+    found = search_from_scratch(
+        lambda: ImageClassifier(SmallCNN(width=8)),
+        DigitsDataModule(),
+        monitor="val/accuracy",
+        mode="max",
+        amount=0.5,
+        n=1,
+        trainer_kwargs=QUICK,
+        show_progress=False,
+    )
+    assert 0 < found.best.score < 1
+
+
+def test_a_monitor_that_is_not_logged_is_told_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match=r"monitor='val_acc' was not logged: .*train/loss, val/accuracy, val/loss"):
+        run(monitor="val_acc")
+
+
+def test_scores_that_are_no_numbers_are_told() -> None:
+    with pytest.raises(RuntimeError, match="not a single candidate has a val/loss that is a number"):
+        run(initialise=lambda model: nn.init.constant_(model.get_submodule("net.layers.out").weight, math.nan))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"amount": None}, ValueError, "either amount, a fraction to remove, or configs"),
+        ({"n": 0}, ValueError, "n must be >= 1, got 0"),
+        ({"warm_epochs": 0}, ValueError, "warm_epochs must be >= 1, got 0"),
+        ({"eta": 1}, ValueError, "eta must be >= 2, got 1"),
+        ({"mode": "best"}, ValueError, "mode must be one of 'max', 'min', got 'best'"),
+        ({"monitor": ""}, ValueError, "monitor must be the name of a logged quantity"),
+        ({"trainer_kwargs": {"max_epochs": 3}}, ValueError, "must not set max_epochs: pass warm_epochs"),
+        (
+            {"trainer_kwargs": {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}},
+            MisconfigurationException,
+            "in one process, this Trainer has 2",
+        ),
+    ],
+)
+def test_bad_arguments_are_told_before_any_work(
+    options: dict[str, Any], error: type[Exception], message: str, watch: Watch
+) -> None:
+    with pytest.raises(error, match=message):
+        run(**options)
+    assert not Watch.starts
