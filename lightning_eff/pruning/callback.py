@@ -167,10 +167,7 @@ class StructuredPruningCallback(Callback):
         if self._steps_done < self.schedule.steps:
             with untouched_generators():
                 graph = self._trace(trainer, pl_module)
-                if not graph.prunable:
-                    reasons = "; ".join(f"{name}: {g.protected or 'one channel'}" for name, g in graph.groups.items())
-                    name = type(pl_module).__name__
-                    raise ValueError(f"there is nothing to prune in {name}: {reasons or 'no layers found'}")
+                graph.refuse_nothing(type(pl_module).__name__)
                 self._record.dense = self._record.dense or Dense.of(graph)
                 if self.given_plan is None:
                     self._counts.before_scores(graph, self._record.dense, self.schedule.steps - 1)

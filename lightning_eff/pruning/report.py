@@ -135,7 +135,8 @@ class PruneReport:
         ]
         caption = (
             f"value removed: sum of the scores of the removed channels. {human(first.macs, 'MACs')} -> "
-            f"{human(last.macs, 'MACs')} per sample ({last.macs / max(first.macs, 1):.0%})."
+            f"{human(last.macs, 'MACs')} per sample ({last.macs / max(first.macs, 1):.0%}). "
+            f"Widths {'-'.join(str(row[1]) for row in rows[:-1])} -> {'-'.join(str(row[2]) for row in rows[:-1])}."
         )
         return Table("Channels", columns, rows, caption=caption)
 
@@ -172,11 +173,10 @@ class PruneReport:
             stays[list(kept)] = True
             colours = [KEPT if stay else REMOVED for stay in stays[order].tolist()]
             values = scores.values[order].tolist()
-            axis.bar(range(len(order)), values, width=0.8 if len(order) <= _FEW else 1.0, color=colours)
+            axis.bar(range(len(order)), values, width=0.8 if len(order) <= FEW else 1.0, color=colours)
             if scores.stderr is not None:
                 _draw_intervals(axis, values, (1.96 * scores.stderr[order]).nan_to_num(posinf=0).tolist())
-            short = name if len(name) <= 20 else f"\N{HORIZONTAL ELLIPSIS}{name[-19:]}"
-            axis.set_title(f"{short}: {int(stays.sum())} of {len(order)} kept")
+            axis.set_title(f"{short_name(name)}: {int(stays.sum())} of {len(order)} kept")
             axis.set_xlabel("channel, best first")
             axis.set_ylabel("score")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -205,12 +205,17 @@ class PruneReport:
         return written
 
 
-_FEW = 40  # channels; more are drawn without gaps, their intervals as a band
+FEW = 40  # channels; more are drawn without gaps, their intervals as a band
+
+
+def short_name(layer: str) -> str:
+    """The end of a layer's path, short enough for the title of a small picture."""
+    return layer if len(layer) <= 20 else f"\N{HORIZONTAL ELLIPSIS}{layer[-19:]}"
 
 
 def _draw_intervals(axis: Any, values: Sequence[float], halves: Sequence[float]) -> None:
     x = range(len(values))
-    if len(values) <= _FEW:
+    if len(values) <= FEW:
         axis.errorbar(x, values, yerr=halves, fmt="none", ecolor="black", elinewidth=0.8)
         return
     low, high = ([v + sign * h for v, h in zip(values, halves, strict=True)] for sign in (-1, 1))

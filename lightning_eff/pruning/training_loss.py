@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
@@ -58,6 +58,7 @@ def scoring_autocast(trainer: Trainer) -> Callable[[], AbstractContextManager[An
     """The Trainer's autocast; none for float16, where gradients of gates would underflow."""
     precision = trainer.precision_plugin
     if isinstance(precision, MixedPrecision) and precision.precision == "16-mixed":
+        rank_zero_info("Channels are scored in float32: in float16 the gradients of gates would vanish.")
         return nullcontext
     if precision.precision in ("16-true", "transformer-engine-float16"):
         rank_zero_warn(

@@ -175,6 +175,12 @@ class ChannelGraph:
         """Names of the groups that may lose channels, in network order."""
         return tuple(name for name, group in self.groups.items() if not group.protected and group.size > 1)
 
+    def refuse_nothing(self, where: str = "the network") -> None:
+        """Raise ValueError, with the reason of every group, where nothing may be pruned."""
+        if not self.prunable:
+            reasons = "; ".join(f"{name}: {g.protected or 'one channel'}" for name, g in self.groups.items())
+            raise ValueError(f"there is nothing to prune in {where}: {reasons or 'no layers found'}")
+
     @property
     def sizes(self) -> dict[str, int]:
         """Channels per group."""

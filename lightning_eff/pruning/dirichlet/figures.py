@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from lightning_eff.batch import call_model, take
 from lightning_eff.pruning.dirichlet.posterior import DirichletPosterior
+from lightning_eff.pruning.report import FEW, short_name
 from lightning_eff.reporting import KEPT, REFERENCE, REMOVED, new_figure
 from lightning_eff.surgery.state import quiet_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FEW = 40  # channels; intervals of more are drawn as a band
 Posteriors = Mapping[str, DirichletPosterior]
 Kept = Mapping[str, Sequence[int]]
 
@@ -45,18 +45,20 @@ def posterior_figure(posteriors: Posteriors, kept: Kept, *, level: float = 0.9, 
         low, high = (bound[order].tolist() for bound in posterior.interval(level))
         x = range(len(order))
         axis.bar(x, posterior.mean[order].tolist(), width=1.0, color=[KEPT if c in stays else REMOVED for c in order])
-        if len(order) <= _FEW:
+        if len(order) <= FEW:
             axis.vlines(x, low, high, color="black", linewidth=0.8)
         else:
             axis.fill_between(x, low, high, step="mid", color="black", alpha=0.2, linewidth=0)
         if len(stays) < len(order):
             axis.axvline(len(stays) - 0.5, color="black", linestyle="--", linewidth=1)
-        axis.set_title(f"{_short(name)}: {len(stays)} of {len(order)} kept")
+        axis.set_title(f"{short_name(name)}: {len(stays)} of {len(order)} kept")
         axis.set_xlabel("channel, best first")
         axis.set_ylabel("share of the layer")
         axis.set_ylim(bottom=0)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _hide_rest(axes, len(names))
+    if len(names) < len(posteriors):
+        figure.suptitle(f"the first {len(names)} of {len(posteriors)} layers", fontsize=10)
     figure.legend(
         handles=[
             Patch(color=KEPT, label="kept"),
@@ -80,7 +82,7 @@ def cut_figure(posteriors: Posteriors, kept: Kept) -> Figure:
     axis.barh(range(len(sure)), list(sure.values()), color=KEPT)
     axis.axvline(0.5, color=REFERENCE, linestyle="--", linewidth=1)
     axis.annotate("chance", (0.5, 1.01), xycoords=("data", "axes fraction"), ha="center", color=REFERENCE, fontsize=8)
-    axis.set_yticks(range(len(sure)), [_short(name) for name in sure])
+    axis.set_yticks(range(len(sure)), [short_name(name) for name in sure])
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
     axis.set_xlabel("P(last channel kept > first channel removed)")
@@ -105,7 +107,7 @@ def share_figure(posteriors: Posteriors) -> Figure:
         vmin=min(low, 0.99),
         vmax=max(most, 1.01),
     )
-    axis.set_yticks(range(len(posteriors)), [_short(name) for name in posteriors])
+    axis.set_yticks(range(len(posteriors)), [short_name(name) for name in posteriors])
     axis.set_xlabel("channel, best first")
     axis.grid(visible=False)
     figure.colorbar(image, ax=axis, label="share, 1 = average")
@@ -144,13 +146,13 @@ def feature_figure(
     count = min(count, len(order) // 2)
     figure, axes = new_figure(4, count + 1, width=1.7 * (count + 1), height=6.6)
     mean = posterior.relative
-    for half, (channels, colour) in enumerate(((order[:count], KEPT), (order[-count:], REMOVED))):
+    limit = float(filters.abs().max() if filters.shape[1] == 3 else filters.mean(1).abs().max())
+    for half, channels in enumerate((order[:count], order[-count:])):
         for column, channel in enumerate(channels, start=1):
             top, bottom = axes[2 * half, column], axes[2 * half + 1, column]
-            limit = float(filters.mean(1).abs().max())
-            top.imshow(filters[channel].mean(0).numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+            top.imshow(_as_image(filters[channel], limit), cmap="RdBu_r", vmin=-limit, vmax=limit)
             bottom.imshow(maps[channel].numpy(), cmap="gray")
-            top.set_title(f"{channel}: {float(mean[channel]):.2f}", color=colour)
+            top.set_title(f"{channel}: {float(mean[channel]):.2f}")
         for row, text in ((2 * half, "filters"), (2 * half + 1, "feature maps")):
             axes[row, 0].text(1.0, 0.5, f"{('highest', 'lowest')[half]}\n{text}", ha="right", va="center", fontsize=9)
     for axis in axes.flat:
@@ -161,15 +163,18 @@ def feature_figure(
             spine.set_visible(False)
     corner = axes[1, 0]
     corner.texts[0].remove()
-    corner.imshow(image.mean(0).numpy(), cmap="gray")
-    corner.set_title("input", fontsize=8)
-    corner.set_xlabel("highest\nfeature maps", fontsize=9)
-    figure.suptitle(f"{_short(layer)}: share of channel, 1 = average", fontsize=10)
+    corner.imshow(_as_image(image, float(image.abs().max())), cmap="gray")
+    corner.set_title("highest\nfeature maps", fontsize=9)
+    corner.set_xlabel("of this input", fontsize=9)
+    figure.suptitle(f"{short_name(layer)}: share of channel, 1 = average", fontsize=10)
     return figure
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 20 else f"\N{HORIZONTAL ELLIPSIS}{name[-19:]}"
+def _as_image(values: Tensor, limit: float) -> Any:
+    """Three channels as colours from -limit to limit, any other number as their mean."""
+    if values.shape[0] == 3:
+        return (values.permute(1, 2, 0) / (2 * max(limit, 1e-12)) + 0.5).clamp(0, 1).numpy()
+    return values.mean(0).numpy()
 
 
 def _hide_rest(axes: Any, used: int) -> None:

@@ -105,9 +105,7 @@ class SwitchTraining:
         warn: Callable[[str], None] = warnings.warn,
         keep: Callable[[dict[str, Any]], None] = lambda state: None,
     ) -> None:
-        if not graph.prunable:
-            reasons = "; ".join(f"{name}: {g.protected or 'one channel'}" for name, g in graph.groups.items())
-            raise ValueError(f"there is nothing to prune: {reasons or 'no layers found'}")
+        graph.refuse_nothing()
         self.limit = data.limit(options.max_batches)
         self.size = options.prior.dataset_size or data.size
         if self.size is None and options.prior.weight > 0:

@@ -441,7 +441,7 @@ def test_empty_loader_is_refused(planted: Any) -> None:
 def test_nothing_to_prune_is_refused_with_reasons(planted: Any) -> None:
     model, graph, data = planted
     none = graph.protect(dict.fromkeys(graph.groups, "wanted whole"))
-    with pytest.raises(ValueError, match=r"there is nothing to prune: .*wanted whole"):
+    with pytest.raises(ValueError, match=r"there is nothing to prune in the network: .*wanted whole"):
         dirichlet_scores(model, none, data, cross_entropy, progress=False)
 
 

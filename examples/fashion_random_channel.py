@@ -1,0 +1,192 @@
+"""Random channel configurations without training: what the repair of the weights does, and how much the criterion does.
+
+Two small networks are trained on 20,000 images of Fashion-MNIST. Ten random configurations with half of the
+multiply-adds are cut by L1 norm and repaired in seven ways; then every criterion prunes the same ten configurations;
+then the best configuration, the uniform one and the whole network are trained on for as long.
+
+Run: python examples/fashion_random_channel.py                (about 9 minutes on one core)
+     python examples/fashion_random_channel.py --net residual (one of the two networks)
+     python examples/fashion_random_channel.py --fast         (few images, configurations and criteria)
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_eff import ChannelGraph, FashionMNISTDataModule, ImageClassifier, Repair, compare_criteria
+from lightning_eff.pruning import random_search, sample_configs
+from lightning_eff.pruning.criteria import ShapleyCriterion
+from lightning_eff.reporting import Column, Table
+
+REPAIRS = {
+    "none": Repair("none", bn_samples=0),
+    "BatchNorm recalibrated": Repair("none"),
+    "channel": Repair("channel", bn_samples=0),
+    "gram": Repair("gram", bn_samples=0),
+    "gram, BatchNorm recalibrated": Repair("gram"),
+    "sequential": Repair("sequential", bn_samples=0),
+    "sequential, BatchNorm recalibrated": Repair("sequential"),
+}
+
+
+def conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> list[nn.Module]:
+    """A convolution and its norm."""
+    return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs)]
+
+
+class Plain(nn.Sequential):
+    """Six convolutions 16, 16, 32, 32, 64, 64 with two poolings: 72,666 parameters, 7.34 M multiply-adds."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((1, 16), (16, 32), (32, 64)):
+            layers += [*conv(inputs, outputs), nn.ReLU(), *conv(outputs, outputs), nn.ReLU(), nn.MaxPool2d(2)]
+        layers[-1] = nn.AdaptiveAvgPool2d(1)
+        super().__init__(*layers, nn.Flatten(), nn.Linear(64, 10))
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*conv(inputs, outputs, stride), nn.ReLU(), *conv(outputs, outputs))
+        self.shortcut = nn.Sequential(*conv(inputs, outputs, stride, 1)) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class Residual(nn.Sequential):
+    """A stem and residual blocks 16, 32/2, 64/2: 77,754 parameters, 2.64 M multiply-adds."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            *conv(1, 16), nn.ReLU(), nn.MaxPool2d(2), Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
+        )  # fmt: skip
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {"plain": Plain, "residual": Residual}
+
+
+class OneCycle(ImageClassifier):
+    """SGD with momentum 0.9 and one cycle up to ``lr``."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), self.lr, 0.9, weight_decay=5e-4)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def train(net: nn.Module, data: L.LightningDataModule, epochs: int, lr: float) -> nn.Module:
+    """Train the network in place and return it in evaluation mode."""
+    L.seed_everything(0, verbose=False)
+    L.Trainer(
+        accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_model_summary=False,
+        enable_progress_bar=False, limit_val_batches=0,
+    ).fit(OneCycle(net.train(), lr=lr), data)  # fmt: skip
+    return net.eval()
+
+
+def accuracy(batches: list[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], float]:
+    """Return the score of a network: its accuracy on these batches."""
+    count = sum(len(labels) for _, labels in batches)
+
+    def score(model: nn.Module) -> float:
+        with torch.no_grad():
+            return sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches) / count
+
+    return score
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def few_shapley(model: nn.Module, graph: ChannelGraph, batches: Any, loss_fn: Any) -> dict[str, Tensor]:
+    """Shapley values from few evaluations on 128 images; any function of these arguments is a criterion."""
+    return ShapleyCriterion(budget="4n", seed=0)(model, graph, batches[:1], loss_fn)
+
+
+def study(title: str, data: L.LightningDataModule, dirpath: Path, *, fast: bool) -> None:
+    """Train one network and print its three tables."""
+    net = train(NETS[title](), data, 1 if fast else 3, 0.1)
+    val, test = ([tuple(b) for b in loader] for loader in (data.val_dataloader(), data.test_dataloader()))
+    calibration = [tuple(batch) for batch, _ in zip(data.train_dataloader(), range(4), strict=False)]  # 512 images
+    graph = ChannelGraph.from_model(net, val[0][0][:2])
+    judge, final = accuracy(val[: 2 if fast else 16]), accuracy(test)
+    configs = sample_configs(graph, 3 if fast else 11, 0.5)
+    drawn = configs[1:]  # row 0 is the uniform configuration
+    data_of = {"batches": calibration, "loss_fn": cross_entropy, "show_progress": False}
+
+    rows = []
+    for name, repair in REPAIRS.items():
+        report = compare_criteria(net, graph, ["l1"], configs=drawn, score_fn=judge, repair=repair, **data_of)
+        scores = report.before[0]
+        rows.append((name, scores.mean(), scores.max(), scores.min(), report.errors.mean()))
+    columns = ["repair", *(Column(what, ".3f") for what in ("mean", "best", "worst", "reconstruction error"))]
+    caption = (
+        f"{len(drawn)} random configurations with {graph.macs(drawn).mean() / graph.macs().item():.1%} of the "
+        f"multiply-adds on average; dense {judge(net):.3f}; validation accuracy without any training."
+    )
+    repairs = Table(f"{title}: repair", columns, rows, caption)
+    repairs.print()
+    repairs.save(dirpath / "repairs.json")
+    repairs.save(dirpath / "repairs.md")
+
+    criteria: dict[str, Any] = {name: name for name in ("random", "l1", "taylor")}
+    if not fast:
+        cheap = ("random", "l1", "l2", "gm", "bn_scale", "taylor", "es", "kl_fisher", "kl", "dirichlet")
+        criteria = {**{name: name for name in cheap}, "shapley": few_shapley}
+    compared = compare_criteria(net, graph, criteria, configs=drawn, score_fn=judge, **data_of)
+    compared.summary().print()
+    compared.paired().print()
+    compared.save(dirpath)
+
+    epochs = 1 if fast else 2
+    found = random_search(
+        net, graph, configs=configs, score_fn=judge, top_k=3, batches=calibration, show_progress=False
+    )
+    uniform = random_search(
+        net, graph, configs=configs[:1], score_fn=judge, top_k=1, batches=calibration, show_progress=False
+    )
+    rows = [("dense", graph.macs().item(), final(net), final(train(copy.deepcopy(net), data, epochs, 0.01)))]
+    for name, result in (("uniform", uniform), (f"best of {len(configs)}", found)):
+        smaller = copy.deepcopy(net)
+        result.apply(smaller, graph)
+        before = final(smaller)
+        rows.append((name, result.best.macs, before, final(train(smaller, data, epochs, 0.01))))
+    columns = ["network", Column("MACs", ",.0f"), Column("test accuracy", ".4f"), Column("fine-tuned", ".4f")]
+    tuned = Table(
+        f"{title}: fine-tuning", columns, rows, f"{sum(len(y) for _, y in test):,} test images; epochs: {epochs}"
+    )
+    tuned.print()
+    tuned.save(dirpath / "tuned.json")
+    tuned.save(dirpath / "tuned.md")
+    found.save(dirpath)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--net", choices=[*NETS, "both"], default="both")
+    parser.add_argument("--root", default=None, help="folder with the idx files, if not Debian's or a download")
+    parser.add_argument("--dirpath", default="runs/fashion_random_channel")
+    args = parser.parse_args()
+    sizes = (1_024, 500) if args.fast else (20_000, None)
+    data = FashionMNISTDataModule(root=args.root, batch_size=128, train_size=sizes[0], test_size=sizes[1])
+    for title in NETS if args.net == "both" else [args.net]:
+        study(title, data, Path(args.dirpath) / title, fast=args.fast)
+
+
+if __name__ == "__main__":
+    main()
