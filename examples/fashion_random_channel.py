@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from lightning_eff import ChannelGraph, FashionMNISTDataModule, ImageClassifier, Repair, compare_criteria
 from lightning_eff.pruning import random_search, sample_configs
-from lightning_eff.pruning.criteria import ShapleyCriterion
+from lightning_eff.pruning.criteria import KL, Criterion, Random, ShapleyCriterion
 from lightning_eff.reporting import Column, Table
 
 REPAIRS = {
@@ -112,9 +112,9 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def few_shapley(model: nn.Module, graph: ChannelGraph, batches: Any, loss_fn: Any) -> dict[str, Tensor]:
-    """Shapley values from few evaluations on 128 images; any function of these arguments is a criterion."""
-    return ShapleyCriterion(budget="4n", seed=0)(model, graph, batches[:1], loss_fn)
+def on_one_batch(criterion: Criterion) -> Criterion:
+    """Let a costly criterion see 128 images only; any function of these four arguments is a criterion."""
+    return lambda model, graph, batches, loss_fn: criterion(model, graph, batches[:1], loss_fn)
 
 
 def study(title: str, data: L.LightningDataModule, dirpath: Path, *, fast: bool) -> None:
@@ -143,10 +143,12 @@ def study(title: str, data: L.LightningDataModule, dirpath: Path, *, fast: bool)
     repairs.save(dirpath / "repairs.json")
     repairs.save(dirpath / "repairs.md")
 
-    criteria: dict[str, Any] = {name: name for name in ("random", "l1", "taylor")}
+    names = ("random", "l1", "l2", "gm", "bn_scale", "taylor", "es", "kl_fisher", "dirichlet")
+    criteria: dict[str, Any] = {name: name for name in (("random", "l1", "taylor") if fast else names)}
+    criteria["random, another draw"] = Random(seed=1)
     if not fast:
-        cheap = ("random", "l1", "l2", "gm", "bn_scale", "taylor", "es", "kl_fisher", "kl", "dirichlet")
-        criteria = {**{name: name for name in cheap}, "shapley": few_shapley}
+        criteria["kl, 128 images"] = on_one_batch(KL())
+        criteria["shapley, 128 images, 4n"] = on_one_batch(ShapleyCriterion(budget="4n", seed=0))
     compared = compare_criteria(net, graph, criteria, configs=drawn, score_fn=judge, **data_of)
     compared.summary().print()
     compared.paired().print()
