@@ -237,8 +237,8 @@ class StructuredPruningCallback(Callback):
             cut = apply_plan_in_trainer(
                 trainer, pl_module, named, self._example, graph=graph, submodule=self.layers.submodule
             )
-            for module in (pl_module, *averaged_models(trainer)) if state else ():
-                self._model(module).load_state_dict(state, strict=False)
+            if state:
+                self._load(trainer, pl_module, state)
             self._graph = cut.graph
             self.plan = named if self.plan is None else self.plan.compose(named)
         else:
@@ -282,6 +282,14 @@ class StructuredPruningCallback(Callback):
         curves = {name: one.curve for name, one in scores.items() if one.curve is not None}
         config = self._masks.cap(self._counts.after_scores(graph, self._record.dense, step, reckoned, values, curves))
         return Decision(best_channels(graph, scores, values, config), scores)
+
+    def _load(self, trainer: Trainer, pl_module: LightningModule, state: Mapping[str, Tensor]) -> None:
+        """Take on corrected weights; what optimizers remember of the old ones would lead the first steps astray."""
+        for module in (pl_module, *averaged_models(trainer)):
+            self._model(module).load_state_dict(state, strict=False)
+        for name, parameter in self._model(pl_module).named_parameters():
+            for optimizer in trainer.optimizers if name in state else ():
+                optimizer.state.pop(parameter, None)
 
     def _repaired(
         self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph, plan: PruningPlan

@@ -340,6 +340,24 @@ def test_repair_serves_every_pruning_callback() -> None:
     assert kept["repaired"] > 0.6 * kept["raw"]  # both are below zero
 
 
+def test_optimizer_forgets_what_it_knew_of_corrected_weights_and_nothing_else() -> None:
+    states = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, module: Net, batch: Any, batch_idx: int) -> None:
+            if trainer.current_epoch == 1 and batch_idx == 0:
+                known = {id(p) for p in trainer.optimizers[0].state}
+                states.append({name for name, p in module.named_parameters() if id(p) in known})
+
+    for repair in (None, Repair(samples=128, bn_samples=0)):
+        prune = Uniform({"body.4": 8}, repair=repair, schedule=Schedule(start=1), verbose=False)
+        trainer(prune, Look()).fit(Net(), *digits())
+    every = {name for name, _ in Net().named_parameters()}
+    assert states[0] == every
+    assert "body.7.weight" not in states[1]  # reads what was cut
+    assert {"head.weight", "body.0.weight"} <= states[1]
+
+
 def test_repair_of_masks_is_refused() -> None:
     with pytest.raises(ValueError, match='repair corrects what a cut leaves: it needs physical="immediate"'):
         Uniform(0.5, repair=Repair(), schedule=Schedule(physical="at_end"))
