@@ -15,6 +15,7 @@ from lightning_eff.pruning.random_channel import (
     sample_configs,
 )
 from lightning_eff.pruning.random_channel.callback import RandomChannelPruningCallback, Search
+from lightning_eff.pruning.random_channel.scratch import ScratchResult, search_from_scratch
 from lightning_eff.pruning.repair import Repair
 from lightning_eff.pruning.report import PruneReport, Scores
 from lightning_eff.pruning.samples import Samples
@@ -48,6 +49,7 @@ __all__ = [
     "Schedule",
     "Scores",
     "Scoring",
+    "ScratchResult",
     "Search",
     "SearchResult",
     "ShapleyPruningCallback",
@@ -62,5 +64,6 @@ __all__ = [
     "random_search",
     "register_criterion",
     "sample_configs",
+    "search_from_scratch",
     "share_figure",
 ]

@@ -34,7 +34,7 @@ from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Sche
 from lightning_eff.pruning.trainer_data import NO_VALIDATION, TrainerData, silent_loggers
 from lightning_eff.pruning.values import Value, value_function
 from lightning_eff.surgery import ChannelGraph, PruningPlan, Trial, measure_latency, prunable
-from lightning_eff.surgery.in_trainer import apply_plan_in_trainer, refuse_unsupported
+from lightning_eff.surgery.in_trainer import apply_plan_in_trainer, load_in_trainer, refuse_unsupported
 from lightning_eff.surgery.state import untouched_generators
 from lightning_eff.surgery.structure import averaged_models, is_prunable, structure_of, unprunable
 
@@ -238,7 +238,7 @@ class StructuredPruningCallback(Callback):
                 trainer, pl_module, named, self._example, graph=graph, submodule=self.layers.submodule
             )
             if state:
-                self._load(trainer, pl_module, state)
+                load_in_trainer(trainer, pl_module, state, submodule=self.layers.submodule)
             self._graph = cut.graph
             self.plan = named if self.plan is None else self.plan.compose(named)
         else:
@@ -282,14 +282,6 @@ class StructuredPruningCallback(Callback):
         curves = {name: one.curve for name, one in scores.items() if one.curve is not None}
         config = self._masks.cap(self._counts.after_scores(graph, self._record.dense, step, reckoned, values, curves))
         return Decision(best_channels(graph, scores, values, config), scores)
-
-    def _load(self, trainer: Trainer, pl_module: LightningModule, state: Mapping[str, Tensor]) -> None:
-        """Take on corrected weights; what optimizers remember of the old ones would lead the first steps astray."""
-        for module in (pl_module, *averaged_models(trainer)):
-            self._model(module).load_state_dict(state, strict=False)
-        for name, parameter in self._model(pl_module).named_parameters():
-            for optimizer in trainer.optimizers if name in state else ():
-                optimizer.state.pop(parameter, None)
 
     def _repaired(
         self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph, plan: PruningPlan

@@ -5,12 +5,14 @@ The only file of this room that touches Lightning's strategies, two of their pri
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_eff.surgery.cut import Cut, apply_plan
@@ -62,6 +64,20 @@ def apply_plan_in_trainer(
     )
     _rewrap(trainer, pl_module)
     return cut
+
+
+def load_in_trainer(
+    trainer: Trainer, pl_module: LightningModule, state: Mapping[str, Tensor], *, submodule: str = ""
+) -> None:
+    """Take on corrected tensors of a smaller network, averaged models too.
+
+    What optimizers remember of the old weights would lead their first steps astray, so it is forgotten.
+    """
+    for module in (pl_module, *averaged_models(trainer)):
+        module.get_submodule(submodule).load_state_dict(state, strict=False)
+    for name, parameter in pl_module.get_submodule(submodule).named_parameters():
+        for optimizer in trainer.optimizers if name in state else ():
+            optimizer.state.pop(parameter, None)
 
 
 def _rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
