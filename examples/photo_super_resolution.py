@@ -1,10 +1,10 @@
 """Prune a super-resolution network by the PSNR that its own validation logs: photographs, no classes, no BatchNorm.
 
 A small network in the manner of EDSR (residual blocks, PixelShuffle) learns to double the resolution from random crops
-of one of scikit-learn's two photographs. Half of its multiply-adds are removed by random channel search; the left half
-of the other photograph chooses the candidate, the right half is only looked at in the end.
+of one of scikit-learn's two photographs. Three quarters of its multiply-adds are removed by random channel search; the
+left half of the other photograph chooses the candidate, the right half is only looked at in the end.
 
-Run: python examples/photo_super_resolution.py           (about 5 minutes on one core)
+Run: python examples/photo_super_resolution.py           (about 3 minutes on one core)
      python examples/photo_super_resolution.py --fast    (few crops, candidates and blocks, to see that it works)
 """
 
@@ -98,14 +98,20 @@ def photograph(number: int) -> tuple[Tensor, Tensor]:
 
 
 def crops(count: int) -> TensorDataset:
-    """Random crops of the first photograph, half of them mirrored."""
+    """Random crops of the first photograph in all eight orientations, with their colours exchanged at random."""
     small, large = photograph(0)
     generator = torch.Generator().manual_seed(0)
     pairs = []
     for number in range(count):
         y, x = (int(torch.randint(side - CROP + 1, (), generator=generator)) for side in small.shape[2:])
-        pair = [image[0, :, k * y : k * (y + CROP), k * x : k * (x + CROP)] for k, image in ((1, small), (2, large))]
-        pairs.append([image.flip(2) if number % 2 else image for image in pair])
+        colours = torch.randperm(3, generator=generator)
+        pair = [
+            image[0, colours, k * y : k * (y + CROP), k * x : k * (x + CROP)]
+            for k, image in enumerate((small, large), 1)
+        ]
+        if number % 2:
+            pair = [image.flip(2) for image in pair]
+        pairs.append([image.rot90(number // 2, (1, 2)) for image in pair])
     return TensorDataset(*map(torch.stack, zip(*pairs, strict=True)))
 
 
@@ -124,6 +130,18 @@ def fit(net: nn.Module, loaders: list[DataLoader], epochs: int, lr: float, *call
     return net
 
 
+def draw(networks: dict[str, Any], small: Tensor, large: Tensor, path: Path) -> None:
+    """Save a part of the photograph as each network gives it, beside the photograph itself."""
+    figure, axes = new_figure(1, len(networks) + 1, width=2.4 * (len(networks) + 1), height=2.9)
+    with torch.no_grad():
+        images = {name: net(small).clamp(0, 1) for name, net in networks.items()}
+    for axis, (name, image) in zip(axes[0], {**images, "photograph": large}.items(), strict=True):
+        axis.imshow(image[0, :, 150:270, 20:140].permute(1, 2, 0))
+        axis.set_title(f"{name}: {float(psnr_of_each(image, large)):.2f} dB" if name in images else name)
+        axis.set_axis_off()
+    save_figure(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true")
@@ -139,11 +157,11 @@ def main() -> None:
         with torch.no_grad():
             return float(psnr_of_each(net(test_small), test_large))
 
-    epochs, tuning = (1, 1) if args.fast else (5, 2)
-    dense = fit(SmallEDSR(32, 1 if args.fast else 4), loaders, epochs, 2e-3)
+    L.seed_everything(0, verbose=False)
+    dense = fit(SmallEDSR(32, 1 if args.fast else 4), loaders, 1 if args.fast else 3, 2e-3)
     graph = ChannelGraph.from_model(dense, torch.rand(2, 3, CROP, CROP))
     whole = round(graph.macs().item())
-    further = fit(copy.deepcopy(dense), loaders, tuning, 5e-4)
+    further = fit(copy.deepcopy(dense), loaders, 1, 5e-4)
     rows = [("bicubic", None, None, psnr(bicubic), None), ("dense", whole, 1.0, psnr(dense), psnr(further))]
 
     uniform = Search(sampler="uniform", top_k=1, monitor="val/psnr", mode="max")
@@ -155,7 +173,7 @@ def main() -> None:
     }
     for title, (search, repair) in ways.items():
         prune = RandomChannelPruningCallback(
-            0.5,
+            0.75,
             search=search,
             repair=repair,
             layers=Layers(submodule="net", coupled="all"),  # the residual stream as well
@@ -164,31 +182,22 @@ def main() -> None:
             dirpath=args.dirpath if search is random else None,
             verbose=search is random,
         )
-        smaller = fit(copy.deepcopy(dense), loaders, tuning, 5e-4, prune)
+        smaller = fit(copy.deepcopy(dense), loaders, 1, 5e-4, prune)
         cut = copy.deepcopy(dense)
         prune.search.apply(cut, graph)  # what the search found, before any training
         macs = prune.search.best.macs
         rows.append((title, macs, macs / whole, psnr(cut), psnr(smaller)))
 
     columns = ["network", Column("MACs", ","), Column("MACs kept", ".1%")]
-    columns += [Column("PSNR", ".2f"), Column("PSNR, trained on", ".2f")]
-    caption = (
-        f"PSNR in dB on the right half of the other photograph; MACs of a {CROP} x {CROP} crop; {tuning} epochs more."
-    )
+    columns += [Column("PSNR", ".2f"), Column("PSNR, one more epoch", ".2f")]
+    caption = f"PSNR in dB on the right half of the other photograph; MACs of a {CROP} x {CROP} crop."
     table = Table("Double resolution", columns, rows, caption)
     table.print()
     table.save(args.dirpath / "psnr.json")
     table.save(args.dirpath / "psnr.md")
 
-    with torch.no_grad():
-        shown = {"bicubic": bicubic, "dense": dense, "pruned, repaired": cut, "pruned, trained on": smaller}
-        images = {name: net(test_small).clamp(0, 1) for name, net in shown.items()}
-    figure, axes = new_figure(1, 5, width=12, height=2.9)
-    for axis, (name, image) in zip(axes[0], {**images, "photograph": test_large}.items(), strict=True):
-        axis.imshow(image[0, :, 150:270, 20:140].permute(1, 2, 0))
-        axis.set_title(name if name == "photograph" else f"{name}: {float(psnr_of_each(image, test_large)):.2f} dB")
-        axis.set_axis_off()
-    save_figure(figure, args.dirpath / "crops.png")
+    shown = {"bicubic": bicubic, "dense": dense, "pruned": cut, "one more epoch": smaller}
+    draw(shown, test_small, test_large, args.dirpath / "crops.png")
 
 
 if __name__ == "__main__":
