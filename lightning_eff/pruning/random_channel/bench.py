@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite, nan
@@ -15,7 +16,7 @@ from lightning_eff.batch import SplitBatch, split_batch
 from lightning_eff.pruning.repair import Moments, Repair, collect_moments
 from lightning_eff.pruning.repair import repair as repair_weights
 from lightning_eff.surgery import ChannelGraph, PruningPlan
-from lightning_eff.surgery.state import quiet_model
+from lightning_eff.surgery.state import channels_last_weights, quiet_model
 from lightning_eff.surgery.trial import Trial
 
 ScoreFunction = Callable[[nn.Module], float]
@@ -64,19 +65,24 @@ class Bench:
         self.taken = moments or take_moments(model, graph, batches, repair, split, seed, final=final)
         rankings = {name: s.sort(descending=True, stable=True).indices for name, s in scores.items()}
         self.moments = None if self.taken is None else self.taken.nested(rankings)
+        self._told = self.taken is not None  # that there are few samples: once a search will do
 
     def repaired(self, config: Mapping[str, int]) -> tuple[Trial, float]:
         """Cut to a configuration on trial and repair: the closed trial, and its mean relative error (NaN for none)."""
         trial = Trial(self.model, self.graph, PruningPlan.from_scores(self.graph, self.scores, config))
-        errors = repair_weights(
-            trial,
-            self.batches,
-            self.repair,
-            moments=self.moments,
-            split=self.split,
-            final=self.final,
-            seed=self.seed,
-        )
+        with warnings.catch_warnings():
+            if self._told:
+                warnings.filterwarnings("ignore", message="fewer calibration rows")
+            errors = repair_weights(
+                trial,
+                self.batches,
+                self.repair,
+                moments=self.moments,
+                split=self.split,
+                final=self.final,
+                seed=self.seed,
+            )
+        self._told = True
         return trial, fmean(errors.values()) if errors else nan
 
     def score(self, trial: Trial, score_fn: ScoreFunction) -> float:
@@ -87,7 +93,7 @@ class Bench:
 
 def judged(model: nn.Module, score_fn: ScoreFunction) -> float:
     """Return what ``score_fn`` says of the network in evaluation mode; NaN for whatever is no finite number."""
-    with quiet_model(model), torch.no_grad():
+    with quiet_model(model), channels_last_weights(model), torch.no_grad():
         score = float(score_fn(model))
     return score if isfinite(score) else nan
 
