@@ -45,6 +45,7 @@ class Bench:
         seed: of the repair.
         final: repair for what is kept, where ``repair`` makes a difference.
         moments: taken before, to share them between several benches; by default taken here where they are needed.
+        nested: factor the moments once for all candidates; no gain where there is only one.
     """
 
     def __init__(
@@ -59,12 +60,13 @@ class Bench:
         *,
         final: bool = False,
         moments: Moments | None = None,
+        nested: bool = True,
     ) -> None:
         self.model, self.graph, self.scores, self.batches = model, graph, scores, batches
         self.repair, self.split, self.seed, self.final = repair, split, seed, final
         self.taken = moments or take_moments(model, graph, batches, repair, split, seed, final=final)
         rankings = {name: s.sort(descending=True, stable=True).indices for name, s in scores.items()}
-        self.moments = None if self.taken is None else self.taken.nested(rankings)
+        self.moments = self.taken.nested(rankings) if self.taken is not None and nested else self.taken
         self._told = self.taken is not None  # that there are few samples: once a search will do
 
     def repaired(self, config: Mapping[str, int]) -> tuple[Trial, float]:

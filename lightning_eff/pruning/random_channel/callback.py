@@ -22,7 +22,7 @@ from lightning_eff.pruning.decision import Decision
 from lightning_eff.pruning.memory import function_bytes
 from lightning_eff.pruning.random_channel.candidates import Candidates
 from lightning_eff.pruning.random_channel.sampling import sample_configs
-from lightning_eff.pruning.random_channel.search import Processes, random_search
+from lightning_eff.pruning.random_channel.search import Processes, SearchResult, random_search
 from lightning_eff.pruning.repair import Repair
 from lightning_eff.pruning.report import Scores
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule, check_choices
@@ -105,7 +105,8 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         seed: of everything random; the global generators are never touched.
         verbose: print progress and the report.
 
-    After the search, ``search`` holds the candidates of the last step.
+    After the search, ``search`` holds the candidates of the last step, and the plan and weights of the best one; in a
+    resumed run that does not search again the candidates only.
 
     Raises:
         ValueError: a setting lies outside its range, or does not go with a search.
@@ -152,7 +153,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
 
     def _reset(self) -> None:
         super()._reset()
-        self.search: Candidates | None = None
+        self.search: SearchResult | Candidates | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse training steps that do not say what the loss is where it is needed, before any work."""
@@ -257,7 +258,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         if self.verbose:
             self.search.summary(name).print()
         if self.dirpath is not None:
-            self.search.save(self.dirpath)
+            self.search.save(self.dirpath, name)
 
     def _log(self, pl_module: LightningModule) -> None:
         super()._log(pl_module)

@@ -205,15 +205,15 @@ class Candidates:
 
         return ratio_figure(self, count)
 
-    def save(self, directory: str | Path) -> list[Path]:
+    def save(self, directory: str | Path, score_name: str = "score") -> list[Path]:
         """Write ``candidates.csv``, ``search.csv`` and ``search.md``, ``candidates.png`` and ``ratios.png``."""
         from lightning_eff.reporting import save_figure
 
         directory = Path(directory)
         return [
             self.to_csv(directory / "candidates.csv"),
-            self.summary().save(directory / "search.csv"),
-            self.summary().save(directory / "search.md"),
+            self.summary(score_name).save(directory / "search.csv"),
+            self.summary(score_name).save(directory / "search.md"),
             save_figure(self.figure(), directory / "candidates.png"),
             save_figure(self.ratio_figure(), directory / "ratios.png"),
         ]

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from lightning_eff.batch import SplitBatch, split_batch
-from lightning_eff.pruning.criteria import Criterion, check_needs, importance
+from lightning_eff.pruning.criteria import Criterion, Random, check_needs, importance, resolve_criterion
 from lightning_eff.pruning.random_channel.bench import Bench, ScoreFunction, judged, take_moments
 from lightning_eff.pruning.random_channel.candidates import Mode
 from lightning_eff.pruning.random_channel.sampling import config_of
@@ -105,13 +106,16 @@ class ComparisonReport:
         means = self.scores[:, self.usable].mean(1)
         return [self.criteria[k] for k in means.argsort(descending=self.mode == "max", stable=True).tolist()]
 
-    def difference(self, criterion: str, reference: str, *, after: bool | None = None) -> PairedDifference:
+    def difference(
+        self, criterion: str, reference: str, *, after: bool | None = None, level: float = 0.95
+    ) -> PairedDifference:
         """Compare two criteria.
 
         Args:
             criterion: the one.
             reference: the other; differences are ``criterion - reference``.
             after: take scores after fine-tuning; None takes those that decide.
+            level: of the interval.
 
         Raises:
             ValueError: a criterion that is not in the report, or there was no fine-tuning.
@@ -121,7 +125,7 @@ class ComparisonReport:
             raise ValueError("there are no scores after fine-tuning: pass fine_tune to compare_criteria")
         one, other = (scores[self._row(name), self.usable] for name in (criterion, reference))
         gain = one - other
-        low, high = bootstrap_interval(gain)
+        low, high = bootstrap_interval(gain, level)
         better = gain if self.mode == "max" else -gain
         wins = float(((better > 0).double() + (better == 0).double() / 2).mean())
         return PairedDifference(criterion, reference, float(gain.mean()), low, high, wins)
@@ -133,23 +137,31 @@ class ComparisonReport:
 
     @property
     def verdict(self) -> str:
-        """Which criterion wins, or that none does clearly, and which are better than ``random``."""
+        """Which criterion wins, or that none does clearly, and which are better than ``random``.
+
+        The first is picked out of all after looking, so its interval is as wide as so many comparisons ask for
+        (Bonferroni), and so are those against ``random``.
+        """
         if len(self.criteria) == 1:
             return f"Only {self.criteria[0]} was tried."
         first, second = self.order[:2]
-        pair = self.difference(first, second)
-        numbers = f"{pair.mean:+.4f}, 95 % interval {pair.low:+.4f} to {pair.high:+.4f}, {_count(self)}"
+        pair = self.difference(first, second, level=self._level)
+        numbers = f"{pair.mean:+.4f}, interval {pair.low:+.4f} to {pair.high:+.4f}, {_count(self)}"
         if pair.contains_zero:
             found = f"No clear winner: {first} and {second} come first and cannot be told apart ({numbers})."
         else:
-            found = f"{first} is better than {second}, the next best ({numbers})."
+            found = f"{first} is better than {second}, the next best, on this network ({numbers})."
         return found + self._against_chance()
+
+    @property
+    def _level(self) -> float:
+        return 1 - 0.05 / max(1, len(self.criteria) - 1)
 
     def _against_chance(self) -> str:
         if CONTROL not in self.criteria:
             return ""
         ahead = self.order[: self.order.index(CONTROL)]
-        sure = [name for name in ahead if not self.difference(name, CONTROL).contains_zero]
+        sure = [name for name in ahead if not self.difference(name, CONTROL, level=self._level).contains_zero]
         return f" Better than {CONTROL}: {', '.join(sure) or 'none for sure'}."
 
     def summary(self) -> Table:
@@ -215,14 +227,18 @@ class ComparisonReport:
         """Write ``criteria``, ``paired`` and ``scores`` as CSV and Markdown, and ``criteria.png``."""
         directory = Path(directory)
         tables = {"criteria": self.summary(), "paired": self.paired(), "scores": self.scores_table()}
-        written = [t.save(directory / f"{stem}.{suffix}") for stem, t in tables.items() for suffix in ("csv", "md")]
+        written = [
+            table.save(directory / f"{stem}.{suffix}") for stem, table in tables.items() for suffix in ("csv", "md")
+        ]
         return [*written, save_figure(self.figure(), directory / "criteria.png")]
 
 
 def bootstrap_interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of ``values`` ``[N]``: 10,000 resamples, always the same ones.
+    """Bootstrap interval of the mean of ``values`` ``[N]``: 10,000 resamples, always the same ones.
 
-    Values that are all equal give an interval of length zero, a single value one from minus to plus infinity.
+    The percentile interval, expanded about the mean by ``t(N - 1) / z * sqrt(N / (N - 1))``, without which it is too
+    narrow for few values (T. Hesterberg, What Teachers Should Know About the Bootstrap, 2015). Values that are all
+    equal give an interval of length zero, a single value one from minus to plus infinity.
     """
     if bool((values == values[0]).all()) and len(values) > 1:
         return float(values[0]), float(values[0])
@@ -232,7 +248,9 @@ def bootstrap_interval(values: Tensor, level: float = 0.95) -> tuple[float, floa
     drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
     means = values.double()[drawn].mean(1)
     low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return low, high
+    n, centre = len(values), float(values.double().mean())
+    wider = stats.t.ppf((1 + level) / 2, n - 1) / stats.norm.ppf((1 + level) / 2) * math.sqrt(n / (n - 1))
+    return centre + wider * (low - centre), centre + wider * (high - centre)
 
 
 def compare_criteria(
@@ -259,7 +277,7 @@ def compare_criteria(
         model: the trained network.
         graph: its channel graph.
         criteria: names, or criteria by the name they shall have in the report. With ``"random"`` among them, all are
-            compared with chance.
+            compared with chance, which draws channels anew for every configuration.
         configs: channel counts ``[N, G]`` of :func:`sample_configs`; ten or more give intervals worth looking at.
         batches: calibration batches on the model's device.
         score_fn: ``model -> score``; called in evaluation mode without gradients.
@@ -296,6 +314,9 @@ def compare_criteria(
             seconds.append(time.perf_counter() - start)
             bench = Bench(model, graph, scores, batches, repair, split, seed, moments=moments)
             for i, row in enumerate(configs):
+                if i and _is_chance(criterion):
+                    scores = importance(model, graph, criterion, seed=seed + i)
+                    bench = Bench(model, graph, scores, batches, repair, split, seed, moments=moments, nested=False)
                 trial, error = bench.repaired(config_of(graph, row))
                 before[k, i], errors[k, i] = bench.score(trial, score_fn), error
                 if fine_tune is not None:
@@ -310,6 +331,12 @@ def compare_criteria(
         raise ValueError("no configuration has a finite score for every criterion: look at score_fn and fine_tune")
     macs = graph.macs(configs) / graph.macs()
     return ComparisonReport(list(named), before, trained, errors, seconds, configs, mode, dense_score, macs)
+
+
+def _is_chance(criterion: str | Criterion) -> bool:
+    """Whether channels are drawn by lot: then anew for every configuration, or one lucky draw would stand for all."""
+    found = resolve_criterion(criterion)
+    return isinstance(found, Random) and (isinstance(criterion, str) or found.seed is None)
 
 
 def _usable(before: Tensor, after: Tensor | None) -> Tensor:

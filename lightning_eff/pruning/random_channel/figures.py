@@ -128,6 +128,7 @@ def ratio_figure(found: Candidates, count: int = 10) -> Figure:
         bar = figure.colorbar(ScalarMappable(norm, colour), ax=axis, pad=0.02)
         bar.set_label(f"score, best {len(top)}", size=9)
         bar.ax.tick_params(labelsize=_SMALL)
+        bar.ax.ticklabel_format(axis="y", useOffset=False)
         bar.outline.set_visible(False)
     axis.legend(loc="lower left", frameon=True, framealpha=0.9, edgecolor="none", fontsize=_SMALL, ncols=2)
     return figure
