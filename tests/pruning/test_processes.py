@@ -138,6 +138,8 @@ def fast(path: Path, tmp_path: Path) -> Path:
                 calibration={**options.get("calibration", {}), "samples": 64},
                 estimator={"class_path": "PermutationShapley", "init_args": {"walks": 2, "depth": "matched"}},
             )
+        if callback["class_path"] == "RandomChannelPruningCallback":
+            options["search"].update(candidates=5, top_k=2)
         config["trainer"]["default_root_dir"] = str(tmp_path / "root")
         if "dirpath" in options:
             options["dirpath"] = str(tmp_path / "run")
