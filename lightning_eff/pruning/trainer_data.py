@@ -104,10 +104,20 @@ class TrainerData:
         """
         loader, limit = self._loader("val")
         if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+            share = length_of(loader)
             loader = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
+            if limit is not None and share is not None:  # the limit counts batches of one process
+                limit = None if limit >= share else limit * self._trainer.world_size
         steps = length_of(loader)
+        if steps is not None and limit is not None:
+            steps = min(steps, limit)
         if isinstance(most, float):
             most = 1 if steps is None else max(1, math.ceil(most * steps))
+        several = self._trainer.val_dataloaders
+        if isinstance(several, list | tuple | dict) and len(several) > 1:
+            note = f"Candidates are judged on the first of {len(several)} validation loaders."
+            if note not in self._notes:
+                self._notes.append(note)
         return list(self._on_device(loader, min((n for n in (limit, most) if n is not None), default=None)))
 
     def extent(self) -> tuple[int | None, int | None]:

@@ -5,8 +5,8 @@ Both print as what they depend on, data included, so that one score can be told 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class ValidationScore:
                 "judge by the loss of training_step"
             )
         self._pl_module = pl_module
-        self._monitor = monitor
+        self._monitor = monitor.removesuffix("/dataloader_idx_0")  # Lightning's name where there are several loaders
         self._batches = batches
         self._autocast = autocast
         self._name = f"ValidationScore({monitor!r}, {digest(batches)})"
@@ -60,17 +60,22 @@ class ValidationScore:
     def __call__(self, model: nn.Module | None = None) -> float:
         """Return the value for the module as it is now."""
         logged = _Logged()
-        with borrowed(self._pl_module), torch.no_grad(), self._autocast():
-            vars(self._pl_module).update(log=logged.log, log_dict=logged.log_dict)  # borrowed takes them back
-            for metric in self._pl_module.modules():
+        module = self._pl_module
+        with borrowed(module), _validating(module), torch.no_grad(), self._autocast():
+            vars(module).update(log=logged.log, log_dict=logged.log_dict)  # borrowed takes them back
+            for metric in module.modules():
                 if isinstance(metric, Metric):
                     metric.reset()
                     metric.sync_on_compute = False  # every process validates by itself
-            self._pl_module.on_validation_epoch_start()
+            module.on_validation_start()
+            module.on_validation_epoch_start()
             for number, batch in enumerate(self._batches):
                 logged.batch = batch
-                self._pl_module.validation_step(*self._arguments(batch, number))
-            self._pl_module.on_validation_epoch_end()
+                module.on_validation_batch_start(batch, number, 0)
+                output = module.validation_step(*self._arguments(batch, number))
+                module.on_validation_batch_end(output, batch, number, 0)
+            module.on_validation_epoch_end()
+            module.on_validation_end()
             return logged.value(self._monitor)
 
     def _arguments(self, batch: Any, number: int) -> tuple[Any, ...]:
@@ -113,8 +118,13 @@ class _Logged:
         self.batch: Any = None
         self._sums: dict[str, tuple[float, float]] = {}
         self._metrics: dict[str, Metric] = {}
+        self._refused: set[str] = set()
 
-    def log(self, name: str, value: Any, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
+    def log(
+        self, name: str, value: Any, *args: Any, reduce_fx: Any = "mean", batch_size: int | None = None, **kwargs: Any
+    ) -> None:
+        if reduce_fx not in ("mean", torch.mean):
+            self._refused.add(name)
         if isinstance(value, Metric):
             self._metrics[name] = value
             return
@@ -128,6 +138,10 @@ class _Logged:
             self.log(name, value, **kwargs)
 
     def value(self, name: str) -> float:
+        if name not in {*self._sums, *self._metrics}:
+            name = name.removesuffix("_epoch")  # Lightning's name where a value is logged on steps too
+        if name in self._refused:
+            raise ValueError(f"{name!r} is logged with another reduce_fx than the mean: monitor a mean or a metric")
         if name in self._metrics:
             return float(self._metrics[name].compute())
         if name not in self._sums:
@@ -135,6 +149,21 @@ class _Logged:
             raise ValueError(f"validation does not log {name!r}; it logs {known}")
         total, count = self._sums[name]
         return total / count
+
+
+@contextmanager
+def _validating(pl_module: LightningModule) -> Iterator[None]:
+    """Let ``trainer.validating`` be true where there is a Trainer."""
+    trainer = pl_module._trainer
+    if trainer is None:
+        yield
+        return
+    stage = trainer.state.stage
+    trainer.validating = True
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
 
 
 def _samples(batch: Any) -> int:

@@ -67,7 +67,7 @@ def resolve_criterion(criterion: str | Criterion, *, split: SplitBatch = split_b
             names = ", ".join(map(repr, sorted(CRITERIA)))
             raise ValueError(
                 f"criterion must be one of {names} or a callable (model, graph, batches, loss_fn) -> scores of each "
-                f"group, got {criterion!r}"
+                f"group (in YAML the class_path of a class with __call__), got {criterion!r}"
             )
         found = CRITERIA[criterion]
     if isinstance(found, type):

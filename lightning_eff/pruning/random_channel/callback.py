@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.callback import StructuredPruningCallback
-from lightning_eff.pruning.criteria import Criterion, needs
+from lightning_eff.pruning.criteria import Criterion, importance, needs
 from lightning_eff.pruning.decision import Decision
 from lightning_eff.pruning.memory import function_bytes
 from lightning_eff.pruning.random_channel.candidates import Candidates
@@ -39,12 +39,13 @@ class Search:
 
     Attributes:
         candidates: number of configurations, >= 1, the uniform one among them.
-        sampler: ``"power"``, ``"rejection"``, ``"uniform"``, or a list of configurations (channels kept by layer);
-            see :func:`sample_configs`.
+        sampler: ``"power"``, ``"rejection"``, ``"uniform"``, or a list of configurations (channels kept by layer),
+            which are tried whatever they cost; see :func:`sample_configs`.
         min_ratio: smallest keep ratio drawn, in (0, 1).
         tolerance: largest distance from the budget as a fraction of the dense cost, > 0.
         top_k: candidates that are repaired and judged once more, on the whole validation set; 0 for none.
-        score_batches: validation batches that all candidates are judged on: a number, or a fraction of them.
+        score_batches: validation batches that all candidates are judged on: a number, or a fraction of them. Of
+            several validation loaders the first counts.
         monitor: name that ``validation_step`` logs; None judges by the loss of ``training_step``.
         mode: whether the ``"min"`` or the ``"max"`` of it is best.
         on_error: ``"skip"`` goes on where a candidate's repair or evaluation fails, and tells so in the report.
@@ -101,7 +102,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         repair: how the remaining weights are corrected, of candidates and of what is kept.
         plan: path of a plan to follow instead of searching.
         dirpath: where candidates (``candidates.csv``), figures, plan, report and the final weights are written. A
-            search that was interrupted goes on from there.
+            search that was interrupted goes on from ``search/`` in it.
         seed: of everything random; the global generators are never touched.
         verbose: print progress and the report.
 
@@ -167,7 +168,9 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         super().on_train_start(trainer, pl_module)
         if self._graph is None or self.given_plan is not None or self._steps_done >= self.schedule.steps:
             return
-        self._draw(self._graph, self.schedule.steps - 1, 1)
+        self._draw(self._graph, self.schedule.steps - 1, 2)
+        if isinstance(self.criterion, str) and not any(needs(self.criterion)):
+            importance(self._model(pl_module), self._graph, self.criterion)
         if self.settings.monitor is not None:
             self._validation(trainer, pl_module, self._data(trainer, pl_module).whole_validation(1))()
 

@@ -156,17 +156,21 @@ def random_search(
         Candidate(number, config_of(graph, row), macs[number], params[number], nan, nan, 0.0)
         for number, row in enumerate(configs)
     ]
-    settings = (configs.tolist(), graph.sizes, described(criterion), repair, recalibrate, top_k, seed, mode)
-    told = (*settings, *(described(f) for f in (score_fn, final_score_fn, loss_fn)))
+    judges = {"ranked": score_fn, "final": final_score_fn or score_fn}
+    dense_scores = {stage: judged(model, judges[stage]) for stage in ("ranked", "final")[: 1 + bool(top_k)]}
+    scores = importance(model, graph, criterion, batches, loss_fn, split=split, seed=seed)
+    told = (
+        (configs.tolist(), graph.sizes, repair, recalibrate, top_k, seed, mode),
+        {name: values.argsort(descending=True, stable=True).tolist() for name, values in scores.items()},
+        {stage: f"{score:.4g}" for stage, score in dense_scores.items()},  # functions of one name differ here
+        [described(judge) for judge in judges.values()],
+    )
     known = Journal(
         journal,
         "" if journal is None else fingerprint(model, Samples([[split(batch) for batch in batches]]), told),
         graph.prunable,
         processes.rank,
     )
-    judges = {"ranked": score_fn, "final": final_score_fn or score_fn}
-    dense_scores = {stage: judged(model, judges[stage]) for stage in ("ranked", "final")[: 1 + bool(top_k)]}
-    scores = importance(model, graph, criterion, batches, loss_fn, split=split, seed=seed)
     ranking = Bench(model, graph, scores, batches, ranking_repair(repair, recalibrate), split, seed)
     finalists: list[Candidate] = []
     with progress("random search", len(waiting) + top_k, enabled=show_progress, unit="candidates") as bar:

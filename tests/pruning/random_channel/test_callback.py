@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_eff.batch import BatchKeys
+from lightning_eff.models import ImageClassifier
 from lightning_eff.pruning import (
     Allocation,
     Calibration,
@@ -126,6 +127,68 @@ def test_loss_is_averaged_over_samples_not_batches() -> None:
     batches = [(torch.randn(n, 1, 8, 8), torch.randint(0, 10, (n,))) for n in (7, 1)]
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert ValidationScore(model, "val_loss", batches)() == pytest.approx(F.cross_entropy(model(x), y).item(), abs=1e-5)
+
+
+def test_every_hook_of_validation_is_called_and_the_trainer_says_it_validates() -> None:
+    class Collecting(Net):
+        """Clears in on_validation_start, collects in on_validation_batch_end."""
+
+        def on_validation_start(self) -> None:
+            self.right: list[Tensor] = []
+
+        def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            assert self.trainer.validating or self.trainer.sanity_checking
+            return (self(batch[0]).argmax(1) == batch[1]).float()
+
+        def on_validation_batch_end(self, outputs: Tensor, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.right.append(outputs)
+
+        def on_validation_epoch_end(self) -> None:
+            self.log("val_acc", torch.cat(self.right).mean())
+
+    model = Collecting()
+    prune = callback(search=Search(candidates=4, top_k=1, score_batches=1.0, monitor="val_acc", mode="max"))
+    fitted(prune, model)
+    plain = callback(search=Search(candidates=4, top_k=1, score_batches=1.0, monitor="val_acc", mode="max"))
+    fitted(plain, Judged())
+    scores = [[round(c.score, 6) for c in one.search.candidates] for one in (prune, plain)]
+    assert scores[0] == scores[1]
+
+
+def test_only_means_can_be_monitored() -> None:
+    class Summing(Net):
+        def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+            self.log("right", (self(batch[0]).argmax(1) == batch[1]).sum().float(), reduce_fx="sum")
+            self.log("loss", F.cross_entropy(self(batch[0]), batch[1]), on_step=True, on_epoch=True)
+
+    batches = list(digits()[1])
+    with pytest.raises(ValueError, match="'right' is logged with another reduce_fx than the mean"):
+        ValidationScore(Summing(), "right", batches)()
+    assert ValidationScore(Summing(), "loss_epoch", batches)() == ValidationScore(Summing(), "loss", batches)()
+
+
+def test_first_of_several_validation_loaders_judges_and_the_report_says_so() -> None:
+    class Two(Net):
+        def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    train, val = digits()
+    prune = callback(search=Search(candidates=2, top_k=0, monitor="val_loss/dataloader_idx_0"))
+    trainer(prune).fit(Two(), train, [val, train])
+    assert "Candidates are judged on the first of 2 validation loaders." in prune.report.notes
+
+
+def test_impossible_draws_and_missing_norms_are_told_before_training() -> None:
+    search = Search(sampler="rejection", min_ratio=0.98, monitor="val_loss")
+    model = torch.nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+    for options, message in (
+        ({"search": search}, 'use sampler="power"'),
+        ({"criterion": "bn_scale"}, "norm"),
+    ):
+        prune = callback(schedule=Schedule(start=1), **options)
+        with pytest.raises(ValueError, match=message):
+            fitted(prune, ImageClassifier(model) if "criterion" in options else Net())
+        assert prune._steps_done == 0
 
 
 def test_unknown_monitor_lists_what_is_logged_before_training_begins() -> None:
@@ -240,7 +303,9 @@ def test_criteria_take_the_modules_own_training_step_as_loss(criterion: str) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a network that has learnt nothing yet
         fitted(prune, max_epochs=1)
-    assert set(prune.report.scores) <= {"body.0", "body.4", "body.7"}
+    scored = set(prune.report.scores)
+    assert scored
+    assert scored <= {"body.0", "body.4", "body.7"}
 
 
 class DictNet(Net):
@@ -372,10 +437,20 @@ model = Net()
 prune = RandomChannelPruningCallback(
     0.5, search=Search(5, top_k=2, score_batches=2, monitor="val_loss"), repair=Repair(samples=128, bn_samples=128),
     schedule=Schedule(start=1), verbose=False, dirpath="out")
+class Look(pl.Callback):
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1:
+            module.eval()
+            x, y = digits()[1].dataset.tensors
+            with torch.no_grad():
+                self.whole = float(torch.nn.functional.cross_entropy(module(x), y))
+            module.train()
+look = Look()
 trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False,
-    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[prune])
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[look, prune])
 trainer.fit(model, *digits())
-found = {{"plan": prune.plan.to_dict(), "weights": model.state_dict(), "search": prune.search.to_dict()}}
+found = {{"plan": prune.plan.to_dict(), "weights": model.state_dict(), "search": prune.search.to_dict(),
+          "dense": prune.search.dense_scores["final"], "whole": look.whole}}
 torch.save(found, f"rank{{trainer.global_rank}}.pt")
 """
 
@@ -386,6 +461,7 @@ def test_two_processes_share_the_candidates_and_end_with_one_network(tmp_path: P
     assert first["plan"] == second["plan"]
     assert first["search"]["candidates"] == second["search"]["candidates"]
     assert [c["number"] for c in first["search"]["candidates"][:5]] == list(range(5))
+    assert first["dense"] == pytest.approx(first["whole"], abs=1e-5)  # on all of the validation data, in each process
     for key, value in first["weights"].items():
         if "running" not in key:
             assert torch.equal(value, second["weights"][key]), key

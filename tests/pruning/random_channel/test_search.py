@@ -187,6 +187,31 @@ def test_an_interrupted_search_goes_on_behind_its_last_candidate(tmp_path: Path)
     assert all(torch.equal(again.state[name], tensor) for name, tensor in whole.state.items())
 
 
+def test_scores_of_another_criterion_or_score_function_are_not_taken_up(tmp_path: Path) -> None:
+    class Weighted:
+        def __init__(self, sign: float) -> None:
+            self.sign = sign
+
+        def __call__(self, model: nn.Module, graph: Any, batches: Any, loss_fn: Any) -> Any:
+            norms = graph.weight_norms(model, p=1)
+            return {name: self.sign * values for name, values in norms.items()}
+
+    found = small()
+    plain = likeness(found[0], found[2])
+    for number, (first, second) in enumerate(
+        (
+            ({"criterion": Weighted(1.0)}, {"criterion": Weighted(-1.0)}),
+            ({"score_fn": lambda net: 2 * plain(net) + 1}, {"score_fn": lambda net: plain(net) - 1}),
+        )
+    ):
+        journal = tmp_path / f"{number}.csv"
+        run(found, **{"score_fn": plain, **first}, journal=journal)
+        _, _, fresh = run(found, **{"score_fn": plain, **second})
+        with pytest.warns(UserWarning, match="is of another search"):
+            _, _, again = run(found, **{"score_fn": plain, **second}, journal=journal)
+        assert without_seconds(again) == without_seconds(fresh)
+
+
 def test_the_line_that_a_process_died_in_is_left_out(tmp_path: Path) -> None:
     found, path = small(), tmp_path / "candidates.csv"
     _, _, whole = run(found, journal=path, top_k=0)
