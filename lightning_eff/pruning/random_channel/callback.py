@@ -6,6 +6,7 @@ judges it; nothing is trained until the best one is cut for good. Candidate 0 is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,9 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         super().on_train_start(trainer, pl_module)
         if self._graph is None or self.given_plan is not None or self._steps_done >= self.schedule.steps:
             return
-        self._draw(self._graph, self.schedule.steps - 1, 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of too few configurations: the search itself will say so
+            self._draw(self._graph, self.schedule.steps - 1, 2)
         if isinstance(self.criterion, str) and not any(needs(self.criterion)):
             importance(self._model(pl_module), self._graph, self.criterion)
         if self.settings.monitor is not None:
