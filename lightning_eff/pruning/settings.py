@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch.utils.data import DataLoader
 
@@ -19,7 +19,7 @@ from lightning_eff.batch import SplitBatch
 def check_choices(settings: Any) -> None:
     """Raise ValueError where a field of a settings object that is a Literal, or None, holds anything else."""
     for name, kind in get_type_hints(type(settings)).items():
-        parts = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+        parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
         literals = [part for part in parts if get_origin(part) is Literal]
         if not literals or not all(part in literals or part is type(None) for part in parts):
             continue

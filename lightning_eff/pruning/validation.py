@@ -130,7 +130,7 @@ class _Logged:
             return
         weight = float(batch_size if batch_size is not None else _samples(self.batch))
         total, count = self._sums.get(name, (0.0, 0.0))
-        number = float(value.detach().mean()) if isinstance(value, Tensor) else float(value)
+        number = float(value.detach().float().mean()) if isinstance(value, Tensor) else float(value)
         self._sums[name] = total + weight * number, count + weight
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:

@@ -27,11 +27,12 @@ from lightning_eff.pruning.random_channel.search import Processes, SearchResult,
 from lightning_eff.pruning.repair import Repair
 from lightning_eff.pruning.report import Scores
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule, check_choices
-from lightning_eff.pruning.trainer_data import NO_VALIDATION, TrainerData
+from lightning_eff.pruning.trainer_data import NO_VALIDATION, TrainerData, silent_loggers
 from lightning_eff.pruning.training_loss import LossFunction, check_training_step, scoring_autocast, training_loss
 from lightning_eff.pruning.validation import LossScore, ValidationScore
 from lightning_eff.pruning.values import Value
 from lightning_eff.surgery import ChannelGraph
+from lightning_eff.surgery.state import untouched_generators
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         repair: how the remaining weights are corrected, of candidates and of what is kept.
         plan: path of a plan to follow instead of searching.
         dirpath: where candidates (``candidates.csv``), figures, plan, report and the final weights are written. A
-            search that was interrupted goes on from ``search/`` in it.
+            search that was interrupted goes on from what lies in ``scores/`` until the step is done.
         seed: of everything random; the global generators are never touched.
         verbose: print progress and the report.
 
@@ -175,13 +176,16 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         if isinstance(self.criterion, str) and not any(needs(self.criterion)):
             importance(self._model(pl_module), self._graph, self.criterion)
         if self.settings.monitor is not None:
-            self._validation(trainer, pl_module, self._data(trainer, pl_module).whole_validation(1))()
+            with untouched_generators(), silent_loggers(trainer):
+                self._validation(trainer, pl_module, self._data(trainer, pl_module).whole_validation(1))()
 
     def decide(self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph, step: int) -> Decision:
         """Search; the best candidate's plan and its corrected weights."""
         data = self._data(trainer, pl_module)
-        samples = max(self.calibration.samples, self.repair.samples if self.repair else 0)
+        repair = self.repair or Repair(update="none", bn_samples=0)
+        samples = max(self.calibration.samples, repair.samples, repair.bn_samples)
         with borrowed(pl_module):
+            _take_buffers_of_the_first(trainer, pl_module)
             found = random_search(
                 self._model(pl_module),
                 graph,
@@ -192,16 +196,18 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
                 configs=self._draw(graph, step, self.settings.candidates),
                 criterion=self.criterion,
                 loss_fn=self._loss(trainer, pl_module),
-                repair=self.repair or Repair(update="none", bn_samples=0),
+                repair=repair,
                 top_k=self.settings.top_k,
                 on_error=self.settings.on_error,
                 split=data.split,
                 seed=self.seed + step,
                 show_progress=self.verbose and trainer.is_global_zero,
-                journal=Path(self.dirpath or "") / "search" / f"step{step}.csv" if self._can_go_on else None,
+                journal=Path(self.dirpath or "") / "scores" / f"step{step}-search.csv" if self._can_go_on else None,
                 processes=_processes(trainer),
             )
         self.search = found
+        if self.dirpath is not None and trainer.is_global_zero:
+            found.to_csv(self.dirpath / "candidates.csv")
         for note in found.notes:
             self._record.note(note)
         scores = {name: Scores(values.double()) for name, values in found.scores.items() if name in found.plan.keep}
@@ -293,6 +299,13 @@ def _check(amount: Any, allocation: Allocation, schedule: Schedule, search: Sear
         raise ValueError(f'a search needs schedule.physical="immediate", got {schedule.physical!r}')
     if schedule.steps > 1 and not isinstance(search.sampler, str):
         raise ValueError("a list of configurations is of the whole network: it goes with schedule.steps=1 only")
+
+
+def _take_buffers_of_the_first(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Norm statistics are each process's own in training; all must judge the same network."""
+    if trainer.world_size > 1:
+        for buffer in pl_module.buffers():
+            torch.distributed.broadcast(buffer.data, 0)
 
 
 def _processes(trainer: Trainer) -> Processes:

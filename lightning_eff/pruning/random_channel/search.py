@@ -158,7 +158,7 @@ def random_search(
     ]
     judges = {"ranked": score_fn, "final": final_score_fn or score_fn}
     dense_scores = {stage: judged(model, judges[stage]) for stage in ("ranked", "final")[: 1 + bool(top_k)]}
-    scores = importance(model, graph, criterion, batches, loss_fn, split=split, seed=seed)
+    scores = processes.gather(importance(model, graph, criterion, batches, loss_fn, split=split, seed=seed))[0]
     told = (
         (configs.tolist(), graph.sizes, repair, recalibrate, top_k, seed, mode),
         {name: values.argsort(descending=True, stable=True).tolist() for name, values in scores.items()},
