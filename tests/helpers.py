@@ -33,23 +33,34 @@ def run_cli(
     return _run(["-m", "lightning_eff", *args], env, cwd, timeout)
 
 
+# Gloo's threads may outlive the interpreter and abort it (pytorch/pytorch#190489), and a process that ends first would
+# take the others along: all wait for each other, close their group and leave without the interpreter's own end.
+END_TOGETHER = """
+import os, sys, torch.distributed
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+"""
+
+
 def run_ddp(
-    script: str | Path,
+    source: str,
     tmp_path: Path,
     *args: str,
     processes: int = 2,
     env: Mapping[str, str] | None = None,
     timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script (source or file) that builds ``Trainer(accelerator="cpu", devices=DEVICES, strategy="ddp")``.
+    """Run a script that builds ``Trainer(accelerator="cpu", devices=DEVICES, strategy="ddp")``.
 
     Lightning starts the other processes itself, on gloo. The number of processes is in the environment variable
     ``DEVICES`` as well; the script runs in ``tmp_path``.
     """
-    if isinstance(script, str):
-        path = tmp_path / "ddp_script.py"
-        path.write_text(script)
-        script = path
+    script = tmp_path / "ddp_script.py"
+    script.write_text(source + END_TOGETHER)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
