@@ -171,6 +171,7 @@ class StructuredPruningCallback(Callback):
                 self._record.dense = self._record.dense or Dense.of(graph)
                 if self.given_plan is None:
                     self._counts.before_scores(graph, self._record.dense, self.schedule.steps - 1)
+                self._measured(trainer, pl_module, most=1)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the next step when its epoch has come."""
@@ -353,10 +354,9 @@ class StructuredPruningCallback(Callback):
 
     def _measure(self, name: str, trainer: Trainer, pl_module: LightningModule) -> Stage:
         """Evaluate the network as it is on the whole validation set."""
-        model = self._model(pl_module)
-        value = self._data(trainer, pl_module).mean_value(model, self.value)
+        value = self._measured(trainer, pl_module)
         assert self._graph is not None
-        latency = measure_latency({"": model}, take(self._example, slice(0, 1)), repeats=10)[""]
+        latency = measure_latency({"": self._model(pl_module)}, take(self._example, slice(0, 1)), repeats=10)[""]
         return Stage(
             name,
             trainer.current_epoch,
@@ -365,6 +365,17 @@ class StructuredPruningCallback(Callback):
             round(self._graph.params().item()),
             latency.median,
         )
+
+    def _measured(self, trainer: Trainer, pl_module: LightningModule, most: int | None = None) -> float:
+        """What the report says the network is worth, on the validation set or its first ``most`` batches."""
+        return self._data(trainer, pl_module).mean_value(self._model(pl_module), self.value, most)
+
+    @property
+    def _measured_on(self) -> str:
+        """The data of :meth:`_measured`, in words."""
+        if NO_VALIDATION in self._record.notes:
+            return "the training set"
+        return "the whole validation set" if self.calibration.loader is None else "the calibration loader"
 
     def fingerprint_settings(self) -> tuple[Any, ...]:
         """Whatever else the scores depend on; subclasses add their own."""
@@ -382,9 +393,7 @@ class StructuredPruningCallback(Callback):
 
     def _finish_report(self, trainer: Trainer) -> None:
         assert self._graph is not None
-        data = "the calibration loader" if self.calibration.loader is not None else "the whole validation set"
-        data = "the training set" if NO_VALIDATION in self._record.notes else data
-        self.report = self._record.report(self.value_name, data, self._graph)
+        self.report = self._record.report(self.value_name, self._measured_on, self._graph)
         if not trainer.is_global_zero:
             return
         if self.verbose:

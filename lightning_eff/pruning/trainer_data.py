@@ -129,11 +129,11 @@ class TrainerData:
             steps = min(steps, limit)
         return limit if steps is None else steps, samples_in(loader)
 
-    def mean_value(self, model: nn.Module, value: ValueFunction) -> float:
-        """Mean value per sample over the whole validation loader and all processes."""
+    def mean_value(self, model: nn.Module, value: ValueFunction, most: int | None = None) -> float:
+        """Mean value per sample over the validation loader, or its first ``most`` batches, and all processes."""
         total = torch.zeros(2, dtype=torch.float64)
         with quiet_model(self._pl_module), torch.no_grad(), self._trainer.precision_plugin.forward_context():
-            for batch in self._batches("val"):
+            for batch in islice(self._batches("val"), most):
                 inputs, target = self.split(batch)
                 count = batch_size(inputs)
                 values = per_sample(value, call_model(model, inputs), target, count)

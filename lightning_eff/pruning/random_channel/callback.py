@@ -100,7 +100,8 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         layers: which layers may be pruned.
         calibration: data for the criterion and for the repair; the training loader by default.
         loss_fn: ``(model, batch) -> loss`` where ``training_step`` cannot serve.
-        value: what the network is worth on a sample, for the report.
+        value: what the network is worth on a sample, for the report; None takes ``search.monitor``, and the accuracy
+            where there is none.
         repair: how the remaining weights are corrected, of candidates and of what is kept.
         plan: path of a plan to follow instead of searching.
         dirpath: where candidates (``candidates.csv``), figures, plan, report and the final weights are written. A
@@ -128,7 +129,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         layers: Layers = Layers(),  # noqa: B008
         calibration: Calibration = Calibration(source="train", samples=512),  # noqa: B008
         loss_fn: LossFunction | None = None,
-        value: Value = "accuracy",
+        value: Value | None = None,
         repair: Repair = Repair(),  # noqa: B008
         plan: str | Path | None = None,
         dirpath: str | Path | None = None,
@@ -143,7 +144,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
             schedule=schedule,
             layers=layers,
             calibration=calibration,
-            value=value,
+            value="accuracy" if value is None else value,
             repair=repair,
             plan=plan,
             dirpath=dirpath,
@@ -153,6 +154,9 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         self.settings = search
         self.criterion = criterion
         self.loss_fn = loss_fn
+        self._reports_monitor = value is None and search.monitor is not None
+        if self._reports_monitor:
+            self.value_name = str(search.monitor)
 
     def _reset(self) -> None:
         super()._reset()
@@ -175,7 +179,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
             self._draw(self._graph, self.schedule.steps - 1, 2)
         if isinstance(self.criterion, str) and not any(needs(self.criterion)):
             importance(self._model(pl_module), self._graph, self.criterion)
-        if self.settings.monitor is not None:
+        if self.settings.monitor is not None and not self._reports_monitor:  # else the base has asked
             with untouched_generators(), silent_loggers(trainer):
                 self._validation(trainer, pl_module, self._data(trainer, pl_module).whole_validation(1))()
 
@@ -249,6 +253,18 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         monitor = self.settings.monitor
         assert monitor is not None
         return ValidationScore(pl_module, monitor, batches, trainer.precision_plugin.forward_context)
+
+    def _measured(self, trainer: Trainer, pl_module: LightningModule, most: int | None = None) -> float:
+        if not self._reports_monitor:
+            return super()._measured(trainer, pl_module, most)
+        batches = self._data(trainer, pl_module).whole_validation(most)
+        with silent_loggers(trainer), borrowed(pl_module):
+            _take_buffers_of_the_first(trainer, pl_module)
+            return self._validation(trainer, pl_module, batches)()
+
+    @property
+    def _measured_on(self) -> str:
+        return "the whole validation set" if self._reports_monitor else super()._measured_on
 
     def _loss(self, trainer: Trainer, pl_module: LightningModule) -> LossFunction:
         """The loss of a batch under the Trainer's precision, with the same random numbers for every network."""

@@ -213,6 +213,63 @@ def test_monitor_without_validation_loader_is_refused() -> None:
         trainer(prune, limit_val_batches=0).fit(Net(), digits()[0])
 
 
+class Regression(Net):
+    """No classes: predicts the mean brightness of an image, and logs the error of it."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.mse_loss(self(batch[0])[:, :1], batch[0].mean((2, 3)))
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val_mse", F.mse_loss(self(batch[0])[:, :1], batch[0].mean((2, 3))))
+
+
+def images() -> list[torch.utils.data.DataLoader]:
+    """The digits with themselves as targets."""
+    return [
+        torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(loader.dataset.tensors[0], loader.dataset.tensors[0]), 64
+        )
+        for loader in digits()
+    ]
+
+
+@pytest.mark.parametrize("calibration", [Calibration("train", 128), Calibration(samples=128, loader=images()[0])])
+def test_report_is_of_the_monitored_quantity(calibration: Calibration, tmp_path: Path) -> None:
+    search = Search(candidates=3, top_k=1, monitor="val_mse")
+    prune = callback(search=search, calibration=calibration, schedule=Schedule(start=1), dirpath=tmp_path)
+    model = Regression()
+    trainer(prune).fit(model, *images())
+    x = images()[1].dataset.tensors[0]
+    with torch.no_grad():
+        wanted = float(F.mse_loss(model.eval()(x)[:, :1], x.mean((2, 3))))
+    stages = prune.report.stages
+    assert stages[-1].value == pytest.approx(wanted, rel=1e-5)
+    assert stages[1].value == pytest.approx(prune.search.best.score, rel=1e-5)
+    assert stages[0].value == pytest.approx(prune.search.dense_score, rel=1e-5)
+    course = prune.report.course()
+    assert [column.name for column in course.columns][2] == "val_mse"
+    assert course.caption.startswith("val_mse on the whole validation set")
+    assert PruningPlan.load(tmp_path / "plan.json").meta["settings"]["value"] == "val_mse"
+
+
+def test_a_value_of_ones_own_is_reported_though_something_else_is_monitored() -> None:
+    search = Search(candidates=3, top_k=1, monitor="val_loss")
+    prune = callback(search=search, value="neg_loss")
+    fitted(prune)
+    assert prune.report.value_name == "neg_loss"
+    assert prune.report.stages[1].value == pytest.approx(-prune.search.best.score, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"value": "accuracy", "search": Search(monitor="val_mse")}])
+def test_a_value_that_does_not_suit_the_network_is_told_before_training(options: dict[str, Any]) -> None:
+    class Look(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            raise AssertionError("training has begun")
+
+    with pytest.raises(ValueError, match=r"expected logits .*pass value="):
+        trainer(Look(), callback(schedule=Schedule(start=1), **options)).fit(Regression(), *images())
+
+
 def test_iterative_search_shrinks_what_the_last_one_left() -> None:
     prune = callback(0.6, schedule=Schedule(steps=2, shape="linear"))
     model = fitted(prune)
@@ -450,7 +507,8 @@ trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2,
     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[look, prune])
 trainer.fit(model, *digits())
 found = {{"plan": prune.plan.to_dict(), "weights": model.state_dict(), "search": prune.search.to_dict(),
-          "dense": prune.search.dense_scores["final"], "whole": look.whole}}
+          "dense": prune.search.dense_scores["final"], "whole": look.whole,
+          "values": [stage.value for stage in prune.report.stages]}}
 torch.save(found, f"rank{{trainer.global_rank}}.pt")
 """
 
@@ -462,6 +520,8 @@ def test_two_processes_share_the_candidates_and_end_with_one_network(tmp_path: P
     assert first["search"] == second["search"]
     assert [c["number"] for c in first["search"]["candidates"][:5]] == list(range(5))
     assert first["dense"] == pytest.approx(first["whole"], abs=1e-5)  # on all of the validation data, in each process
+    assert first["values"] == second["values"]  # of the monitored loss
+    assert first["values"][0] == first["dense"]
     for key, value in first["weights"].items():
         if "running" not in key:
             assert torch.equal(value, second["weights"][key]), key
