@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_eff.batch import SplitBatch, split_batch, take
@@ -101,7 +101,7 @@ def search_from_scratch(
         initialise: gives a candidate its fresh weights; by default ``reset_parameters`` of every layer that is
             narrower, the others are as ``make_model`` made them.
         split: ``batch -> (inputs, target)``, for the example.
-        seed: of configurations, weights and the order of samples; the same for every candidate.
+        seed: of configurations, weights, the split of the data and the order of samples; the same for every candidate.
         dirpath: where to keep the checkpoint of the best candidate; None keeps none.
         show_progress: show a bar over candidates.
 
@@ -222,6 +222,16 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class _Shuffle(Callback):
+    """Seed the order of samples once the data module is set up, whose split is to be the same in every rung."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _seed(self._seed)
+
+
 def _example(model: LightningModule, datamodule: LightningDataModule, split: SplitBatch) -> Any:
     if model.example_input_array is not None:
         return model.example_input_array
@@ -276,7 +286,8 @@ class _Search:
         """Train a candidate up to ``epochs`` epochs in all, from its checkpoint where it has one."""
         start = time.perf_counter()
         model, trainer = self.build(number), _trainer(epochs, self._trainer_kwargs)
-        _seed(self._seed + rung)
+        trainer.callbacks.append(_Shuffle(self._seed + rung))  # type: ignore[attr-defined]
+        _seed(self._seed)
         # files of our own, which may hold hyperparameters of any type
         resume: dict[str, Any] = {"ckpt_path": self._path(number), "weights_only": False} if rung else {}
         trainer.fit(model, datamodule=self._datamodule, **resume)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from lightning_eff.data import DigitsDataModule
 from lightning_eff.models import ImageClassifier, SmallCNN
@@ -121,6 +122,46 @@ def test_same_seed_same_search_and_the_global_generators_are_left_alone() -> Non
     first, again = run(), run()
     assert [c.score for c in first.candidates] == [c.score for c in again.candidates]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Carefree(LightningDataModule):
+    """Splits anew whenever it is set up, with whatever the global generator gives, and notes what was read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = TensorDataset(torch.arange(100), torch.randn(100, 1, 8, 8), torch.randint(0, 10, (100,)))
+        self.reads: list[dict[str, list[int]]] = []
+
+    def setup(self, stage: str) -> None:
+        self.train, self.val = random_split(self.images, [60, 40])
+        self.reads.append({"train": [], "val": []})
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        part = "train" if self.trainer.training else "val"
+        self.reads[-1][part] += batch[0].tolist()
+        return batch[1:]
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train, 20, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val, 20)
+
+
+def test_all_trainings_share_one_split_though_the_data_module_draws_it_without_a_seed() -> None:
+    data = Carefree()
+    quick = {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0}
+    search_from_scratch(
+        whole, data, monitor="val/loss", amount=0.5, n=2, eta=2, trainer_kwargs=quick, show_progress=False
+    )
+    assert len(data.reads) == 3
+    assert len({tuple(read["val"]) for read in data.reads}) == 1
+    trained = [sample for read in data.reads for sample in read["train"]]
+    assert not set(trained) & set(data.reads[0]["val"])
+    first, second, later = (read["train"][:60] for read in data.reads)
+    assert first == second  # the same order for every candidate,
+    assert later != first  # and another one in the next rung
+    assert sorted(later) == sorted(first)
 
 
 def test_only_a_part_of_the_module_is_narrower_where_layers_say_so(watch: Watch) -> None:
