@@ -38,11 +38,11 @@ class Journal:
         if rank:
             self._own = self.path.with_name(f"{self.path.stem}.rank{rank}{self.path.suffix}")
         for part in sorted({self.path, *self.path.parent.glob(f"{self.path.stem}.rank*{self.path.suffix}")}):
-            if part.exists() and _fingerprint_of(part) == fingerprint:
+            if part.exists() and fingerprint_of(part) == fingerprint:
                 self.known |= {(c.stage, c.number): c for c in _read(part)}
         assert self._own is not None
-        mine = _read(self._own) if self._own.exists() and _fingerprint_of(self._own) == fingerprint else []
-        if self._own.exists() and _fingerprint_of(self._own) != fingerprint:
+        mine = _read(self._own) if self._own.exists() and fingerprint_of(self._own) == fingerprint else []
+        if self._own.exists() and fingerprint_of(self._own) != fingerprint:
             previous = self._own.replace(self._own.with_name(f"{self._own.name}.previous"))
             warnings.warn(
                 f"{self._own} is of another search (other network, data or options): it was renamed to "
@@ -78,13 +78,14 @@ class Journal:
         unfinished.replace(self._own)
 
 
-def _beside(path: Path) -> Path:
-    return path.with_suffix(".fingerprint.json")
-
-
-def _fingerprint_of(path: Path) -> str | None:
+def fingerprint_of(path: Path) -> str | None:
+    """The fingerprint of the search that writes to ``path``; None where there is none."""
     beside = _beside(path)
     return str(json.loads(beside.read_text())["fingerprint"]) if beside.exists() else None
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".fingerprint.json")
 
 
 def _read(path: Path) -> list[Candidate]:

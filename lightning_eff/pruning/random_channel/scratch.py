@@ -8,12 +8,14 @@ Trainer a candidate, so it is a function and no callback.
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 import logging
 import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +28,11 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor, nn
 
 from lightning_eff.batch import SplitBatch, split_batch, take
+from lightning_eff.pruning.memory import digest
 from lightning_eff.pruning.random_channel.candidates import Candidate, Candidates, Mode, rank
+from lightning_eff.pruning.random_channel.journal import Journal, fingerprint_of
 from lightning_eff.pruning.random_channel.sampling import config_of, sample_configs
+from lightning_eff.pruning.random_channel.search import described
 from lightning_eff.pruning.settings import Layers
 from lightning_eff.reporting import progress
 from lightning_eff.surgery import ChannelGraph, PruningPlan, apply_plan, prunable
@@ -102,11 +107,16 @@ def search_from_scratch(
             narrower, the others are as ``make_model`` made them.
         split: ``batch -> (inputs, target)``, for the example.
         seed: of configurations, weights, the split of the data and the order of samples; the same for every candidate.
-        dirpath: where to keep the checkpoint of the best candidate; None keeps none.
+        dirpath: where to keep the checkpoint of the best candidate, and the scores of all in ``candidates.csv``; None
+            keeps none. A search that broke off and is called again with the same folder and arguments goes on behind
+            the last training that was done, and the result says so. What neither arguments, nor initial weights, nor
+            hyperparameters and settings of module and data module show, such as other files of the same name, is
+            not noticed.
         show_progress: show a bar over candidates.
 
     Raises:
         ValueError: an argument out of range, or ``monitor`` is not logged; the message lists what is.
+        FileExistsError: ``dirpath`` holds candidates of another search; told before any training, nothing is deleted.
         MisconfigurationException: a Trainer of several processes.
         RuntimeError: not a single candidate has a score that is a number.
     """
@@ -128,8 +138,13 @@ def search_from_scratch(
         if configs is None:
             assert amount is not None
             configs = sample_configs(graph, n, amount, seed=seed)
-        search = _Search(make_model, datamodule, graph, configs, monitor, mode, trainer_kwargs, layers, folder, seed)
-        search.initialise = initialise
+        told = (configs.tolist(), graph.sizes, monitor, mode, warm_epochs, eta, layers, seed)
+        given = {"initialise": initialise, **(trainer_kwargs or {})}
+        settings = [*_described(given), *_settings(whole), *_settings(datamodule)]
+        fingerprint = digest(told, settings, *whole.state_dict().values())
+        journal = _journal(None if dirpath is None else folder, fingerprint, graph)
+        networks = _Networks(make_model, graph, configs, layers.submodule, initialise, seed)
+        trainings = _Trainings(networks, datamodule, monitor, trainer_kwargs, folder, journal)
         rungs = _rungs(len(configs), eta)
         alive, epochs, tried = list(range(len(configs))), warm_epochs, list[Candidate]()
         with progress("search from scratch", sum(rungs), enabled=show_progress, unit="trainings") as bar:
@@ -137,7 +152,7 @@ def search_from_scratch(
                 epochs = warm_epochs * (eta or 1) ** rung
                 results = []
                 for number in alive[:count]:
-                    results.append(search.train(number, rung, epochs))
+                    results.append(trainings.train(number, rung, epochs))
                     bar.advance(1, f"best {rank(results, mode)[0].score:.4g}")
                 tried += results
                 ranked = [c.number for c in rank(results, mode) if not math.isnan(c.score)]
@@ -145,15 +160,16 @@ def search_from_scratch(
                     raise RuntimeError(f"not a single candidate has a {monitor} that is a number: look at the training")
                 following = rungs[rung + 1] if rung + 1 < len(rungs) else 1
                 alive = ranked[:following]
-                search.forget(number for number in range(len(configs)) if number not in alive)
-        model, checkpoint = search.load(alive[0])
+                trainings.forget(alive, rung)
+        model, checkpoint = trainings.load(alive[0], len(rungs) - 1)
     return ScratchResult(
         candidates=tried,
         mode=mode,
         sizes={name: graph.sizes[name] for name in graph.prunable},
         macs=round(graph.macs().item()),
         params=round(graph.params().item()),
-        plan=search.plan(alive[0]),
+        notes=[f"{len(journal.known)} trainings were found in {folder}."] if journal.known else [],
+        plan=networks.plan(alive[0]),
         model=model,
         checkpoint=None if dirpath is None else checkpoint,
         epochs=epochs,
@@ -222,6 +238,32 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _journal(folder: Path | None, fingerprint: str, graph: ChannelGraph) -> Journal:
+    """Open the journal of a folder; FileExistsError where candidates of another search are in it."""
+    if folder is None:
+        return Journal(None, fingerprint, graph.prunable)
+    path = folder / "candidates.csv"
+    left = [path, *sorted(folder.glob("candidate-*.ckpt"))]
+    first = next((file.name for file in left if file.exists()), None)
+    if first is not None and fingerprint_of(path) != fingerprint:
+        raise FileExistsError(
+            f"dirpath={str(folder)!r} holds {first} of another search (other network, data or options): pass another "
+            "folder, or delete what is in it"
+        )
+    return Journal(path, fingerprint, graph.prunable)
+
+
+def _settings(built: LightningModule | LightningDataModule) -> list[str]:
+    """What an object was made with, as far as it tells: structure, hyperparameters, arguments that it keeps."""
+    arguments = inspect.signature(type(built).__init__).parameters
+    kept = {name: value for name, value in vars(built).items() if name in arguments}
+    return [described(built), *_described({**kept, **built.hparams})]
+
+
+def _described(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={described(value)}" for name, value in sorted(values.items())]
+
+
 class _Shuffle(Callback):
     """Seed the order of samples once the data module is set up, whose split is to be the same in every rung."""
 
@@ -241,76 +283,105 @@ def _example(model: LightningModule, datamodule: LightningDataModule, split: Spl
     return take(inputs, slice(0, 2))
 
 
-class _Search:
-    """Builds, trains and reloads candidates."""
+@dataclass(frozen=True)
+class _Networks:
+    """Narrow networks with fresh weights: a number gives the same one each time.
 
-    initialise: Callable[[LightningModule], object] | None = None
+    Attributes:
+        make_model: builds the whole network.
+        graph: its channel graph.
+        configs: channel counts ``[n, G]``.
+        submodule: the part of the module that is narrower.
+        initialise: gives fresh weights; None resets the layers that are narrower.
+        seed: of the weights.
+    """
 
-    def __init__(
-        self,
-        make_model: Callable[[], LightningModule],
-        datamodule: LightningDataModule,
-        graph: ChannelGraph,
-        configs: Tensor,
-        monitor: str,
-        mode: Mode,
-        trainer_kwargs: Mapping[str, Any] | None,
-        layers: Layers,
-        folder: Path,
-        seed: int,
-    ) -> None:
-        self._make_model, self._datamodule, self._graph, self._configs = make_model, datamodule, graph, configs
-        self._monitor, self._mode, self._trainer_kwargs = monitor, mode, trainer_kwargs
-        self._submodule, self._folder, self._seed = layers.submodule, folder, seed
-        self._macs, self._params = (cost(configs).round().long().tolist() for cost in (graph.macs, graph.params))
+    make_model: Callable[[], LightningModule]
+    graph: ChannelGraph
+    configs: Tensor
+    submodule: str
+    initialise: Callable[[LightningModule], object] | None
+    seed: int
 
     def plan(self, number: int) -> PruningPlan:
         """Keep the first channels: their weights are drawn anew."""
-        config = config_of(self._graph, self._configs[number])
-        return PruningPlan({name: range(kept) for name, kept in config.items()}, self._graph.sizes)
+        config = config_of(self.graph, self.configs[number])
+        return PruningPlan({name: range(kept) for name, kept in config.items()}, self.graph.sizes)
 
     def build(self, number: int) -> LightningModule:
-        """Make the narrow network with fresh weights."""
-        _seed(self._seed)
-        model = self._make_model()
-        part, plan = model.get_submodule(self._submodule), self.plan(number)
-        apply_plan(part, plan, None, graph=self._graph, verify=False)
+        """Make one."""
+        _seed(self.seed)
+        model = self.make_model()
+        part, plan = model.get_submodule(self.submodule), self.plan(number)
+        apply_plan(part, plan, None, graph=self.graph, verify=False)
         prunable(type(model))  # checkpoints carry the shapes
         if self.initialise is not None:
             self.initialise(model)
         else:
-            _reset(part, {path for path, _ in axis_masks(self._graph, plan.keep_masks(self._graph))})
+            _reset(part, {path for path, _ in axis_masks(self.graph, plan.keep_masks(self.graph))})
         return model
 
-    def train(self, number: int, rung: int, epochs: int) -> Candidate:
-        """Train a candidate up to ``epochs`` epochs in all, from its checkpoint where it has one."""
-        start = time.perf_counter()
-        model, trainer = self.build(number), _trainer(epochs, self._trainer_kwargs)
-        trainer.callbacks.append(_Shuffle(self._seed + rung))  # type: ignore[attr-defined]
-        _seed(self._seed)
-        # files of our own, which may hold hyperparameters of any type
-        resume: dict[str, Any] = {"ckpt_path": self._path(number), "weights_only": False} if rung else {}
-        trainer.fit(model, datamodule=self._datamodule, **resume)
-        trainer.save_checkpoint(self._path(number))
-        config = config_of(self._graph, self._configs[number])
-        macs, params, score = self._macs[number], self._params[number], self._score(trainer)
-        return Candidate(number, config, macs, params, score, math.nan, time.perf_counter() - start, f"rung {rung}")
 
-    def load(self, number: int) -> tuple[LightningModule, Path]:
+class _Trainings:
+    """Trains candidates for a while, keeps their checkpoints, and enters their scores in a journal.
+
+    A checkpoint's name says its rung: where the search breaks off before the score is entered, that training is
+    repeated from the checkpoint before.
+    """
+
+    def __init__(
+        self,
+        networks: _Networks,
+        datamodule: LightningDataModule,
+        monitor: str,
+        trainer_kwargs: Mapping[str, Any] | None,
+        folder: Path,
+        journal: Journal,
+    ) -> None:
+        self._networks, self._datamodule, self._monitor = networks, datamodule, monitor
+        self._trainer_kwargs, self._folder, self._journal = trainer_kwargs, folder, journal
+        graph, configs = networks.graph, networks.configs
+        self._macs, self._params = (cost(configs).round().long().tolist() for cost in (graph.macs, graph.params))
+
+    def train(self, number: int, rung: int, epochs: int) -> Candidate:
+        """Train a candidate up to ``epochs`` epochs in all, from where the last rung left it."""
+        stage = f"rung {rung}"
+        done = self._journal.known.get((stage, number))
+        if done is not None:
+            return done
+        start, seed = time.perf_counter(), self._networks.seed
+        model, trainer = self._networks.build(number), _trainer(epochs, self._trainer_kwargs)
+        trainer.callbacks.append(_Shuffle(seed + rung))  # type: ignore[attr-defined]
+        _seed(seed)
+        # files of our own, which may hold hyperparameters of any type
+        resume: dict[str, Any] = {"ckpt_path": self._path(number, rung - 1), "weights_only": False} if rung else {}
+        trainer.fit(model, datamodule=self._datamodule, **resume)
+        trainer.save_checkpoint(self._path(number, rung))
+        config = config_of(self._networks.graph, self._networks.configs[number])
+        macs, params, score = self._macs[number], self._params[number], self._score(trainer)
+        done = Candidate(number, config, macs, params, score, math.nan, time.perf_counter() - start, stage)
+        self._journal.add(done)
+        return done
+
+    def forget(self, alive: Sequence[int], rung: int) -> None:
+        """Delete the checkpoints of earlier rungs, and of candidates that do not go on from this one."""
+        for number, earlier in itertools.product(range(len(self._macs)), range(rung + 1)):
+            if earlier < rung or number not in alive:
+                self._path(number, earlier).unlink(missing_ok=True)
+
+    def load(self, number: int, rung: int) -> tuple[LightningModule, Path]:
         """Return a trained candidate and its checkpoint."""
-        model = self.build(number)
-        checkpoint = torch.load(self._path(number), map_location="cpu", weights_only=False)
+        last, path = self._path(number, rung), self._folder / f"candidate-{number}.ckpt"
+        if last.exists():
+            last.replace(path)
+        model = self._networks.build(number)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
-        return model, self._path(number)
+        return model, path
 
-    def forget(self, numbers: Any) -> None:
-        """Delete the checkpoints of candidates that do not go on."""
-        for number in numbers:
-            self._path(number).unlink(missing_ok=True)
-
-    def _path(self, number: int) -> Path:
-        return self._folder / f"candidate-{number}.ckpt"
+    def _path(self, number: int, rung: int) -> Path:
+        return self._folder / f"candidate-{number}.rung{rung}.ckpt"
 
     def _score(self, trainer: Trainer) -> float:
         logged = trainer.callback_metrics

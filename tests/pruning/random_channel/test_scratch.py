@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 from lightning_eff.data import DigitsDataModule
 from lightning_eff.models import ImageClassifier, SmallCNN
 from lightning_eff.pruning.random_channel import ScratchResult, config_of, sample_configs, search_from_scratch
+from lightning_eff.pruning.random_channel.journal import Journal
 from lightning_eff.pruning.random_channel.scratch import _rungs
 from lightning_eff.pruning.settings import Layers
 from lightning_eff.surgery import ChannelGraph
@@ -77,7 +78,11 @@ def test_the_best_candidate_comes_back_trained_and_can_be_trained_on(tmp_path: P
     found = run(dirpath=tmp_path)
     assert found.best.score == min(c.score for c in found.candidates)
     assert found.checkpoint == tmp_path / f"candidate-{found.best.number}.ckpt"
-    assert list(tmp_path.iterdir()) == [found.checkpoint]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "candidates.csv",
+        "candidates.fingerprint.json",
+        found.checkpoint.name,
+    }
     model, data = found.model, DigitsDataModule()
     assert isinstance(model, ImageClassifier)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -162,6 +167,92 @@ def test_all_trainings_share_one_split_though_the_data_module_draws_it_without_a
     assert first == second  # the same order for every candidate,
     assert later != first  # and another one in the next rung
     assert sorted(later) == sorted(first)
+
+
+def facts(found: ScratchResult) -> list[Any]:
+    """All that two runs of one search have in common."""
+    return [[(c.number, c.stage, c.config, c.score) for c in found.candidates], found.epochs]
+
+
+class Broken(Exception):
+    """The search was broken off."""
+
+
+@pytest.mark.parametrize(
+    ("place", "trainings"),
+    [
+        ("in a training", 2),
+        ("in a training", 5),
+        ("behind a checkpoint", 0),
+        ("behind a checkpoint", 4),
+        ("behind a checkpoint", 6),
+    ],
+)
+def test_search_that_broke_off_goes_on_and_ends_as_if_it_had_not(
+    place: str, trainings: int, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"n": 4, "eta": 2, "trainer_kwargs": {**QUICK, "callbacks": [watch]}}
+    whole_search = run(dirpath=tmp_path / "whole", **options)
+    target, name = (ImageClassifier, "on_train_end") if place == "in a training" else (Journal, "add")
+    original = getattr(target, name)
+    calls = []
+
+    def breaking(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) > trainings:
+            raise Broken
+        original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, breaking)
+        with pytest.raises(Broken):
+            run(dirpath=tmp_path / "broken", **options)
+    Watch.starts.clear()
+    found = run(dirpath=tmp_path / "broken", **options)
+    assert len(Watch.starts) == 4 + 2 + 1 - trainings
+    assert facts(found) == facts(whole_search)
+    assert found.notes == ([f"{trainings} trainings were found in {tmp_path / 'broken'}."] if trainings else [])
+    for name, value in whole_search.model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[name], value)
+    assert {path.name for path in (tmp_path / "broken").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+
+
+def test_search_that_is_done_is_not_done_again(tmp_path: Path, watch: Watch) -> None:
+    options = {"dirpath": tmp_path, "trainer_kwargs": {**QUICK, "callbacks": [watch]}}
+    first = run(**options)
+    Watch.starts.clear()
+    again = run(**options)
+    assert not Watch.starts
+    assert facts(again) == facts(first)
+    assert again.checkpoint == first.checkpoint
+    assert again.checkpoint.exists()
+
+
+@pytest.mark.parametrize("other", ["seed", "network", "data", "trainer", "older folder"])
+def test_folder_of_another_search_is_refused_and_left_as_it_is(other: str, tmp_path: Path, watch: Watch) -> None:
+    first = run(dirpath=tmp_path)
+    if other == "older folder":
+        (tmp_path / "candidates.csv").unlink()
+        (tmp_path / "candidates.fingerprint.json").unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert first.checkpoint.name in before
+    lr = 0.02 if other == "network" else 0.01
+    with pytest.raises(FileExistsError, match=r"of another search .* pass another folder, or delete what is in it"):
+        search_from_scratch(
+            lambda: ImageClassifier(SmallCNN(width=8), lr=lr, example_input_shape=[1, 8, 8]),
+            DigitsDataModule(batch_size=32 if other == "data" else 64),
+            monitor="val/loss",
+            amount=0.5,
+            n=3,
+            seed=1 if other == "seed" else 0,
+            trainer_kwargs={**QUICK, "callbacks": [watch], "limit_train_batches": 2 if other == "trainer" else 3},
+            dirpath=tmp_path,
+            show_progress=False,
+        )
+    assert not Watch.starts
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_only_a_part_of_the_module_is_narrower_where_layers_say_so(watch: Watch) -> None:
