@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_eff.batch import batch_size, call_model, split_batch
 from lightning_eff.pruning.samples import Samples, length_of, samples_in
@@ -103,7 +103,9 @@ class TrainerData:
             most: take at most so many batches (int), or this fraction of them (float); None takes all.
         """
         loader, limit = self._loader("val")
-        if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+        if self._trainer.world_size > 1 and isinstance(loader, DataLoader) and _has_a_sampler_of_its_own(loader):
+            loader, limit = self._joined(loader, limit), None
+        elif isinstance(getattr(loader, "sampler", None), DistributedSampler):
             share = length_of(loader)
             loader = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
             if limit is not None and share is not None:  # the limit counts batches of one process
@@ -119,6 +121,20 @@ class TrainerData:
             if note not in self._notes:
                 self._notes.append(note)
         return list(self._on_device(loader, min((n for n in (limit, most) if n is not None), default=None)))
+
+    def _joined(self, loader: DataLoader[Any], limit: int | None) -> DataLoader[Any]:
+        """A loader of the batches of all processes, ``limit`` of each, with every sample once."""
+        mine = [list(batch) for batch in islice(loader.batch_sampler, limit)]  # type: ignore[arg-type]
+        parts: list[Any] = [None] * self._trainer.world_size
+        torch.distributed.all_gather_object(parts, mine)
+        taken: set[Any] = set()
+        batches = []
+        for batch in chain.from_iterable(zip_longest(*parts, fillvalue=())):
+            new = [index for index in batch if index not in taken]  # samplers repeat some to give all equally many
+            taken.update(new)
+            if new:
+                batches.append(new)
+        return DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn)
 
     def extent(self) -> tuple[int | None, int | None]:
         """Batches of this process, and samples of the whole data set, of the calibration loader; None for unknown."""
@@ -182,6 +198,13 @@ class TrainerData:
         while isinstance(limit, list):
             limit = limit[0]
         return loaders, None if limit == float("inf") else int(limit)
+
+
+def _has_a_sampler_of_its_own(loader: DataLoader[Any]) -> bool:
+    """Whether what a loader reads cannot be told from its data set and batch size."""
+    sampler, batches = loader.sampler, loader.batch_sampler
+    wrapped = isinstance(sampler, DistributedSampler) and sampler.dataset is not loader.dataset
+    return batches is not None and (wrapped or type(batches) is not BatchSampler)
 
 
 @contextmanager

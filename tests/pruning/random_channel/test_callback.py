@@ -527,6 +527,53 @@ def test_two_processes_share_the_candidates_and_end_with_one_network(tmp_path: P
             assert torch.equal(value, second["weights"][key]), key
 
 
+SAMPLERS = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import torch, lightning.pytorch as pl
+from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler, TensorDataset
+from magnitude import Net, digits
+from lightning_eff.pruning.settings import Calibration
+from lightning_eff.pruning.trainer_data import TrainerData
+class Later(Sampler):
+    def __iter__(self): return iter(range(40, 101))
+    def __len__(self): return 61
+class Growing(BatchSampler):
+    def __iter__(self):
+        left, size = list(self.sampler), 1
+        while left:
+            yield left[:size]
+            left, size = left[size:], size + 1
+    def __len__(self): return len(list(iter(self)))
+data = TensorDataset(torch.randn(101, 1, 8, 8), torch.arange(101) % 10)
+growing = Growing(SequentialSampler(data), 1, False)
+loaders = {{"sampler": DataLoader(data, 8, sampler=Later()), "batch_sampler": DataLoader(data, batch_sampler=growing)}}
+found = {{}}
+class Look(pl.Callback):
+    def on_train_start(self, trainer, module):
+        numbered = {{x.sum().item(): number for number, (x, _) in enumerate(data)}}
+        for most in (None, 3):
+            batches = TrainerData(trainer, module, Calibration(), []).whole_validation(most)
+            found[name, most] = [[numbered[x.sum().item()] for x in batch[0]] for batch in batches]
+trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=0, logger=False, limit_train_batches=1,
+    num_sanity_val_steps=0, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    callbacks=[Look()])
+for name, loader in loaders.items():
+    trainer.fit_loop.max_epochs += 1
+    trainer.fit(Net(), digits()[0], loader)
+torch.save(found, f"rank{{trainer.global_rank}}.pt")
+"""
+
+
+def test_two_processes_see_all_that_samplers_of_their_own_give(tmp_path: Path) -> None:
+    run_ddp(SAMPLERS, tmp_path)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first == second
+    for name, samples in (("sampler", range(40, 101)), ("batch_sampler", range(101))):
+        assert sorted(number for batch in first[name, None] for number in batch) == list(samples), name
+        assert first[name, 3] == first[name, None][:3]
+    assert [len(batch) for batch in first["batch_sampler", 3]] == [1, 1, 2]
+
+
 def test_options_typed_in_the_shell_reach_the_callback(tmp_path: Path) -> None:
     shown = run_cli(
         "fit", "--print_config", "--model=ImageClassifier", "--model.net=LeNet", "--data=DigitsDataModule",
