@@ -62,7 +62,7 @@ def apply_plan_in_trainer(
         twins=[twin.get_submodule(submodule) for twin in averaged_models(trainer)],
         verify=verify,
     )
-    _rewrap(trainer, pl_module)
+    rewrap(trainer, pl_module)
     return cut
 
 
@@ -80,8 +80,11 @@ def load_in_trainer(
             optimizer.state.pop(parameter, None)
 
 
-def _rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Build DistributedDataParallel anew: its buckets and gradient hooks are of the old sizes."""
+def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Build DistributedDataParallel anew after sizes or ``requires_grad`` have changed: its buckets are of the old ones.
+
+    Parameters it was not built for would be averaged wrongly or, silently, not at all. Every process must call this.
+    """
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         for parameter in pl_module.parameters():
