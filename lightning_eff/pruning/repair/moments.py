@@ -10,7 +10,7 @@ Shape letters: as in :mod:`lightning_eff.pruning.repair.layout`; ``S`` kept colu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
@@ -37,8 +37,7 @@ from lightning_eff.pruning.repair.least_squares import (
     summed_type,
     unexplained,
 )
-from lightning_eff.pruning.repair.scatter import Scatter, over_processes
-from lightning_eff.pruning.samples import alone
+from lightning_eff.pruning.repair.scatter import Scatter
 from lightning_eff.surgery import ChannelGraph
 from lightning_eff.surgery.errors import unknown_name
 from lightning_eff.surgery.state import quiet_model
@@ -87,7 +86,6 @@ class Moments:
         mode: Mode = "kernel",
         max_memory_mb: float = 2048,
         seed: int = 0,
-        reduce: Callable[[Tensor], Tensor] = alone,
     ) -> Moments:
         """Run ``model`` over calibration batches in evaluation mode.
 
@@ -101,7 +99,6 @@ class Moments:
             mode: ``"kernel"``, or ``"channel"`` for the cheaper moments of whole channels.
             max_memory_mb: limit beyond which the largest layers are taken in mode ``"channel"``.
             seed: of the positions.
-            reduce: sums a tensor over all processes.
 
         Raises:
             ValueError: there is not a single sample.
@@ -129,7 +126,7 @@ class Moments:
             if path not in sums and path not in skipped:
                 skipped[path] = "it was not called"
         warn_of_skipped(skipped)
-        layers = {path: LayerMoments.of(path, sums.pop(path), reduce) for path in layouts if path in sums}
+        layers = {path: LayerMoments.of(path, sums.pop(path)) for path in layouts if path in sums}
         warn_of_few_rows([path for path, layer in layers.items() if layer.count < layer.layout.columns])
         return cls(graph, mode, layers, skipped)
 
@@ -260,11 +257,10 @@ class LayerMoments:
     count: float
 
     @classmethod
-    def of(cls, path: str, sums: _Sums, reduce: Callable[[Tensor], Tensor]) -> LayerMoments:
-        """Average sums, over all processes."""
-        covariance, mean = sums.scatter.covariance(), sums.scatter.means[0]
-        joined = over_processes(covariance, mean, sums.scatter.count, reduce)
-        return cls(path, sums.layout, sums.weight, sums.bias, *joined)
+    def of(cls, path: str, sums: _Sums) -> LayerMoments:
+        """Average sums."""
+        scatter = sums.scatter
+        return cls(path, sums.layout, sums.weight, sums.bias, scatter.covariance(), scatter.means[0], scatter.count)
 
     @cached_property
     def matrix(self) -> Tensor:

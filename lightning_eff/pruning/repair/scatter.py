@@ -6,8 +6,6 @@ what varies, not of what is constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -56,21 +54,3 @@ class Scatter:
         products, self._products = self._products, None
         left, right = (total / self.count for total in self._sums)
         return products.div_(self.count).sub_((left.unsqueeze(2) * right.unsqueeze(1)).to(self._kind))
-
-
-def over_processes(
-    covariance: Tensor, mean: Tensor, count: float, reduce: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor, float]:
-    """Join covariance ``[J, K, K]``, mean ``[J, K]`` and number of rows of several processes.
-
-    Args:
-        covariance: of this process; may be overwritten.
-        mean: of this process.
-        count: of this process.
-        reduce: sums a tensor over all processes.
-    """
-    total = float(reduce(torch.tensor([count], dtype=torch.float64))[0])
-    joint = reduce(mean * count) / total
-    away = mean - joint
-    covariance += (away.unsqueeze(2) * away.unsqueeze(1)).to(covariance.dtype)
-    return reduce(covariance.mul_(count)) / total, joint, total

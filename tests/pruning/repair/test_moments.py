@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from torch.nn import functional as F
 
 from lightning_eff.batch import BatchKeys
 from lightning_eff.pruning.repair import Moments, RepairError
-from lightning_eff.pruning.repair.scatter import over_processes
 from lightning_eff.surgery import ChannelGraph
 
 
@@ -137,34 +134,6 @@ def test_dict_inputs_are_handed_over_by_keyword() -> None:
     seen = F.relu(model.a(x["left"] + x["right"])).detach()
     assert torch.allclose(moments.layers["b"].covariance[0].float(), seen.T.cov(correction=0), atol=1e-5)
     assert torch.allclose(moments.layers["b"].mean[0].float(), seen.mean(0), atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:fewer calibration rows")
-def test_moments_of_several_processes_are_those_of_all_their_samples() -> None:
-    model, x = build("SmallCNN")
-    graph, samples = ChannelGraph.from_model(model, x), inputs(x)
-    samples[48:] += 1  # processes with other means
-    whole = Moments.collect(model, graph, [(samples, None)], positions=10**6).layers["layers.conv4"]
-    parts = [samples[:48], samples[48:]]
-    layers = [Moments.collect(model, graph, [(p, None)], positions=10**6).layers["layers.conv4"] for p in parts]
-    handed: list[Tensor] = []
-    both_came, both_read = threading.Barrier(2, timeout=20), threading.Barrier(2, timeout=20)
-
-    def reduce(tensor: Tensor) -> Tensor:
-        handed.append(tensor.clone())
-        both_came.wait()
-        total = handed[0] + handed[1]
-        if both_read.wait() == 0:
-            handed.clear()
-        both_came.wait()
-        return total
-
-    with ThreadPoolExecutor(2) as pool:
-        joined = list(pool.map(lambda of: over_processes(of.covariance, of.mean, of.count, reduce), layers))
-    for covariance, mean, count in joined:
-        assert count == whole.count
-        assert torch.allclose(mean, whole.mean, atol=1e-6)
-        assert torch.allclose(covariance, whole.covariance, atol=1e-5)
 
 
 def test_nothing_is_left_on_the_model() -> None:
