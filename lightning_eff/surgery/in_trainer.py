@@ -81,7 +81,7 @@ def load_in_trainer(
 
 
 def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Build DistributedDataParallel anew after sizes or ``requires_grad`` have changed: its buckets are of the old ones.
+    """Build DistributedDataParallel anew after sizes or ``requires_grad`` have changed.
 
     Parameters it was not built for would be averaged wrongly or, silently, not at all. Every process must call this.
     """
