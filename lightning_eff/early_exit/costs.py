@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_eff.batch import batch_size, call_model
@@ -88,9 +90,7 @@ def exit_costs(
         return _latency(network, example, repeats)
     if kind != "flops":
         raise ValueError(f"expected costs to be 'flops' or 'latency', got {kind!r}")
-    counter = FlopCounterMode(display=False)
-    # attention's fast path in evaluation mode without gradients is invisible to the counter
-    with counter, torch.enable_grad():
+    with _counting() as counter:
         marks = _marks(network, samples(example, 2), counter.get_total_flops)
     costs = _costs(marks, 2, "FLOPs")
     if costs.base == 0:
@@ -98,6 +98,15 @@ def exit_costs(
             "no floating point operations were counted in the backbone: give costs as a list, or measure latency"
         )
     return costs
+
+
+@contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    """Count operations, attention among them: its fused kernels on the CPU are invisible to the counter, and so is the
+    fast path it takes in evaluation mode without gradients."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        yield counter
 
 
 def _latency(network: MultiExitNetwork, example: Any, repeats: int) -> ExitCosts:
@@ -145,19 +154,18 @@ def cost_until(backbone: nn.Module, layers: Sequence[str], example: Any) -> list
     Raises:
         ValueError: no operation was counted.
     """
-    counter = FlopCounterMode(display=False)
     done: dict[str, int] = {}
 
     def note(layer: str) -> Callable[..., None]:
         return lambda *_: done.__setitem__(layer, counter.get_total_flops())
 
-    handles = [backbone.get_submodule(layer).register_forward_hook(note(layer)) for layer in layers]
-    try:
-        with quiet_model(backbone), counter, torch.enable_grad():
+    with quiet_model(backbone), _counting() as counter:
+        handles = [backbone.get_submodule(layer).register_forward_hook(note(layer)) for layer in layers]
+        try:
             call_model(backbone, samples(example, 2))
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
     total = counter.get_total_flops()
     if total == 0:
         raise ValueError("no floating point operations were counted in the backbone: name the layers of the exits")

@@ -152,7 +152,6 @@ class MultiExitNetwork(nn.Module):
         )
         self._attach(attached.structure)
         self.checked, self._stages = attached.checked, attached.stages
-        self.to(next((p.device for p in self.backbone.parameters()), torch.device("cpu")))
         try:
             self.measure_costs(example_input)
         except ValueError as error:
@@ -387,6 +386,9 @@ class MultiExitNetwork(nn.Module):
             if isinstance(head, Head):
                 head = head.on(self.backbone, one["channels"])
             self.heads.append(head if isinstance(head, nn.Module) else head(one["shape"], self.num_classes))
+        like = next((p for p in self.backbone.parameters() if p.is_floating_point()), None)
+        if like is not None:
+            self.heads.to(like.device, like.dtype)
         self._handles = place(self.backbone, hooks_from_dict(self.tape, structure["hooks"]))
 
     def _no_answers(self) -> ExitOutput:

@@ -90,7 +90,8 @@ def spread_exits(
     for fraction in fractions:
         order = sorted(
             (i for i in range(len(candidates)) if 0 < cost[i] < 1 and cost[i] not in {cost[j] for j in chosen}),
-            key=lambda i: (round(abs(cost[i] - fraction), 9), candidates[i].layer.count(".")),
+            # of places at equal cost the outermost, then the last: behind the activation rather than before it
+            key=lambda i: (round(abs(cost[i] - fraction), 9), candidates[i].layer.count("."), -i),
         )
         for i in order:
             if i not in known:
