@@ -102,8 +102,7 @@ def exit_costs(
 
 @contextmanager
 def _counting() -> Iterator[FlopCounterMode]:
-    """Count operations, attention among them: its fused kernels on the CPU are invisible to the counter, and so is the
-    fast path it takes in evaluation mode without gradients."""
+    """Count operations; attention in its plain form, its fused kernels and fast path are invisible to the counter."""
     counter = FlopCounterMode(display=False)
     with counter, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         yield counter
