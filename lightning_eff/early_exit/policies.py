@@ -44,13 +44,20 @@ def score(
     if isinstance(temperature, Tensor) or temperature != 1.0:
         logits = logits / temperature
     scores, state = policy(logits, exit_index, state)
-    # one pass over the logits: a sum is finite only where all its terms are; NaN - NaN and inf - inf are NaN
-    total = logits.sum(-1)
-    return (scores.float() + (total - total)).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), state
+    # one pass over the logits: a sum is finite only where all its terms are, and 0 * inf is NaN
+    guarded = torch.add(scores.float(), logits.sum(-1), alpha=0)
+    return guarded.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), state
 
 
 class Policy(ABC):
-    """How sure a sample is at an exit; a subclass may have ``name`` as a plain class attribute."""
+    """How sure a sample is at an exit; a subclass may have ``name`` as a plain class attribute.
+
+    Attributes:
+        remembers: whether scores depend on the exits before, through the state; then disabling one changes what later
+            ones say.
+    """
+
+    remembers: bool = False
 
     @property
     @abstractmethod
@@ -170,6 +177,7 @@ class Patience(Policy):
     """
 
     name = "patience"
+    remembers = True
 
     def __call__(self, logits: Tensor, exit_index: int, state: State) -> tuple[Tensor, State]:
         """Count; the state is the counter and the prediction before, both ``[B]``."""
@@ -200,11 +208,13 @@ class Custom(Policy):
         function: ``(logits [B, C] in float32, exit_index, state) -> (scores [B], state)``, higher is surer.
         low: score that every sample reaches; where the grid of thresholds begins.
         high: score that few samples reach; where it ends.
+        remembers: whether it uses the state.
     """
 
     function: ScoreFunction
     low: float = 0.0
     high: float = 1.0
+    remembers: bool = True
 
     def __post_init__(self) -> None:
         """Check the range."""
