@@ -1,0 +1,102 @@
+"""What is asked of a Trainer before training: an example of its data, and whether its parts agree with phases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+
+from lightning_eff.early_exit.phases import Phase
+from lightning_eff.surgery.state import untouched_generators
+from lightning_eff.surgery.structure import averaged_models
+
+
+def first_batch(trainer: Trainer, pl_module: LightningModule) -> Any:
+    """Return the first batch that the running task of the trainer will see, on the module's device.
+
+    The global random generators are left as they were.
+
+    Raises:
+        ValueError: there is none.
+    """
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    loop: Any = {
+        TrainerFn.FITTING: trainer.fit_loop,
+        TrainerFn.VALIDATING: trainer.validate_loop,
+        TrainerFn.TESTING: trainer.test_loop,
+        TrainerFn.PREDICTING: trainer.predict_loop,
+    }.get(trainer.state.fn)  # type: ignore[arg-type]
+    batch = None
+    if loop is not None and loop._data_source.is_defined():
+        with untouched_generators():
+            loaders = loop._data_source.dataloader()
+            if not isinstance(loaders, CombinedLoader):
+                loaders = CombinedLoader(loaders, "max_size_cycle" if fitting else "sequential")
+            batch, _, _ = next(iter(loaders), (None, 0, 0))
+    if batch is None:
+        raise ValueError("there is no batch to build the exits from: give the module example_input")
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch)
+    return trainer.strategy.batch_to_device(batch, pl_module.device)
+
+
+def check_trainer(
+    trainer: Trainer, pl_module: LightningModule, phases: Sequence[Phase], only_with_heads: set[str], built: bool
+) -> None:
+    """Raise, or warn, before any work where something in the trainer does not go together with phases.
+
+    Args:
+        trainer: about to fit.
+        pl_module: its module, exits built.
+        phases: that will be trained.
+        only_with_heads: names that are logged in phases that train heads, and in no others.
+        built: whether the exits were there before the trainer's data was looked at.
+
+    Raises:
+        MisconfigurationException: strategies that cannot change what is trained, or that lose the exits.
+        ValueError: a callback that could not work.
+    """
+    strategy = trainer.strategy
+    several = len(phases) > 1
+    if several and strategy.restore_checkpoint_after_setup:
+        raise MisconfigurationException(
+            f"{type(strategy).__name__} shards the parameters and cannot change what is trained within one fit, which "
+            f"the phases {[phase.train for phase in phases]} need. Train one phase a fit: regime=[Phase(...)], or "
+            'regime="joint", or start_phase at the last phase with a backbone that is trained'
+        )
+    if not built and isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise MisconfigurationException(
+            "Launchers that spawn or fork copy the weights back into the module of the main process, which has no "
+            'exits yet: give the module example_input, or use strategy="ddp", which starts the script once a process.'
+        )
+    own = sum(1 for _ in pl_module.parameters())
+    if not all(sum(1 for _ in copy.parameters()) == own for copy in averaged_models(trainer)):
+        raise ValueError("a callback has copied the module before the exits were built: give the module example_input")
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if several and isinstance(callback, EarlyStopping):
+            rank_zero_warn(
+                f"{type(callback).__name__} ends the whole fit, even in the first of {len(phases)} phases: "
+                "PhaseEarlyStopping ends the phase and goes on with the next one"
+            )
+        if isinstance(callback, StochasticWeightAveraging) and phases[-1].train == "heads":
+            raise ValueError(
+                "StochasticWeightAveraging estimates the statistics of all BatchNorm layers anew at the end, and in "
+                'phase "heads" the backbone stands still: use EMAWeightAveraging'
+            )
+        monitored = getattr(callback, "monitor", None)
+        early = [phase.train for phase in phases if phase.train == "backbone"]
+        if early and monitored in only_with_heads and getattr(callback, "strict", True):
+            late = ", ".join(repr(phase.train) for phase in phases if phase.train != "backbone") or "none here"
+            raise ValueError(
+                f"{type(callback).__name__} monitors {monitored!r}, which is logged in phases that train heads "
+                f'({late}) and not in phase "backbone": monitor "val/accuracy_final" or "val/loss", or train the '
+                "phases one after the other with start_phase"
+            )

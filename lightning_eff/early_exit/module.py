@@ -1,0 +1,311 @@
+"""Train a network with early exits in one, two or more phases, with any Lightning Trainer (arXiv 2407.14320).
+
+Shapes: ``B`` batch, ``C`` classes, ``E`` exits, ``K = E + 1`` outputs, the last being the backbone's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_eff.batch import SplitBatch, batch_size, call_model
+from lightning_eff.batch import split_batch as split_pair
+from lightning_eff.early_exit.checkpoint import load_phases, plain_hyperparameters, save_phases, without_foreign_heads
+from lightning_eff.early_exit.costs import ExitCosts
+from lightning_eff.early_exit.curve import CurveResult
+from lightning_eff.early_exit.heads import Head
+from lightning_eff.early_exit.in_trainer import check_trainer, first_batch
+from lightning_eff.early_exit.leaving import ExitOutput
+from lightning_eff.early_exit.losses import ExitLosses, loss_weights
+from lightning_eff.early_exit.metrics import ExitMetrics, only_with_heads, output_names
+from lightning_eff.early_exit.network import MultiExitNetwork
+from lightning_eff.early_exit.phased_module import PhasedModule
+from lightning_eff.early_exit.phases import OptimizerCallable, Phase, phases_from
+from lightning_eff.early_exit.policies import Policy, ScoreFunction
+from lightning_eff.early_exit.schedules import Schedule
+
+
+class EarlyExitModule(PhasedModule):
+    """A backbone with early exits, trained on batches ``(inputs, labels)``.
+
+    Logs ``train/loss``, ``train/loss_exit{k}``, ``train/loss_final`` and ``phase``. Validation and test log ``loss``,
+    every output alone (``accuracy_exit{k}``, ``accuracy_final``), early exit at the current thresholds (``accuracy``,
+    ``cost``, ``exit_rate{k}``, ``exit_rate_final``), and the best of all thresholds: ``accuracy@25`` within 25 % of
+    the plain backbone's cost, ``accuracy@max``, and ``auc``, behind ``val/`` or ``test/``. While a phase trains the
+    backbone alone, validation logs only ``loss`` and ``accuracy_final``.
+
+    A backbone handed over as an object is not written into checkpoints' hyperparameters, so a new one is handed over
+    again: ``EarlyExitModule.load_from_checkpoint(path, backbone=resnet18())``. One described in a YAML for the command
+    line is plain data, is written, and ``load_from_checkpoint(path)`` is enough.
+
+    Args:
+        backbone: maps inputs to logits ``[B, C]``; it is not rewritten.
+        exits: names of layers, a dict name -> head, fractions of the cost, or a number of exits to spread over the
+            cost; see :class:`MultiExitNetwork`.
+        num_classes: ``C``.
+        regime: ``"mixed"`` trains the backbone, then everything; ``"joint"`` everything; ``"disjoint"`` the backbone,
+            then the heads on a backbone that stands still; or a list of :class:`Phase`.
+        phase_split: share of the first of two phases that have no epochs of their own, in [0, 1].
+        start_phase: the first phase that is trained, from 0; 1 with a backbone that is trained already.
+        head: kind of the heads, a :class:`Head`, or a callable ``(shape of one sample's feature, C) -> module``.
+        policy: how sure a sample is, see :class:`MultiExitNetwork`.
+        thresholds: from where samples leave, in the policy's unit; None disables exits.
+        optimizer: ``parameters -> optimizer``, of phases that have none.
+        lr_scheduler: of phases that have none; see :data:`~lightning_eff.early_exit.schedules.Schedule`.
+        losses: how outputs are judged in training.
+        split_batch: ``batch -> (inputs, target)``, for batches that are not ``(inputs, target)``.
+        budgets: costs, as fractions of the plain backbone, at which the best accuracy is logged, > 0.
+        cost: ``"flops"``, ``"latency"``, or a list of the costs of the ``K`` outputs, the last being the backbone's.
+        engine: how ``predict`` stops, see :class:`MultiExitNetwork`.
+        example_input: a batch of inputs; None takes the first batch of the trainer's data.
+
+    Attributes:
+        network: the :class:`MultiExitNetwork`.
+        curves: accuracy over cost of the last pass over ``"val"`` and over ``"test"`` data.
+
+    Raises:
+        ValueError: what cannot be meant, before any work.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        exits: list[str] | list[float] | dict[str, Any] | int,
+        num_classes: int,
+        regime: Literal["mixed", "joint", "disjoint"] | list[Phase] = "mixed",
+        *,
+        phase_split: float = 0.5,
+        start_phase: int = 0,
+        head: str | Head | Callable[[Any, int], Any] = "auto",
+        policy: str | Policy | ScoreFunction = "max_prob",
+        thresholds: float | list[float | None] | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: Schedule | None = None,
+        losses: ExitLosses = ExitLosses(),  # noqa: B008 (frozen)
+        split_batch: SplitBatch | None = None,
+        budgets: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+        cost: Literal["flops", "latency"] | list[float] = "flops",
+        engine: Literal["auto", "hooks", "staged", "off"] = "auto",
+        example_input: Any = None,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        network = MultiExitNetwork(
+            backbone, exits, num_classes, head=head, policy=policy, thresholds=thresholds, engine=engine
+        )
+        super().__init__(network, phases_from(regime), phase_split, start_phase, optimizer, lr_scheduler)
+        self.save_hyperparameters(ignore=list(given))
+        if "_instantiator" in self.hparams:  # built by LightningCLI, which gives everything as plain data
+            self.save_hyperparameters()
+        else:
+            self.save_hyperparameters(plain_hyperparameters(given))
+        if not all(budget > 0 for budget in budgets):
+            raise ValueError(f"expected budgets > 0, got {list(budgets)}")
+        # hyperparameters of a checkpoint come as a dict
+        self.losses = ExitLosses(**losses) if isinstance(losses, Mapping) else losses
+        network.gradient_scaling = self.losses.gradient_scaling
+        self.criterion = self.losses.criterion  # a submodule, so that it moves between devices
+        self.budgets, self.cost = tuple(budgets), cost
+        self.curves: dict[str, CurveResult] = {}
+        self._split = split_batch
+        self._metrics: ExitMetrics | None = None
+        self._finite: Tensor | None = None  # whether the losses of this epoch were
+        self._foreign_heads: str | None = None  # why the heads of a checkpoint are not ours
+        if isinstance(cost, list):
+            network.costs = ExitCosts(tuple(cost), (0.0,) * network.num_exits, "given")
+        elif cost not in ("flops", "latency"):
+            raise ValueError(f"expected cost to be 'flops', 'latency' or a list, got {cost!r}")
+        if example_input is not None:
+            self._build(example_input)
+
+    # Before training
+
+    def configure_model(self) -> None:
+        """Build the exits from the trainer's first batch, if there was no example."""
+        trainer = self._trainer
+        if trainer is not None and not self.network.built:
+            self._build(self.split(first_batch(trainer, self))[0])
+
+    def _build(self, example: Any) -> None:
+        network, given = self.network, self.network.costs if isinstance(self.cost, list) else None
+        network.build(example)
+        if given is not None:
+            network.costs = given
+        elif self.cost == "latency":
+            network.measure_costs(example, "latency")
+
+    def setup(self, stage: str) -> None:
+        """Build the exits and prepare the first phase, before anything wraps the module."""
+        network, trainer, built = self.network, self.trainer, self.network.built
+        self.configure_model()
+        if self.cost == "latency":  # clocks of processes differ, and so would the curves
+            network.costs = ExitCosts.from_dict(trainer.strategy.broadcast(network.costs.to_dict()))
+        if stage != "fit":
+            return
+        phases = self.prepare_phases()
+        late = only_with_heads(network.num_exits, self.budgets)
+        check_trainer(trainer, self, phases, {f"{stage}/{name}" for stage in ("val", "test") for name in late}, built)
+        for phase in phases:
+            if phase.train != "backbone":
+                self._weights(phase, (1, 1))
+        self.begin_phases()
+
+    def split(self, batch: Any) -> tuple[Any, Any]:
+        """Return ``(inputs, target)`` of a batch."""
+        return (self._split or split_pair)(batch)
+
+    # Training
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Return the logits of all ``K`` outputs, ``[B, C]`` each."""
+        logits: list[Tensor] = self.network(*args, **kwargs)
+        return logits
+
+    def on_train_epoch_start(self) -> None:
+        """Begin the next phase if it is time."""
+        super().on_train_epoch_start()
+        self._finite = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of one batch in the current phase."""
+        inputs, target = self.split(batch)
+        loss, each = self._train_on(inputs, target)
+        self._watch(each)
+        values = {f"train/loss_{name}": value.detach() for name, value in each.items()}
+        self.log_dict({**values, "phase": float(self.phase_index)}, batch_size=batch_size(inputs))
+        self.log("train/loss", loss.detach(), batch_size=batch_size(inputs), prog_bar=True)
+        return loss
+
+    def _train_on(self, inputs: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is minimised, and the loss of every output that the phase trains."""
+        if self.phase.train == "backbone":
+            loss = self.losses.each([self._backbone_logits(inputs)], target)[0]
+            return loss, {"final": loss}
+        if self.phase.train == "heads" and self.losses.distill is None:
+            logits = call_model(cast(nn.Module, self.network.forward_heads), inputs)
+        else:
+            logits = call_model(self.network, inputs)
+        return self._loss(self.phase, logits, target)
+
+    def _loss(self, phase: Phase, logits: list[Tensor], target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        trained = logits[: self.network.num_exits] if phase.train == "heads" else logits
+        each = self.losses.each(trained, target)
+        total = self.losses.total(each, self._weights(phase, self.phase_progress), logits)
+        return total, dict(zip(output_names(self.network.num_exits), each, strict=False))
+
+    def _weights(self, phase: Phase, progress: tuple[int, int]) -> list[float]:
+        network, (epoch, epochs) = self.network, progress
+        try:
+            costs = network.costs.fractions()
+        except ValueError:  # nothing could be counted
+            costs = None
+        weights = self.losses.weights if phase.loss_weights is None else phase.loss_weights
+        final = phase.train != "heads"
+        return loss_weights(weights, network.num_exits, final=final, epoch=epoch, epochs=epochs, costs=costs)
+
+    def _backbone_logits(self, inputs: Any) -> Tensor:
+        return self.network.output_of(call_model(self.network.backbone, inputs))
+
+    def _watch(self, each: Mapping[str, Tensor]) -> None:
+        """Note losses that are no numbers; raise at once where the trainer looks for anomalies."""
+        finite = torch.isfinite(torch.stack([loss.detach() for loss in each.values()]))
+        if self.trainer._detect_anomaly and not finite.all():
+            raise ValueError(self._not_finite(each, finite))
+        changed = self._finite is None or len(self._finite) != len(finite)  # another phase
+        self._finite = finite if changed else self._finite & finite  # type: ignore[operator]
+
+    def _not_finite(self, names: Iterable[str], finite: Tensor) -> str:
+        bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
+        return f"the loss of {', '.join(bad)} is not finite in phase {self.phase_index} ({self.phase.train})"
+
+    def on_train_epoch_end(self) -> None:
+        """Tell of losses that are no numbers."""
+        super().on_train_epoch_end()
+        if self._finite is not None and not self._finite.all():
+            names = output_names(self.network.num_exits)
+            names = names[-1:] if self.phase.train == "backbone" else names[: len(self._finite)]
+            rank_zero_warn(f"{self._not_finite(names, self._finite)}, epoch {self.current_epoch}")
+
+    # Validation, test, prediction
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to collect."""
+        self._begin_pass()
+
+    def on_test_epoch_start(self) -> None:
+        """Begin to collect."""
+        self._begin_pass()
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log what one batch tells."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log what one batch tells."""
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what the pass tells."""
+        self._end_pass("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what the pass tells."""
+        self._end_pass("test")
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> ExitOutput:
+        """Answer one batch ``(inputs, target)``, or inputs alone; samples that are sure enough leave early."""
+        pair = isinstance(batch, tuple | list) and len(batch) == 2
+        inputs = self.split(batch)[0] if pair or self._split is not None else batch
+        answer: ExitOutput = call_model(cast(nn.Module, self.network.predict), inputs)
+        return answer
+
+    def _begin_pass(self) -> None:
+        backbone_alone = self.is_fitting and self.phase.train == "backbone"
+        self._metrics = None if backbone_alone else ExitMetrics(self.network, self.budgets)
+
+    def _evaluate(self, batch: Any, stage: str) -> None:
+        inputs, target = self.split(batch)
+        if batch_size(inputs) == 0:
+            return
+        if self._metrics is None:
+            logits = [self._backbone_logits(inputs)]
+            values = {"accuracy_final": (logits[0].argmax(-1) == target).float().mean()}
+            values["loss"] = self.losses.each(logits, target)[0]
+        else:
+            logits = call_model(self.network, inputs)
+            values = self._metrics.update(logits, target)
+            phase = Phase("all") if self.phase.train == "backbone" else self.phase
+            values["loss"] = self._loss(phase, logits, target)[0]
+        for name, value in values.items():
+            shown = name in ("accuracy", "accuracy_final")
+            options: dict[str, Any] = {"batch_size": batch_size(inputs), "prog_bar": shown, "add_dataloader_idx": False}
+            self.log(f"{stage}/{name}", value, on_step=False, on_epoch=True, sync_dist=True, **options)
+
+    def _end_pass(self, stage: str) -> None:
+        metrics, self._metrics = self._metrics, None
+        if metrics is None:
+            return
+        result, values = metrics.compute()
+        if result is not None:
+            self.curves[stage] = result
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the phase and where the exits are."""
+        save_phases(checkpoint, self.network, self._clock)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the exits where they were, before their weights are loaded, and take up the phase."""
+        self._foreign_heads = load_phases(checkpoint, self.network, self._clock, fitting=self.is_fitting)
+        self.freeze_phase()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights; with ``strict=False`` those of the backbone also where the exits are others."""
+        kept = without_foreign_heads(state_dict, self.state_dict(), self._foreign_heads, strict)
+        self._foreign_heads = None
+        return super().load_state_dict(kept, strict, assign)
