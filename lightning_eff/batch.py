@@ -71,6 +71,8 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 
 def batch_size(tree: Any) -> int:
     """Return ``size(0)`` of the first tensor in ``tree``."""
+    if isinstance(tree, Tensor) and tree.ndim:
+        return tree.size(0)
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor) and leaf.ndim:
             return leaf.size(0)

@@ -155,8 +155,9 @@ def head_from(head: Any) -> Head | HeadBuilder | nn.Module:
     """
     if isinstance(head, str):
         return Head(head)  # type: ignore[arg-type]
-    if isinstance(head, nn.Module) or callable(head):
-        return head
+    if callable(head):  # modules are
+        built: HeadBuilder | nn.Module = head
+        return built
     raise TypeError(f"expected a head to be a name, a Head, a module or a callable, got {type(head).__name__}")
 
 

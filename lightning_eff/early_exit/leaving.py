@@ -98,12 +98,13 @@ class Leaving:
 
     def leave(self, exit_index: int, logits: Tensor, scores: Tensor) -> Tensor | None:
         """Let rows leave whose scores ``[n]`` reach the threshold; as :meth:`at`."""
-        fire = scores >= self.rule.thresholds[exit_index]
+        threshold = self.rule.thresholds[exit_index]
         if self.batch == 1:  # one number is read, no index is made
-            if not fire.item():
+            if scores.item() < threshold:
                 return None
             self._left.append((exit_index, None, logits, scores))
             raise AllLeft
+        fire = scores >= threshold
         if self.done is not None:
             fire &= ~self.done
         gone = fire.nonzero().squeeze(1)

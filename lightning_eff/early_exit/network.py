@@ -108,7 +108,7 @@ class MultiExitNetwork(nn.Module):
         self._handles: list[Any] = []
         self._costs: ExitCosts | None = None
         self._stages: Any = None
-        self._evaluation = Evaluation()
+        self._evaluation = Evaluation(self)
         self.register_buffer("score_thresholds", torch.full((self.num_exits,), math.inf))
         self.register_buffer("temperatures", torch.ones(self.num_exits + 1))
         self._rule: tuple[Any, Rule] | None = None
@@ -228,11 +228,10 @@ class MultiExitNetwork(nn.Module):
     @property
     def rule(self) -> Rule:
         """When samples leave, as it stands."""
-        held = (self.score_thresholds, self.temperatures)
-        state = (*held, *(t._version for t in held), self.policy, self.compact_min_fraction)
-        if self._rule is None or not all(map(_same, self._rule[0], state)):
-            thresholds, temperatures = (t.tolist() for t in held)
-            self._rule = state, Rule(self.policy, thresholds, temperatures, self.compact_min_fraction)
+        a, b = self.score_thresholds, self.temperatures
+        state = (id(a), a._version, id(b), b._version, id(self.policy), self.compact_min_fraction)
+        if self._rule is None or self._rule[0] != state:
+            self._rule = state, Rule(self.policy, a.tolist(), b.tolist(), self.compact_min_fraction)
         return self._rule[1]
 
     @property
@@ -303,16 +302,16 @@ class MultiExitNetwork(nn.Module):
         output = self._run(run, args, kwargs)
         return [*self._in_order(run), self.output_of(output)]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def predict(self, *args: Any, **kwargs: Any) -> ExitOutput:
         """Answer a batch; each sample is computed only until it leaves.
 
         Runs in evaluation mode without gradients, whatever mode the network is in. Threads may call it at once.
         """
         self._need_built()
-        inputs = (args, kwargs)
-        with self._evaluation.of(self):
-            if batch_size(inputs) == 0:
+        batch = batch_size(args[0] if args and isinstance(args[0], Tensor) else (args, kwargs))
+        with self._evaluation:
+            if batch == 0:
                 return self._no_answers()
             rule = self.rule
             if self.engine == "off":
@@ -322,8 +321,8 @@ class MultiExitNetwork(nn.Module):
             if self.engine == "staged":
                 from lightning_eff.early_exit.staged import predict_staged
 
-                return predict_staged(self, self.stages(inputs), args, kwargs)
-            leaving = Leaving(rule, self.heads, batch_size(inputs))
+                return predict_staged(self, self.stages((args, kwargs)), args, kwargs)
+            leaving = Leaving(rule, self.heads, batch)
             try:
                 with running(Compact(self.tape, leaving)):
                     logits = self.output_of(self.backbone(*args, **kwargs))
@@ -401,8 +400,9 @@ class MultiExitNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made again on use."""
-        return {**self.__dict__, "_stages": None, "_rule": None}
+        return {**self.__dict__, "_stages": None, "_rule": None, "_evaluation": None}
 
-
-def _same(one: Any, other: Any) -> bool:
-    return one is other or (not isinstance(one, Tensor) and bool(one == other))
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take on what was saved or copied."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._evaluation = Evaluation(self)

@@ -28,7 +28,7 @@ def number_of_exits(exits: Exits) -> int:
         raise ValueError(
             f"expected names of layers, fractions of the cost, a dict name -> head, or a number of exits, got {exits!r}"
         )
-    listed = list(exits)
+    listed: list[Any] = list(exits)
     if all(isinstance(one, str) for one in listed):
         if len(set(listed)) < len(listed):
             twice = sorted({str(one) for one in listed if listed.count(one) > 1})

@@ -44,8 +44,11 @@ def score(
     if isinstance(temperature, Tensor) or temperature != 1.0:
         logits = logits / temperature
     scores, state = policy(logits, exit_index, state)
-    # one pass over the logits: a sum is finite only where all its terms are, and 0 * inf is NaN
-    guarded = torch.add(scores.float(), logits.sum(-1), alpha=0)
+    scores, total = scores.float(), logits.sum(-1)  # a sum is finite only where all its terms are
+    if len(logits) == 1 and logits.device.type == "cpu":  # reading numbers is cheaper than operators on one
+        fine = math.isfinite(total.item()) and not math.isnan(scores.item())
+        return scores if fine else torch.full_like(scores, -math.inf), state
+    guarded = torch.add(scores, total, alpha=0)  # 0 * inf is NaN
     return guarded.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), state
 
 

@@ -97,8 +97,8 @@ def _check(backbone: nn.Module, calls: Sequence[Call], seen: Probe, example: Any
                 try:
                     with running(Compact(tape, leaving)):
                         got = _features(backbone, inputs)
-                except Exception as error:  # whatever a network does with rows that do not fit
-                    return math.inf, f"when {exits} of {exits + survivors} samples leave, the backbone fails: {error}"
+                except Exception as failure:  # whatever a network does with rows that do not fit
+                    return math.inf, f"when {exits} of {exits + survivors} samples leave, the backbone fails: {failure}"
             for position, (dim, layer) in compared.items():
                 one, full = got[position], expected[position].narrow(dim or 0, exits, survivors)
                 if one.shape != full.shape:
