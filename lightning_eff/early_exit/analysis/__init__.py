@@ -1,5 +1,6 @@
 """Why an early-exit network is as it is: who pulls the backbone, what layers know, what lies between checkpoints."""
 
+from lightning_eff.early_exit.analysis.callback import GradientDominance
 from lightning_eff.early_exit.analysis.connectivity import (
     LinearPath,
     LossPlane,
@@ -26,6 +27,7 @@ from lightning_eff.early_exit.analysis.rank import layer_ranks, numerical_rank
 
 __all__ = [
     "Dominance",
+    "GradientDominance",
     "Information",
     "LayerInformation",
     "LinearPath",
