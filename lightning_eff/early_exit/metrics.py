@@ -6,10 +6,14 @@ classes, ``E`` exits, ``K = E + 1`` outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_eff.early_exit.curve import CurveResult, EarlyExitCurve
 from lightning_eff.early_exit.leaving import select_from_all
@@ -41,53 +45,87 @@ def only_with_heads(exits: int, budgets: Sequence[float]) -> set[str]:
     }
 
 
+class BatchMeans(Metric):
+    """Means over all samples of all processes of what is known as means over batches.
+
+    Args:
+        names: of the quantities.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = list(names)
+        self.add_state("total", torch.zeros(len(self.names)), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, values: Mapping[str, Tensor], size: int) -> None:
+        """Take in the means over a batch of ``size`` samples."""
+        self.total += size * torch.stack([values[name].detach().to(self.total) for name in self.names])
+        self.count += size
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the means by name."""
+        return dict(zip(self.names, self.total / self.count, strict=True))
+
+
 class ExitMetrics:
     """Collects one pass.
 
     Args:
         network: whose policy, thresholds, temperatures and costs count, as they are now.
         budgets: costs at which the best accuracy is told, as fractions of the plain backbone.
+        alone: the backbone's own output is all there is.
     """
 
-    def __init__(self, network: MultiExitNetwork, budgets: Sequence[float]) -> None:
-        self.rule, self.budgets = network.rule, budgets
-        self.names = output_names(network.num_exits)
+    def __init__(self, network: MultiExitNetwork, budgets: Sequence[float], alone: bool = False) -> None:
+        self.rule, self.budgets, self.alone = network.rule, budgets, alone
         self.curve: EarlyExitCurve | None = None
         self._fractions: Tensor | None = None
-        try:
-            costs = network.costs
-        except ValueError:  # the network has warned that nothing could be counted
-            return
         device = network.score_thresholds.device
-        self.curve = EarlyExitCurve(costs.fractions(), policy=network.policy).to(device)
-        enabled = [self.rule.enabled(k) for k in range(network.num_exits)]
-        self._fractions = torch.tensor(costs.fractions(enabled), device=device)
+        self._outputs = ["final"] if alone else output_names(network.num_exits)
+        names = ["loss", *(f"accuracy_{name}" for name in self._outputs)]
+        if not alone:
+            names += ["accuracy", *(f"exit_rate{k}" for k in range(network.num_exits)), "exit_rate_final"]
+            with suppress(ValueError):  # the network has warned that nothing could be counted
+                costs = network.costs
+                self.curve = EarlyExitCurve(costs.fractions(), policy=network.policy).to(device)
+                enabled = [self.rule.enabled(k) for k in range(network.num_exits)]
+                self._fractions = torch.tensor(costs.fractions(enabled), device=device)
+                names.append("cost")
+        self._means = BatchMeans(names).to(device)
 
-    def update(self, logits: Sequence[Tensor], target: Tensor) -> dict[str, Tensor]:
-        """Take in a batch and return the means over it.
+    def update(self, logits: Sequence[Tensor], target: Tensor, loss: Tensor) -> None:
+        """Take in a batch.
 
         Args:
-            logits: of the ``K`` outputs, ``[B, C]`` each.
+            logits: of the ``K`` outputs, or of the last alone, ``[B, C]`` each.
             target: ``[B]``, int64.
+            loss: mean over the batch.
         """
-        answer = select_from_all(self.rule, list(logits))
-        left = answer.exit_index
-        values = {f"accuracy_{name}": _accuracy(z, target) for name, z in zip(self.names, logits, strict=True)}
-        values["accuracy"] = _accuracy(answer.logits, target)
-        for k, name in enumerate(self.names):
-            values["exit_rate_final" if name == "final" else f"exit_rate{k}"] = (left == k).float().mean()
-        if self.curve is not None and self._fractions is not None:
-            values["cost"] = self._fractions[left].mean()
-            self.curve.update([z.float() / t for z, t in zip(logits, self.rule.temperatures, strict=True)], target)
-        return values
+        values = {f"accuracy_{name}": _accuracy(z, target) for name, z in zip(self._outputs, logits, strict=True)}
+        values["loss"] = loss
+        if not self.alone:
+            answer = select_from_all(self.rule, list(logits))
+            left = answer.exit_index
+            values["accuracy"] = _accuracy(answer.logits, target)
+            for k, name in enumerate(self._outputs):
+                values["exit_rate_final" if name == "final" else f"exit_rate{k}"] = (left == k).float().mean()
+            if self.curve is not None and self._fractions is not None:
+                values["cost"] = self._fractions[left].mean()
+                self.curve.update([z.float() / t for z, t in zip(logits, self.rule.temperatures, strict=True)], target)
+        self._means.update(values, len(target))
 
-    def compute(self) -> tuple[CurveResult | None, dict[str, float]]:
-        """Return the curve over thresholds and what it says at the budgets; every process must call this."""
+    def compute(self) -> tuple[CurveResult | None, dict[str, Any]]:
+        """Return the curve over thresholds, and all values by name; every process must call this."""
+        values: dict[str, Any] = dict(self._means.compute())
         if self.curve is None:
-            return None, {}
+            return None, values
         result = self.curve.compute()
-        values = {budget_name(budget): result.at_budget(budget) for budget in self.budgets}
-        return result, {**values, "accuracy@max": result.at_budget(float("inf")), "auc": result.auc()}
+        values |= {budget_name(budget): result.at_budget(budget) for budget in self.budgets}
+        return result, {**values, "accuracy@max": result.at_budget(math.inf), "auc": result.auc()}
 
 
 def _accuracy(logits: Tensor, target: Tensor) -> Tensor:

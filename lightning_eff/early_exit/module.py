@@ -112,7 +112,7 @@ class EarlyExitModule(PhasedModule):
         self.curves: dict[str, CurveResult] = {}
         self._split = split_batch
         self._metrics: ExitMetrics | None = None
-        self._finite: Tensor | None = None  # whether the losses of this epoch were
+        self._finite: Tensor | None = None  # whether the losses of this epoch were, until one was not
         self._foreign_heads: str | None = None  # why the heads of a checkpoint are not ours
         if isinstance(cost, list):
             network.costs = ExitCosts(tuple(cost), (0.0,) * network.num_exits, "given")
@@ -214,8 +214,10 @@ class EarlyExitModule(PhasedModule):
         finite = torch.isfinite(torch.stack([loss.detach() for loss in each.values()]))
         if self.trainer._detect_anomaly and not finite.all():
             raise ValueError(self._not_finite(each, finite))
-        changed = self._finite is None or len(self._finite) != len(finite)  # another phase
-        self._finite = finite if changed else self._finite & finite  # type: ignore[operator]
+        before = self._finite
+        if before is not None and len(before) == len(finite):  # otherwise another phase has begun
+            finite = torch.where(before.all(), finite, before)  # those that were the first
+        self._finite = finite
 
     def _not_finite(self, names: Iterable[str], finite: Tensor) -> str:
         bad = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
@@ -240,12 +242,12 @@ class EarlyExitModule(PhasedModule):
         self._begin_pass()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Log what one batch tells."""
-        self._evaluate(batch, "val")
+        """Take in what one batch tells."""
+        self._evaluate(batch)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Log what one batch tells."""
-        self._evaluate(batch, "test")
+        """Take in what one batch tells."""
+        self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log what the pass tells."""
@@ -260,37 +262,34 @@ class EarlyExitModule(PhasedModule):
         pair = isinstance(batch, tuple | list) and len(batch) == 2
         inputs = self.split(batch)[0] if pair or self._split is not None else batch
         answer: ExitOutput = call_model(cast(nn.Module, self.network.predict), inputs)
-        return answer
+        return _Prediction(answer.logits, answer.exit_index, answer.confidence)
 
     def _begin_pass(self) -> None:
-        backbone_alone = self.is_fitting and self.phase.train == "backbone"
-        self._metrics = None if backbone_alone else ExitMetrics(self.network, self.budgets)
+        alone = self.is_fitting and self.phase.train == "backbone"
+        self._metrics = ExitMetrics(self.network, self.budgets, alone)
 
-    def _evaluate(self, batch: Any, stage: str) -> None:
+    def _evaluate(self, batch: Any) -> None:
         inputs, target = self.split(batch)
-        if batch_size(inputs) == 0:
+        metrics = self._metrics
+        if metrics is None or batch_size(inputs) == 0:
             return
-        if self._metrics is None:
+        if metrics.alone:
             logits = [self._backbone_logits(inputs)]
-            values = {"accuracy_final": (logits[0].argmax(-1) == target).float().mean()}
-            values["loss"] = self.losses.each(logits, target)[0]
+            loss = self.losses.each(logits, target)[0]
         else:
             logits = call_model(self.network, inputs)
-            values = self._metrics.update(logits, target)
-            phase = Phase("all") if self.phase.train == "backbone" else self.phase
-            values["loss"] = self._loss(phase, logits, target)[0]
-        for name, value in values.items():
-            shown = name in ("accuracy", "accuracy_final")
-            options: dict[str, Any] = {"batch_size": batch_size(inputs), "prog_bar": shown, "add_dataloader_idx": False}
-            self.log(f"{stage}/{name}", value, on_step=False, on_epoch=True, sync_dist=True, **options)
+            loss, _ = self._loss(Phase("all") if self.phase.train == "backbone" else self.phase, logits, target)
+        metrics.update(logits, target, loss)
 
     def _end_pass(self, stage: str) -> None:
         metrics, self._metrics = self._metrics, None
         if metrics is None:
             return
-        result, values = metrics.compute()
-        if result is not None:
-            self.curves[stage] = result
+        curve, values = metrics.compute()
+        if curve is not None:
+            self.curves[stage] = curve
+        shown = [name for name in ("accuracy_final", "accuracy@50") if name in values]
+        self.log_dict({f"{stage}/{name}": values.pop(name) for name in shown}, prog_bar=True)
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
 
     # Checkpoints
@@ -309,3 +308,10 @@ class EarlyExitModule(PhasedModule):
         kept = without_foreign_heads(state_dict, self.state_dict(), self._foreign_heads, strict)
         self._foreign_heads = None
         return super().load_state_dict(kept, strict, assign)
+
+
+class _Prediction(ExitOutput):
+    """An answer that the Trainer can move to the CPU: it does not look into frozen dataclasses."""
+
+    def to(self, device: torch.device, **_: Any) -> _Prediction:
+        return _Prediction(self.logits.to(device), self.exit_index.to(device), self.confidence.to(device))
