@@ -8,10 +8,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_eff import cli, data, models, pruning, reporting, shapley, surgery
+    from lightning_eff import cli, data, early_exit, models, pruning, reporting, shapley, surgery
     from lightning_eff.batch import BatchKeys, split_batch
     from lightning_eff.data import DigitsDataModule, FashionMNISTDataModule
-    from lightning_eff.models import ImageClassifier, LeNet, SmallCNN
+    from lightning_eff.early_exit import (
+        EarlyExitModule,
+        ExitLosses,
+        Head,
+        MultiExitNetwork,
+        Phase,
+        PhaseEarlyStopping,
+        ThresholdCalibration,
+    )
+    from lightning_eff.models import ImageClassifier, LeNet, SmallCNN, SmallResNet
     from lightning_eff.pruning import (
         Allocation,
         Calibration,
@@ -44,16 +53,24 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("cli", "data", "models", "pruning", "reporting", "shapley", "surgery")
+_ROOMS = ("cli", "data", "early_exit", "models", "pruning", "reporting", "shapley", "surgery")
 
 _ROOM_OF = {
     "BatchKeys": "batch",
     "split_batch": "batch",
     "DigitsDataModule": "data",
     "FashionMNISTDataModule": "data",
+    "EarlyExitModule": "early_exit",
+    "ExitLosses": "early_exit",
+    "Head": "early_exit",
+    "MultiExitNetwork": "early_exit",
+    "Phase": "early_exit",
+    "PhaseEarlyStopping": "early_exit",
+    "ThresholdCalibration": "early_exit",
     "ImageClassifier": "models",
     "LeNet": "models",
     "SmallCNN": "models",
+    "SmallResNet": "models",
     "Allocation": "pruning",
     "Calibration": "pruning",
     "ChannelGame": "pruning",
@@ -91,11 +108,17 @@ __all__ = [
     "DirichletOptions",
     "DirichletPosterior",
     "DirichletPruneCallback",
+    "EarlyExitModule",
+    "ExitLosses",
     "FashionMNISTDataModule",
     "GameOptions",
+    "Head",
     "ImageClassifier",
     "Layers",
     "LeNet",
+    "MultiExitNetwork",
+    "Phase",
+    "PhaseEarlyStopping",
     "PruningPlan",
     "RandomChannelPruningCallback",
     "Repair",
@@ -103,13 +126,16 @@ __all__ = [
     "Search",
     "ShapleyPruningCallback",
     "SmallCNN",
+    "SmallResNet",
     "StructuredPruningCallback",
+    "ThresholdCalibration",
     "apply_plan",
     "cli",
     "compare_criteria",
     "data",
     "dirichlet_kl",
     "dirichlet_scores",
+    "early_exit",
     "export_model",
     "load_pruned",
     "models",

@@ -1,4 +1,4 @@
-"""Inference with early exits: engines, the regrouping stream and earlyon 0.3.0 on the same backbone, heads and thresholds.
+"""Inference with early exits: engines, the regrouping stream and earlyon 0.3.0, same backbone, heads and thresholds.
 
 Thresholds are set so that 34 / 30 / 9 / 27 % of the samples leave at the outputs, with every policy decision really
 taken. Answers of all engines are compared with choosing from all outputs before anything is timed; earlyon's batched
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from harness import compare, machine, main, one_thread
-from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, ResNet
+from torch import Tensor
 
 from lightning_eff.early_exit import MultiExitNetwork, calibrate
 from lightning_eff.early_exit.leaving import select_from_all
+from lightning_eff.models import SmallResNet
 from lightning_eff.reporting import Column, Table
 
 SHARES = (0.34, 0.30, 0.09)
@@ -28,31 +28,17 @@ EXITS = ("layer1", "layer2", "layer3")
 SAMPLES = 2048
 
 
-class Resnet18(ResNet):
-    """ResNet-18 for 28 x 28 grey images: 3x3 stem of stride 2, ``width`` to ``8 * width`` channels."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=10)
-        self.inplanes = width
-        self.conv1 = nn.Conv2d(1, width, 3, 2, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.maxpool = nn.Identity()
-        for i in range(4):
-            setattr(self, f"layer{i + 1}", self._make_layer(BasicBlock, width * 2**i, 2, stride=1 if i == 0 else 2))
-        self.fc = nn.Linear(8 * width, 10)
-
-
 def networks(width: int) -> tuple[MultiExitNetwork, Any, Tensor]:
     """Ours and earlyon's network around one backbone, with the same heads and thresholds, and images."""
     from earlyon.models.custom import custom_ee
 
     torch.manual_seed(0)
-    backbone = Resnet18(width).eval()
+    backbone = SmallResNet(width=width).eval()
     images = torch.randn(SAMPLES, 1, 28, 28)
     peer = custom_ee(backbone, EXITS, 10, input_shape=(1, 1, 28, 28)).eval()
     # hooks of its own are on its own copy of the backbone: neither pays for the other's
     ours = MultiExitNetwork(
-        copy.deepcopy(Resnet18(width).eval()),
+        copy.deepcopy(SmallResNet(width=width).eval()),
         {name: copy.deepcopy(peer.exit_heads[f"e{k}"]) for k, name in enumerate(EXITS)},
         10,
         example_input=images[:4],
@@ -143,12 +129,11 @@ def inference(width: int, cases: dict[int, int]) -> Table:
             timed = compare(contenders, reference="off", repeats=7, check=same_answers)
             seconds = {row[0]: row[1] for row in timed.rows}
             for name in contenders:
-                faster = seconds["full network"] / seconds[name]
-                rows.append(
-                    (batch, name, seconds[name] / count * 1e6, faster, seconds["earlyon"] / seconds[name], faster / ideal)
-                )
+                faster, than_peer = (seconds[other] / seconds[name] for other in ("full network", "earlyon"))
+                rows.append((batch, name, seconds[name] / count * 1e6, faster, than_peer, faster / ideal))
     mflop = ours.costs.base / 1e6
-    caption = f"{machine()}; median CPU time of 7 interleaved rounds. Exits taken: {where.bincount().tolist()} of {count}"
+    shares = ", ".join(f"{rate:.0%}" for rate in (where.bincount() / count).tolist())
+    caption = f"{machine()}; median CPU time of 7 interleaved rounds. Share of samples at each output: {shares}"
     columns = [
         "batch",
         "engine",
@@ -175,12 +160,14 @@ def calibration() -> Table:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         methods = {name: run(name) for name in ("uniform", "geometric", "lagrangian")}
-        return compare(methods, reference="uniform", repeats=3, check=None, title="Calibration of 50,000 samples x 8 exits")
+        title = "Calibration of 50,000 samples x 8 exits"
+        return compare(methods, reference="uniform", repeats=3, check=None, title=title)
 
 
 def tables() -> list[Table]:
     """Measure everything."""
-    return [inference(16, {256: 2048, 64: 1024, 16: 1024, 8: 1024, 1: 256}), inference(64, {128: 512, 8: 256}), calibration()]
+    small, large = {256: 2048, 64: 1024, 16: 1024, 8: 1024, 1: 256}, {128: 512, 8: 256}
+    return [inference(16, small), inference(64, large), calibration()]
 
 
 if __name__ == "__main__":
