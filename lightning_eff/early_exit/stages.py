@@ -53,7 +53,7 @@ class Stages:
     batched: list[bool]
     inputs_spec: pytree.TreeSpec
     output_spec: pytree.TreeSpec
-    _bound: list[Callable[..., tuple[Any, ...]]] = field(default_factory=list, repr=False)
+    _bound: list[Callable[..., Any]] = field(default_factory=list, repr=False)
 
     @property
     def batch_dims(self) -> list[Layout]:
@@ -65,16 +65,8 @@ class Stages:
 
     def __getitem__(self, index: int) -> Callable[..., Any]:
         if not self._bound:
-            self._bound = [stage.bind(self.backbone) for stage in self.stages]
-        run, dim = self._bound[index], self.stages[index].feature
-        if dim is None:
-            return lambda *live: pytree.tree_unflatten(run(*live), self.output_spec)
-
-        def stage(*live: Tensor) -> tuple[Tensor, list[Tensor]]:
-            feature, *onward = run(*live)
-            return feature if dim == 0 else feature.movedim(dim, 0), onward
-
-        return stage
+            self._bound = [self._bind(stage) for stage in self.stages]
+        return self._bound[index]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bound": []}  # a copy reads the parameters of its own backbone
@@ -104,6 +96,17 @@ class Stages:
             tensor if where is None else select(tensor, where, rows)
             for tensor, where in zip(live, self.stages[index].carried, strict=True)
         ]
+
+    def _bind(self, stage: Stage) -> Callable[..., Any]:
+        run, dim = stage.bind(self.backbone), stage.feature
+        if dim is None:
+            return lambda *live: pytree.tree_unflatten(run(*live), self.output_spec)
+
+        def until_exit(*live: Tensor) -> tuple[Tensor, list[Tensor]]:
+            feature, *onward = run(*live)
+            return feature if dim == 0 else feature.movedim(dim, 0), onward
+
+        return until_exit
 
     def _flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
         names = self.inputs_spec.child(1).context
@@ -143,14 +146,14 @@ def cut_stages(
     inputs = (tuple(args), dict(kwargs or {}))
     if (count := batch_size(inputs)) == 0:
         raise CutError("expected at least one sample to cut the backbone by, got an empty batch")
-    few = samples(inputs, TRACED, distinct=True)
-    batched = {
-        id(new)
-        for old, new in zip(pytree.tree_leaves(inputs), pytree.tree_leaves(few), strict=True)
-        if isinstance(old, Tensor) and old.ndim and old.size(0) == count
-    }
     with quiet_model(backbone), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        few = samples(inputs, TRACED, distinct=True)
+        batched = {
+            id(new)
+            for old, new in zip(pytree.tree_leaves(inputs), pytree.tree_leaves(few), strict=True)
+            if isinstance(old, Tensor) and old.ndim and old.size(0) == count
+        }
         program = _export(backbone, exits, few, batched)
         graph = GraphCut(program, exits)
         if graph.writes_into_shared_memory():
