@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_eff.pruning.repair.settings import RepairError
 
 ESCALATIONS = 5
+ROWS = 192  # that are substituted back at a time
 DOUBLE_UP_TO = 1024  # inputs; above, moments are held and solved as they were summed
 
 
@@ -70,6 +71,22 @@ def checked(weights: Tensor, path: str) -> Tensor:
     if not torch.isfinite(weights).all():
         raise RepairError(f"{path}: the corrected weights are not finite; raise ridge or the number of samples")
     return weights
+
+
+def substituted_back(lower: Tensor, right: Tensor) -> Tensor:
+    """Solve ``lower^T x = right``, some rows at a time: a part of a factor is not copied, and most of it is products.
+
+    Args:
+        lower: factor ``[J, K, K]``; what is above its diagonal is not read.
+        right: ``[J, K, R]``; becomes the solution.
+    """
+    count = lower.shape[1]
+    for first in reversed(range(0, count, ROWS)):
+        rows, behind = slice(first, min(first + ROWS, count)), slice(first + ROWS, count)
+        right[:, rows] -= lower[:, behind, rows].transpose(1, 2) @ right[:, behind]
+        block = lower[:, rows, rows].transpose(1, 2)
+        right[:, rows] = torch.linalg.solve_triangular(block, right[:, rows], upper=True)
+    return right
 
 
 class Penalty(NamedTuple):

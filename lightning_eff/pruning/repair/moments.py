@@ -34,6 +34,7 @@ from lightning_eff.pruning.repair.least_squares import (
     checked,
     ridge_fit,
     solve_type,
+    substituted_back,
     summed_type,
     unexplained,
 )
@@ -205,8 +206,8 @@ class NestedMoments:
             self._factors[path, ridge, fit_bias] = _Factor.of(layer, order, ridge, fit_bias)
         factor = self._factors[path, ridge, fit_bias]
         problem = _Problem(layer, keep_in, keep_out, fit_bias)
-        triangle = factor.lower[:, :count, :count].transpose(1, 2)
-        ordered = torch.linalg.solve_triangular(triangle, factor.reduced[:, :count, problem.rows], upper=True)
+        with exact_products():
+            ordered = substituted_back(factor.lower[:, :count, :count], factor.reduced[:, :count, problem.rows])
         natural = order[:count].argsort()
         weights = checked(ordered[:, natural.to(ordered.device)].transpose(1, 2), path)
         return problem.solution(weights, unexplained(weights, problem.cross, problem.energy, factor.added))

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from lightning_eff.batch import BatchKeys
 from lightning_eff.pruning.repair import Moments, RepairError
+from lightning_eff.pruning.repair.least_squares import substituted_back
+from lightning_eff.pruning.repair.scatter import Scatter
 from lightning_eff.surgery import ChannelGraph
 
 
@@ -85,6 +87,27 @@ def test_layer_that_reads_two_ranked_groups_is_solved_on_its_own() -> None:
     expected = moments.solve("c", keep_in)
     assert torch.allclose(one.solve("c", keep_in).weight, expected.weight, atol=1e-6)
     assert len(one._factors) == 1
+
+
+@pytest.mark.parametrize("columns", [1, 192, 193, 500])
+def test_half_of_a_product_of_rows_with_themselves_gives_all_of_it(columns: int) -> None:
+    rows = torch.randn(2, 300, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    scatter = Scatter(torch.float64)
+    for part in rows.split(100, 1):
+        scatter.add(part, part)
+    found = scatter.covariance()
+    for block, expected in zip(found, (each.T.cov(correction=0) for each in rows), strict=True):
+        assert torch.allclose(block, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 192, 193, 500])
+def test_part_of_a_factor_is_substituted_back_in_blocks(count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lower = torch.randn(2, 512, 512, generator=generator, dtype=torch.float64).tril() / 32
+    lower.diagonal(dim1=1, dim2=2).add_(2)
+    part, right = lower[:, :count, :count], torch.randn(2, count, 7, generator=generator, dtype=torch.float64)
+    found = substituted_back(part, right.clone())
+    assert torch.allclose(part.transpose(1, 2) @ found, right, atol=1e-12)
 
 
 def test_removed_outputs_are_left_out() -> None:
