@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,24 @@ def first_batch(trainer: Trainer, pl_module: LightningModule) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
     batch = pl_module._on_before_batch_transfer(batch)
     return trainer.strategy.batch_to_device(batch, pl_module.device)
+
+
+def steps_per_epoch(trainer: Trainer) -> int | None:
+    """Count optimizer steps of an epoch, None where the training data has no length.
+
+    Before the fit begins, Lightning's loop sets its data up for counting and then never loads the state that loaders
+    have in a checkpoint. So what was set up for counting is dropped.
+    """
+    loop = trainer.fit_loop
+    begun = loop._combined_loader is not None
+    with untouched_generators():
+        loop.setup_data()
+        batches = trainer.num_training_batches
+        if not begun and loop._data_fetcher is not None:
+            loop._data_fetcher.teardown()
+            loop._combined_loader = None
+    # the last step of an epoch may see fewer batches
+    return None if batches == math.inf else math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def check_trainer(
@@ -91,7 +110,7 @@ def check_trainer(
                 "StochasticWeightAveraging estimates the statistics of all BatchNorm layers anew at the end, and in "
                 'phase "heads" the backbone stands still: use EMAWeightAveraging'
             )
-        monitored = getattr(callback, "monitor", None)
+        monitored = None if getattr(callback, "ends_phases", False) else getattr(callback, "monitor", None)
         early = [phase.train for phase in phases if phase.train == "backbone"]
         if early and monitored in only_with_heads and getattr(callback, "strict", True):
             late = ", ".join(repr(phase.train) for phase in phases if phase.train != "backbone") or "none here"

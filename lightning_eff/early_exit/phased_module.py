@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_eff.early_exit.in_trainer import steps_per_epoch
 from lightning_eff.early_exit.network import MultiExitNetwork
 from lightning_eff.early_exit.phases import OptimizerCallable, Phase, PhaseClock, timetable
 from lightning_eff.early_exit.schedules import Schedule, build_schedule, check_schedule
@@ -163,13 +165,10 @@ class PhasedModule(L.LightningModule):
         length, counted = self._clock.length, self._clock.table.unit
         if length is None or unit == counted:
             return length
-        trainer = self.trainer
-        trainer.fit_loop.setup_data()
-        steps = trainer.num_training_batches / trainer.accumulate_grad_batches
-        if steps == float("inf"):
+        steps = steps_per_epoch(self.trainer)
+        if not steps:
             return None
-        per_epoch = -int(-steps // 1)  # the last step of an epoch may see fewer batches
-        return length * per_epoch if unit == "step" else -(-length // per_epoch)
+        return length * steps if unit == "step" else math.ceil(length / steps)
 
     # Moving on
 
