@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
@@ -13,6 +14,8 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lightning_eff.early_exit.phases import Phase
 from lightning_eff.surgery.state import untouched_generators
@@ -20,9 +23,9 @@ from lightning_eff.surgery.structure import averaged_models
 
 
 def first_batch(trainer: Trainer, pl_module: LightningModule) -> Any:
-    """Return the first batch that the running task of the trainer will see, on the module's device.
+    """Return the first batch that the running task of the trainer will see.
 
-    The global random generators are left as they were.
+    It is on the module's device and in its precision. The global random generators are left as they were.
 
     Raises:
         ValueError: there is none.
@@ -43,9 +46,11 @@ def first_batch(trainer: Trainer, pl_module: LightningModule) -> Any:
             batch, _, _ = next(iter(loaders), (None, 0, 0))
     if batch is None:
         raise ValueError("there is no batch to build the exits from: give the module example_input")
-    batch = trainer.precision_plugin.convert_input(batch)
     batch = pl_module._on_before_batch_transfer(batch)
-    return trainer.strategy.batch_to_device(batch, pl_module.device)
+    batch = trainer.strategy.batch_to_device(batch, pl_module.device)
+    # the precision the module has now, which the trainer may be about to change
+    floating = next((one.dtype for one in pl_module.parameters() if one.is_floating_point()), torch.float32)
+    return tree_map(lambda x: x.to(floating) if isinstance(x, Tensor) and x.is_floating_point() else x, batch)
 
 
 def steps_per_epoch(trainer: Trainer) -> int | None:
