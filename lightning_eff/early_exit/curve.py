@@ -97,7 +97,7 @@ class CurveResult:
 
     def budget_table(self, budgets: Sequence[float] = BUDGETS, rule: Rule = "max") -> Table:
         """Accuracy in percent at each budget and without one; what no threshold can keep prints as ``-``."""
-        names = [budget_name(budget) for budget in (*budgets, math.inf)]
+        names = [budget_heading(budget) for budget in (*budgets, math.inf)]
         found = [self.at_budget(budget, rule) for budget in (*budgets, math.inf)]
         row = [None if math.isnan(accuracy) else 100 * accuracy for accuracy in found]
         return Table(
@@ -161,7 +161,7 @@ class CurveResult:
         return curve_figure({self.policy: self}, budgets=budgets)
 
 
-def budget_name(budget: float) -> str:
+def budget_heading(budget: float) -> str:
     """Heading of a budget: ``25 %``, or ``max`` for no budget."""
     return "max" if budget == math.inf else f"{100 * budget:g} %"
 

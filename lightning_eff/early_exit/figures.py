@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 COLUMNS = 4
 
 
-def output_names(outputs: int) -> list[str]:
+def output_labels(outputs: int) -> list[str]:
     """``exit 0 .. exit E-1`` and ``final``."""
     return [*(f"exit {k}" for k in range(outputs - 1)), "final"]
 
@@ -100,7 +100,7 @@ def exit_figure(exit_index: Tensor, correct: Tensor, outputs: int) -> Figure:
         if all_here:
             text = f"{good / all_here:.1%}\nright"
             axis.annotate(text, (k, all_here), (0, 2), textcoords="offset points", ha="center", fontsize=7)
-    axis.set_xticks(x, output_names(outputs))
+    axis.set_xticks(x, output_labels(outputs))
     axis.margins(y=0.18)
     _percent(axis.yaxis)
     axis.set_ylabel("samples, %")
@@ -123,8 +123,8 @@ def reliability_figure(confidence: Tensor, correct: Tensor, *, bins: int = 15) -
     columns = min(COLUMNS, outputs)
     lines = -(-outputs // columns)
     figure, axes = new_figure(lines, columns, width=2.3 * columns + 0.4, height=2.4 * lines + 0.3)
-    for k, (axis, name) in enumerate(zip(axes.flat, output_names(outputs), strict=False)):
-        sure, right = confidence[k].float().cpu(), correct[k].cpu()
+    for k, (axis, name) in enumerate(zip(axes.flat, output_labels(outputs), strict=False)):
+        sure, right = confidence[k].float().cpu().contiguous(), correct[k].cpu()
         which = (sure * bins).long().clamp(max=bins - 1)
         counts = torch.bincount(which, minlength=bins).double()
         rate = torch.bincount(which, weights=right.double(), minlength=bins) / counts
@@ -182,7 +182,7 @@ def samples_figure(
     order = sorted(range(len(where)), key=lambda i: (where[i], -sure[i]))
     count = min(count, len(order))
     figure, axes = new_figure(2, count, width=1.1 * count + 0.6, height=3.1)
-    names = output_names(outputs)
+    names = output_labels(outputs)
     for row, (text, chosen) in enumerate((("earliest", order[:count]), ("latest", order[: -count - 1 : -1]))):
         axes[row, 0].set_ylabel(text)
         for axis, i in zip(axes[row], chosen, strict=True):

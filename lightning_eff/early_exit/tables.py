@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from lightning_eff.early_exit.curve import BUDGETS, CurveResult, Rule, budget_name
+from lightning_eff.early_exit.curve import BUDGETS, CurveResult, Rule, budget_heading
 from lightning_eff.reporting import Column, Table
 
 Runs = Mapping[str, CurveResult | Sequence[CurveResult]]
@@ -31,7 +31,7 @@ def compare_table(runs: Runs, budgets: Sequence[float] = BUDGETS, rule: Rule = "
         (name, *(_mean_std([curve.at_budget(budget, rule) for curve in curves]) for budget in limits))
         for name, curves in seeds_of(runs).items()
     ]
-    columns = [Column("method"), *(Column(budget_name(budget), align="right") for budget in limits)]
+    columns = [Column("method"), *(Column(budget_heading(budget), align="right") for budget in limits)]
     caption = "Budget: mean cost of a sample, in percent of the plain backbone."
     return Table("Accuracy (%) at a budget, mean ± standard deviation over seeds", columns, rows, caption)
 

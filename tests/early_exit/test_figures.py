@@ -10,7 +10,7 @@ from lightning_eff.early_exit.figures import (
     curve_figure,
     exit_figure,
     history_figure,
-    output_names,
+    output_labels,
     reliability_figure,
     samples_figure,
 )
@@ -132,7 +132,7 @@ def test_reliability_shows_the_share_of_right_answers_in_each_bin():
 
 def test_reliability_of_many_outputs_fills_lines():
     axes = reliability_figure(torch.rand(6, 20), torch.rand(6, 20) > 0.5).axes
-    assert [axis.get_title().split(":")[0] for axis in axes if axis.get_visible()] == output_names(6)
+    assert [axis.get_title().split(":")[0] for axis in axes if axis.get_visible()] == output_labels(6)
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 5), (1, 5, 5), (5, 5)])

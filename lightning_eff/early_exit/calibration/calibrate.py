@@ -96,11 +96,8 @@ def calibrate(
         >>> calibrate(scores, correct, [0.5, 1.0], max_drop=0, method="uniform").cost
         0.75
     """
-    _check_goal(budget, target_accuracy, max_drop)
-    if method not in get_args(Method):
-        raise ValueError(f"expected a method out of {', '.join(get_args(Method))}, got {method!r}")
-    if not isinstance(min_exit_samples, int) or min_exit_samples < 0:
-        raise ValueError(f"expected a whole number min_exit_samples >= 0, got {min_exit_samples!r}")
+    check_goal(budget, target_accuracy, max_drop)
+    check_method(method, min_exit_samples)
     problem = _problem(scores, correct, costs, min_exit_samples)
     if max_drop is not None:
         target_accuracy = float(problem.correct[-1].mean()) - max_drop
@@ -144,7 +141,8 @@ def _tightened(problem: Problem, setting: Setting) -> Setting:
     )
 
 
-def _check_goal(budget: float | None, target_accuracy: float | None, max_drop: float | None) -> None:
+def check_goal(budget: float | None, target_accuracy: float | None, max_drop: float | None) -> None:
+    """Raise ValueError unless exactly one goal is given, in its range."""
     goals = {"budget": budget, "target_accuracy": target_accuracy, "max_drop": max_drop}
     given = {name: value for name, value in goals.items() if value is not None}
     if len(given) != 1:
@@ -154,6 +152,14 @@ def _check_goal(budget: float | None, target_accuracy: float | None, max_drop: f
     for name, value in given.items():
         if name != "budget" and not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def check_method(method: str, min_exit_samples: int) -> None:
+    """Raise ValueError for an unknown method or a number of samples that is none."""
+    if method not in get_args(Method):
+        raise ValueError(f"expected a method out of {', '.join(get_args(Method))}, got {method!r}")
+    if not isinstance(min_exit_samples, int) or min_exit_samples < 0:
+        raise ValueError(f"expected a whole number min_exit_samples >= 0, got {min_exit_samples!r}")
 
 
 def _problem(scores: Any, correct: Any, costs: Any, min_exit_samples: int) -> Problem:
