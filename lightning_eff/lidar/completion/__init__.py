@@ -1,0 +1,1 @@
+"""Networks and training-free methods that complete sparse depth: ``(rgb, sparse) -> depth``."""
