@@ -133,7 +133,8 @@ def assign_lines(
         num_lines: lines of the sensor, 1 to 255; by `"laser_table"` it is the length of `table`.
         table: lasers of the sensor.
         max_residual: by `"laser_table"`, points farther from every laser than this many degrees get line 255.
-        elevation_range: by `"elevation"`, angles of the highest and the lowest laser in degrees, by default the table's.
+        elevation_range: by `"elevation"`, angles of the highest and the lowest laser in degrees; by default those
+            of `table`.
         ring_column: by `"ring"`, the column of ring numbers.
 
     Returns:
@@ -166,19 +167,18 @@ def assign_lines(
 
 
 def _by_laser_table(points: Tensor, table: LaserTable, max_residual: float | None) -> LineAssignment:
-    xyz = points[:, :3].double()
-    angles = torch.tensor(table.elevations, dtype=torch.float64).deg2rad()
-    heights = torch.tensor(table.heights, dtype=torch.float64)
-    lines, residuals = [], []
-    for part in xyz.split(8192):  # N x L angles at once would leave the cache
-        rho = part[:, :2].norm(dim=1, keepdim=True)
+    xyz = points[:, :3].float()
+    angles, heights = torch.tensor(table.elevations).deg2rad(), torch.tensor(table.heights)
+    lines = torch.empty(len(xyz), dtype=torch.int64)
+    residuals = torch.empty(len(xyz))
+    for start in range(0, len(xyz), 8192):  # N x L angles at once would leave the cache
+        part = xyz[start : start + 8192]
+        rho = torch.hypot(part[:, 0], part[:, 1]).unsqueeze(1)
         residual, line = (torch.atan2(part[:, 2:] - heights, rho) - angles).abs().min(dim=1)
-        lines.append(line), residuals.append(residual)
-    line = torch.cat(lines) if lines else torch.zeros(0, dtype=torch.int64)
-    residual = torch.cat(residuals).rad2deg() if residuals else torch.zeros(0, dtype=torch.float64)
+        lines[start : start + 8192], residuals[start : start + 8192] = line, residual.rad2deg()
     if max_residual is not None:
-        line = torch.where(residual <= max_residual, line, NO_LINE)
-    assignment = LineAssignment(line.to(torch.uint8), residual.float())
+        lines = torch.where(residuals <= max_residual, lines, NO_LINE)
+    assignment = LineAssignment(lines.to(torch.uint8), residuals)
     if assignment.median_residual > LARGE_RESIDUAL:
         warnings.warn(
             f"half of the points lie more than {assignment.median_residual:.2f} degrees from every laser of the table "

@@ -84,7 +84,7 @@ def nearest_pixels(pixels: Tensor, rounding: Literal["round", "floor"] = "round"
 
 
 def in_image(pixels: Tensor, depth: Tensor, size: tuple[int, int]) -> Tensor:
-    """Which points lie before the camera and, their pixels being whole, inside an image of `size` (H, W): bool `[N]`."""
+    """Bool `[N]`: points before the camera whose pixels, whole numbers, lie inside an image of `size` (H, W)."""
     (u, v), (height, width) = pixels.unbind(1), size
     return (depth > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
 
