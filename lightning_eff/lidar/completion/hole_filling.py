@@ -6,6 +6,8 @@ Shapes: ``B`` batch, ``H``, ``W`` height and width.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,7 +48,7 @@ def pull_push(sparse: Tensor, empty_depth: float = 15.0) -> Tensor:
         Dense depth ``[B, 1, H, W]`` in metres.
     """
     known = sparse > 0
-    inverse = torch.where(known, 1 / torch.where(known, sparse, 1), 0)
+    inverse = torch.where(known, sparse, torch.inf).reciprocal()
     levels = [(inverse, known)]
     while max(inverse.shape[-2:]) > 1:
         # sums over 2 x 2 pixels, what lies beyond an odd border counting as a hole
@@ -54,9 +56,8 @@ def pull_push(sparse: Tensor, empty_depth: float = 15.0) -> Tensor:
         inverse = F.avg_pool2d(inverse, 2, ceil_mode=True, divisor_override=1) / count.clamp(min=1)
         known = count > 0
         levels.append((inverse, known))
-    filled = torch.where(known, inverse, 1 / empty_depth)
-    for inverse, known in reversed(levels[:-1]):
-        height, width = inverse.shape[-2:]
-        wider = F.interpolate(filled, scale_factor=2.0, mode="bilinear", align_corners=False)[..., :height, :width]
-        filled = torch.where(known, inverse, wider)
-    return 1 / filled
+    wider = torch.full_like(inverse, 1 / empty_depth)
+    for (inverse, known), (finer, _) in pairwise(reversed(levels)):
+        wider = F.interpolate(torch.where(known, inverse, wider), scale_factor=2.0, mode="bilinear")
+        wider = wider[..., : finer.size(-2), : finer.size(-1)]
+    return torch.where(sparse > 0, sparse, wider.reciprocal())
