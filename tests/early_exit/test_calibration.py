@@ -220,12 +220,21 @@ def test_what_is_told_is_what_the_thresholds_do(method, dtype):
 
 @few_samples
 @pytest.mark.parametrize("method", METHODS)
-def test_samples_that_are_never_sure_do_not_leave_early(method):
-    scores = np.array(SCORES)
-    scores[:, 2] = -math.inf
-    found = calibrate(scores, CORRECT, COSTS, budget=0.9, method=method)
+def test_samples_that_are_never_sure_do_not_leave_early_though_it_would_be_cheaper(method):
+    scores, right = [[0.9, 0.8, 0.7, -math.inf]], [[1, 1, 1, 1]] * 2
+    found = calibrate(scores, right, [0.25, 1.0], budget=0.5, method=method)
     assert found.met
-    assert replay(scores, found.thresholds)[2] == 2
+    assert replay(scores, found.thresholds)[3] == 1
+
+
+@few_samples
+@pytest.mark.parametrize("seed", range(20))
+def test_thresholds_are_the_highest_that_do_the_same_and_idle_exits_are_disabled(seed):
+    scores, correct, costs = small_problem(seed, samples=40, exits=3)
+    found = calibrate(scores, correct, costs, budget=costs[0] + 0.6 * (costs[-1] - costs[0]))
+    left_at = replay(scores, found.thresholds)
+    for k, threshold in enumerate(found.thresholds):
+        assert threshold == min((s for s, exit in zip(scores[k], left_at, strict=True) if exit == k), default=math.inf)
 
 
 def test_results_are_plain_python_in_checkpoints():
