@@ -16,13 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_eff.lidar.game import Frame
+from lightning_eff.lidar.frames import Frame
 
 COLUMNS = 152  # of 8 pixels in a KITTI image
 
