@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_eff.early_exit.heads import Head
 from lightning_eff.early_exit.losses import ExitLosses
 from lightning_eff.early_exit.network import MultiExitNetwork
 from lightning_eff.early_exit.phases import Phase, PhaseClock
@@ -99,7 +100,8 @@ def without_foreign_heads(
 def plain_hyperparameters(given: Mapping[str, Any]) -> dict[str, Any]:
     """What can be written as plain Python of the arguments of a module; the rest is left out.
 
-    Objects that are made of plain parts (losses, phases, named policies) become dicts and names that the module takes.
+    Objects that are made of plain parts (losses, phases, kinds of heads, policies) become dicts and names, which the
+    module takes as well.
     """
     plain = {}
     for name, value in given.items():
@@ -119,6 +121,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Phase | ExitLosses):
         return plain_hyperparameters({field.name: getattr(value, field.name) for field in fields(value)})
+    if isinstance(value, Head) and Head(value.kind) == value:
+        return value.kind
     if isinstance(value, Policy) and policy_from(value.name) == value:
         return value.name
     raise TypeError(f"{type(value).__name__} is not plain")

@@ -19,7 +19,7 @@ from lightning_eff.early_exit.costs import ExitCosts
 from lightning_eff.early_exit.curve import CurveResult
 from lightning_eff.early_exit.heads import Head
 from lightning_eff.early_exit.in_trainer import check_trainer, first_batch
-from lightning_eff.early_exit.leaving import ExitOutput
+from lightning_eff.early_exit.leaving import ExitOutput, select_from_all
 from lightning_eff.early_exit.losses import ExitLosses, loss_weights
 from lightning_eff.early_exit.metrics import ExitMetrics, only_with_heads, output_names
 from lightning_eff.early_exit.network import MultiExitNetwork
@@ -38,6 +38,8 @@ class EarlyExitModule(PhasedModule):
     the plain backbone's cost, ``accuracy@max``, and ``auc``, behind ``val/`` or ``test/``. While a phase trains the
     backbone alone, validation logs only ``loss`` and ``accuracy_final``.
 
+    A subclass may override ``configure_optimizers``, which is called again when a phase begins; ``phase`` tells which.
+
     A backbone handed over as an object is not written into checkpoints' hyperparameters, so a new one is handed over
     again: ``EarlyExitModule.load_from_checkpoint(path, backbone=resnet18())``. One described in a YAML for the command
     line is plain data, is written, and ``load_from_checkpoint(path)`` is enough.
@@ -54,7 +56,8 @@ class EarlyExitModule(PhasedModule):
         head: kind of the heads, a :class:`Head`, or a callable ``(shape of one sample's feature, C) -> module``.
         policy: how sure a sample is, see :class:`MultiExitNetwork`.
         thresholds: from where samples leave, in the policy's unit; None disables exits.
-        optimizer: ``parameters -> optimizer``, of phases that have none.
+        optimizer: ``parameters -> optimizer``, of phases that have none. The command line's own ``--optimizer`` would
+            take the place of all of them.
         lr_scheduler: of phases that have none; see :data:`~lightning_eff.early_exit.schedules.Schedule`.
         losses: how outputs are judged in training.
         split_batch: ``batch -> (inputs, target)``, for batches that are not ``(inputs, target)``.
@@ -74,7 +77,7 @@ class EarlyExitModule(PhasedModule):
     def __init__(
         self,
         backbone: nn.Module,
-        exits: list[str] | list[float] | dict[str, Any] | int,
+        exits: list[str] | list[float] | dict[str, str | Head | Callable[[Any, int], Any]] | int,
         num_classes: int,
         regime: Literal["mixed", "joint", "disjoint"] | list[Phase] = "mixed",
         *,
@@ -174,9 +177,10 @@ class EarlyExitModule(PhasedModule):
         inputs, target = self.split(batch)
         loss, each = self._train_on(inputs, target)
         self._watch(each)
-        values = {f"train/loss_{name}": value.detach() for name, value in each.items()}
-        self.log_dict({**values, "phase": float(self.phase_index)}, batch_size=batch_size(inputs))
-        self.log("train/loss", loss.detach(), batch_size=batch_size(inputs), prog_bar=True)
+        size = batch_size(inputs)
+        self.log_dict({f"train/loss_{name}": value.detach() for name, value in each.items()}, batch_size=size)
+        shown: dict[str, Any] = {"train/loss": loss.detach(), "phase": float(self.phase_index)}
+        self.log_dict(shown, batch_size=size, prog_bar=True)
         return loss
 
     def _train_on(self, inputs: Any, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -261,7 +265,12 @@ class EarlyExitModule(PhasedModule):
         """Answer one batch ``(inputs, target)``, or inputs alone; samples that are sure enough leave early."""
         pair = isinstance(batch, tuple | list) and len(batch) == 2
         inputs = self.split(batch)[0] if pair or self._split is not None else batch
-        answer: ExitOutput = call_model(cast(nn.Module, self.network.predict), inputs)
+        network = self.network
+        if self.trainer.strategy.restore_checkpoint_after_setup:
+            # shards: processes gather parameters together, one that stops early would leave the others waiting
+            answer = select_from_all(network.rule, call_model(network, inputs))
+        else:
+            answer = call_model(cast(nn.Module, network.predict), inputs)
         return _Prediction(answer.logits, answer.exit_index, answer.confidence)
 
     def _begin_pass(self) -> None:

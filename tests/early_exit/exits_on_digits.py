@@ -85,3 +85,13 @@ class Diary(pl.Callback):
         parts = {"b": network.backbone, "h": network.heads}
         trained = "".join(name for name, part in parts.items() if any(p.grad is not None for p in part.parameters()))
         self.batches.append((trainer.current_epoch, trained, group["lr"], type(optimizer).__name__))
+
+
+class ColourDigits(DigitsDataModule):
+    """Digits with three equal channels, for networks made for colour."""
+
+    def load(self) -> Any:
+        parts = super().load()
+        for part in parts:
+            part.channels = 3
+        return parts

@@ -145,6 +145,16 @@ def test_heads_alone_can_learn_from_the_final_output() -> None:
     assert not same(part(diary.states[2], "heads"), part(state(net.network), "heads"))
 
 
+@pytest.mark.parametrize("distill", [None, "next"])
+def test_heads_are_trained_without_running_what_is_behind_them(distill: Any) -> None:
+    ran: list[str] = []
+    net = module(backbone=backbone(), exits=["layers.pool2"], regime="disjoint", losses=ExitLosses(distill=distill))
+    net.network.backbone.layers.conv5.register_forward_hook(lambda *_: ran.append(net.phase.train))
+    trainer(max_epochs=2, limit_val_batches=0).fit(net, data())
+    assert ran.count("backbone") >= 3
+    assert ran.count("heads") == (3 if distill else 0)  # the final output teaches the head
+
+
 # Optimizers and schedules
 
 
@@ -373,6 +383,17 @@ def test_predictions_are_those_of_the_network() -> None:
     assert len(set(expected.exit_index.tolist())) > 1
     inputs_alone = trainer().predict(net, DataLoader(images(20), 5))
     assert torch.equal(torch.cat([one.exit_index for one in inputs_alone]), net.network.predict(images(20)).exit_index)
+
+
+def test_processes_that_share_parameters_do_not_stop_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, running = module(thresholds=0.0, example_input=images()), trainer()
+    expected = running.predict(net, DataLoader(images(20), 5))
+    running = trainer()
+    monkeypatch.setattr(type(running.strategy), "restore_checkpoint_after_setup", True)
+    monkeypatch.setattr(net.network, "predict", None)
+    for one, other in zip(running.predict(net, DataLoader(images(20), 5)), expected, strict=True):
+        assert torch.equal(one.exit_index, other.exit_index)
+        torch.testing.assert_close(one.logits, other.logits)
 
 
 def test_batches_of_one_and_short_last_batches_work() -> None:

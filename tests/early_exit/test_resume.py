@@ -175,7 +175,10 @@ def test_a_fit_of_a_loaded_module_begins_with_its_first_phase(trained: tuple[Ear
     assert [part for _, part, *_ in diary.batches] == ["b", "bh"]
 
 
-def test_a_named_policy_is_written_by_name() -> None:
+def test_kinds_of_heads_and_named_policies_are_written_by_name() -> None:
+    made = module(exits={EXITS[0]: Head("pool"), EXITS[1]: "conv"})
+    assert made.hparams["exits"] == {EXITS[0]: "pool", EXITS[1]: "conv"}
+    assert "head" not in module(head=Head("mlp", layers=2)).hparams
     assert module(policy=Entropy(normalized=True)).hparams["policy"] == "normalized_entropy"
     assert "policy" not in module(policy=lambda logits, k, state: (logits.amax(1), state)).hparams
 
