@@ -1,5 +1,6 @@
 """Early exits: classifiers on intermediate layers, so that easy inputs leave early and cost less."""
 
+from lightning_eff.early_exit.analysis import GradientDominance
 from lightning_eff.early_exit.calibration import Calibration, calibrate, fit_temperatures
 from lightning_eff.early_exit.callbacks import PhaseEarlyStopping
 from lightning_eff.early_exit.costs import ExitCosts, exit_costs
@@ -18,7 +19,7 @@ from lightning_eff.early_exit.module import EarlyExitModule
 from lightning_eff.early_exit.network import MultiExitNetwork
 from lightning_eff.early_exit.phases import Phase
 from lightning_eff.early_exit.policies import Entropy, Margin, MaxProb, Patience, Policy
-from lightning_eff.early_exit.report import ThresholdCalibration
+from lightning_eff.early_exit.report import ExitReport, ThresholdCalibration
 from lightning_eff.early_exit.self_check import SelfCheck
 from lightning_eff.early_exit.tables import compare_table, to_latex
 
@@ -31,6 +32,8 @@ __all__ = [
     "ExitCosts",
     "ExitLosses",
     "ExitOutput",
+    "ExitReport",
+    "GradientDominance",
     "Head",
     "Margin",
     "MaxProb",
