@@ -49,7 +49,7 @@ class DepthForward:
         """Complete depth.
 
         Args:
-            rgb: ``[B, 3, H, W]``; None for a model that reads no image.
+            rgb: ``[B, 3, H, W]``, or ``[B, 1, H, W]`` grey; None for a model that reads no image.
             sparse: ``[B, 1, H, W]`` in metres, 0 = none.
 
         Returns:
@@ -120,7 +120,9 @@ class DepthForward:
 
 
 def grey(rgb: Tensor) -> Tensor:
-    """Luma of ITU-R BT.601: ``[B, 3, H, W]`` to ``[B, 1, H, W]``."""
+    """Luma of ITU-R BT.601: ``[B, 3, H, W]`` to ``[B, 1, H, W]``; an image that is grey already stays."""
+    if rgb.size(1) == 1:
+        return rgb
     return 0.299 * rgb[:, :1] + 0.587 * rgb[:, 1:2] + 0.114 * rgb[:, 2:]
 
 

@@ -85,7 +85,7 @@ def test_large_holes_are_filled_to_the_last_pixel():
 def test_the_nearer_of_two_points_wins_a_hole():
     sparse = torch.zeros(1, 1, 9, 9)
     sparse[..., 4, 3], sparse[..., 4, 5] = 40.0, 5.0
-    assert IPBasicCompletion("bilateral")(None, sparse)[..., 4, 4] == pytest.approx(5.0)
+    assert IPBasicCompletion("bilateral")(None, sparse)[..., 4, 4] == pytest.approx(5.0, abs=1e-4)
     # one of sixteen parts comes from two columns to the left
     assert IPBasicCompletion("gaussian")(None, sparse)[..., 4, 4] == pytest.approx(5 + 35 / 16)
 
