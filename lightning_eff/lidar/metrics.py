@@ -17,6 +17,8 @@ from torchmetrics import Metric
 
 DEVKIT = ("rmse", "mae", "irmse", "imae")
 
+_WIDE = torch.float32 if torch.backends.mps.is_available() else torch.float64  # MPS has no float64
+
 _PIXEL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "square": lambda p, g: (p - g).square(),
     "absolute": lambda p, g: (p - g).abs(),
@@ -118,7 +120,7 @@ class DepthCompletionMetrics(Metric):
         self.names, self.reduction = tuple(names), reduction
         self.min_depth, self.min_target = min_depth, min_target
         self._summed = self.names if reduction == "mean" else _needed(names)
-        self.add_state("sums", torch.zeros(len(self._summed), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(len(self._summed), dtype=_WIDE), dist_reduce_fx="sum")
         for count in ("pixels", "images", "skipped", "clamped"):
             self.add_state(count, torch.tensor(0), dist_reduce_fx="sum")
 
@@ -159,14 +161,14 @@ def _image_sums(
     valid = target > min_target
     pixels = valid.sum(1)
     lengths = pixels.tolist()
-    p, g = prediction.flatten(1)[valid].double(), target[valid].double()
+    p, g = prediction.flatten(1)[valid].to(_WIDE), target[valid].to(_WIDE)
     below = p <= 0
     p = p.masked_fill(below, min_depth)
 
     def per_image(values: Tensor) -> Tensor:
         return torch.stack([part.sum() for part in torch.split(values, lengths)])
 
-    sums = {name: per_image(_PIXEL[name](p, g).double()) for name in _needed(names)}
+    sums = {name: per_image(_PIXEL[name](p, g).to(_WIDE)) for name in _needed(names)}
     return sums, pixels, per_image(below)
 
 
