@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_eff.early_exit.answers import record_answers, write_answers
+from lightning_eff.early_exit.answers import outputs_table, record_answers, write_answers
 from lightning_eff.early_exit.calibration import Calibration, Method, calibrate, fit_temperatures
 from lightning_eff.early_exit.calibration.calibrate import check_goal, check_method
 from lightning_eff.early_exit.callbacks import PhaseEarlyStopping
@@ -201,16 +201,17 @@ class ExitReport(Callback):
     Args:
         dirpath: where.
         budgets: fractions of the plain backbone's cost that are told, > 0.
+        verbose: print the table of outputs too.
 
     Raises:
         ValueError: a budget out of range; at the start, a module without exits, or a place before callbacks that would
             change what was reported.
     """
 
-    def __init__(self, dirpath: str | Path, budgets: Sequence[float] = BUDGETS) -> None:
+    def __init__(self, dirpath: str | Path, budgets: Sequence[float] = BUDGETS, verbose: bool = True) -> None:
         if not all(budget > 0 for budget in budgets):
             raise ValueError(f"expected budgets > 0, got {list(budgets)}")
-        self.dirpath, self.budgets = Path(dirpath), tuple(budgets)
+        self.dirpath, self.budgets, self.verbose = Path(dirpath), tuple(budgets), verbose
         self._history: list[dict[str, float]] = []
         self._phases: list[str] = []
 
@@ -260,6 +261,8 @@ class ExitReport(Callback):
             folder = self.dirpath / data
             history, phases = (self._history, self._phases) if data == "val" else ((), ())
             write_answers(answers, module.network, folder, budgets=self.budgets, history=history, phases=phases)
+            if self.verbose:
+                outputs_table(answers, module.network).print()
             rank_zero_info(f"{type(self).__name__}: curve, thresholds, tables and figures are in {folder}")
 
 

@@ -347,6 +347,14 @@ def rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
+@pytest.mark.parametrize("verbose", [True, False])
+def test_table_of_outputs_is_printed_if_wanted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verbose: bool
+) -> None:
+    trainer(ExitReport(tmp_path, verbose=verbose)).fit(joint(thresholds=0.4), fixed_loader(), fixed_loader())
+    assert ("right of them %" in capsys.readouterr().out) == verbose
+
+
 def test_reports_tell_what_the_network_does(tmp_path: Path) -> None:
     net = joint(thresholds=0.4)
     run = trainer(ExitReport(tmp_path), max_epochs=2)
