@@ -1,7 +1,9 @@
 """From points of a lidar to pixels of a camera and back.
 
 Pixel `(u, v)` (column, row) has its centre at whole numbers: points are rounded to pixels, which is what explains
-KITTI's own depth images best. Shapes: `N` points, `H` rows, `W` columns.
+KITTI's own depth images best. All of it runs on the CPU, where data sets are read.
+
+Shapes: `N` points, `H` rows, `W` columns.
 """
 
 from __future__ import annotations
