@@ -6,8 +6,12 @@ a number, which can only depend on the batch size. Shapes: ``B`` batch, ``E`` ex
 
 from __future__ import annotations
 
+import inspect
+import io
 import operator
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +83,28 @@ def mark(feature: Tensor, exit_index: int) -> Tensor:
 @mark.register_fake
 def _(feature: Tensor, exit_index: int) -> Tensor:
     return torch.empty_like(feature)
+
+
+def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    """Write ``module`` as a graph.
+
+    Args:
+        module: in evaluation mode.
+        args: example inputs.
+        kwargs: example inputs by keyword.
+        shapes: ``(args, kwargs)`` with the dimensions that may vary, as torch.export takes them, in place of tensors.
+
+    Raises:
+        CutError: it cannot be written as one graph; the message tells why.
+    """
+    named = inspect.signature(module.forward).bind(*shapes[0], **shapes[1]).arguments
+    try:
+        # a graph that got stuck half-way would be printed; what matters of it is in the error
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
+    except Exception as error:  # tracing runs the module's own code
+        raise CutError(f"torch.export cannot write it as one graph for any batch size: {brief(error)}") from error
 
 
 class GraphCut:
@@ -276,15 +302,13 @@ class _Writer:
 
     def _batch_size(self) -> fx.Node:
         if self._size is None:
-            for node in self.carried:
-                where = self.cut.batch_dim(node)
-                if where is not None:
-                    self._size = self.graph.call_function(_aten.sym_size.int, (self.values[node], where.dim))
-                    if where.factor > 1:
-                        self._size = self.graph.call_function(operator.floordiv, (self._size, where.factor))
-                    break
-            else:
+            found = [(where.factor, where.dim, node) for node in self.carried if (where := self.cut.batch_dim(node))]
+            if not found:
                 raise CutError("no tensor with a batch dimension goes beyond an exit")
+            factor, dim, node = min(found, key=operator.itemgetter(0))
+            self._size = self.graph.call_function(_aten.sym_size.int, (self.values[node], dim))
+            if factor > 1:
+                self._size = self.graph.call_function(operator.floordiv, (self._size, factor))
         return self._size
 
 
@@ -308,3 +332,13 @@ def _aliases(node: fx.Node) -> list[tuple[fx.Node, bool, bool]]:
         for one, value in given
         if one.alias_info is not None and isinstance(value, fx.Node)
     ]
+
+
+def brief(error: Exception) -> str:
+    """What went wrong, and the line of the forward where torch tells it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line.split(" For more information")[0] for line in lines[:2]]
+    if (heading := "The following call raised this error:") in lines:
+        at = lines.index(heading)
+        told = [told[0], *lines[at + 1 : at + 3]]
+    return f"{type(error).__name__}: {' '.join(told)}"[:500]

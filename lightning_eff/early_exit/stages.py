@@ -7,8 +7,6 @@ new cut, a changed structure does. Shapes: ``B`` batch, ``E`` exits.
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_eff.batch import batch_size
 from lightning_eff.early_exit.features import Layout, feature_of, replace_feature, select
-from lightning_eff.early_exit.graph_cut import CutError, GraphCut, Stage, mark
+from lightning_eff.early_exit.graph_cut import CutError, GraphCut, Stage, brief, mark, trace
 from lightning_eff.early_exit.probe import samples
 from lightning_eff.surgery.state import quiet_model
 
@@ -77,7 +75,7 @@ class Stages:
         Raises:
             CutError: the stages were cut for other inputs; only the batch size may differ.
         """
-        leaves = self._flatten(args, kwargs or {})
+        leaves = self.flatten(args, kwargs or {})
         if leaves is None:
             expected = pytree.tree_unflatten(["..."] * self.inputs_spec.num_leaves, self.inputs_spec)
             raise CutError(f"the backbone was cut for arguments {expected}, got others: cut it again for these")
@@ -87,8 +85,16 @@ class Stages:
 
     def fit(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> bool:
         """Whether the stages were cut for inputs that differ from these in nothing but the batch size."""
-        leaves = self._flatten(args, kwargs or {})
+        leaves = self.flatten(args, kwargs or {})
         return leaves is not None and not self._misfit(leaves)
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
+        """Return the leaves of the inputs, None if their structure is another one."""
+        names = self.inputs_spec.child(1).context
+        if set(names) != set(kwargs):
+            return None
+        leaves, spec = pytree.tree_flatten((tuple(args), {name: kwargs[name] for name in names}))
+        return leaves if spec == self.inputs_spec else None
 
     def select(self, index: int, live: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
         """Keep samples ``rows`` [n] of the tensors that stage ``index`` takes."""
@@ -107,13 +113,6 @@ class Stages:
             return feature if dim == 0 else feature.movedim(dim, 0), onward
 
         return until_exit
-
-    def _flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
-        names = self.inputs_spec.child(1).context
-        if set(names) != set(kwargs):
-            return None
-        leaves, spec = pytree.tree_flatten((tuple(args), {name: kwargs[name] for name in names}))
-        return leaves if spec == self.inputs_spec else None
 
     def _misfit(self, leaves: list[Any]) -> str:
         sizes = set()
@@ -146,8 +145,7 @@ def cut_stages(
     inputs = (tuple(args), dict(kwargs or {}))
     if (count := batch_size(inputs)) == 0:
         raise CutError("expected at least one sample to cut the backbone by, got an empty batch")
-    with quiet_model(backbone), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_model(backbone), torch.no_grad():
         few = samples(inputs, TRACED, distinct=True)
         batched = {
             id(new)
@@ -182,15 +180,11 @@ def _text(kind: Any) -> str:
 def _export(backbone: nn.Module, exits: Sequence[str], inputs: Any, batched: set[int]) -> ExportedProgram:
     batch = Dim("B", min=2)
     shapes = pytree.tree_map(lambda leaf: {0: batch} if id(leaf) in batched else None, inputs)
-    named = inspect.signature(backbone.forward).bind(*shapes[0], **shapes[1]).arguments
     try:
         with _marked(backbone, exits):
-            return torch.export.export(backbone, *inputs, dynamic_shapes=named, strict=False)
-    except Exception as error:  # a program can fail to be traced in any way
-        raise CutError(
-            f"{type(backbone).__name__} cannot be cut into stages, torch.export cannot write it as one graph for any "
-            f"batch size: {_brief(error)}"
-        ) from error
+            return trace(backbone, inputs[0], inputs[1], shapes)
+    except CutError as error:
+        raise CutError(f"{type(backbone).__name__} cannot be cut into stages: {error}") from error.__cause__
 
 
 @contextmanager
@@ -229,7 +223,7 @@ def _check(stages: Stages, inputs: Any) -> None:
             got, rows = _answers(stages, stages.select(0, live, start), start)
         except Exception as error:  # sizes of the trace may be written into the graph in any way
             raise CutError(
-                f"{name} was cut into stages, but for {len(start)} samples they fail: {_brief(error)}"
+                f"{name} was cut into stages, but for {len(start)} samples they fail: {brief(error)}"
             ) from error
         for a, b in zip(got, expected, strict=True):
             off = _difference(a, b, rows)
@@ -261,13 +255,3 @@ def _difference(a: Any, b: Any, rows: Tensor) -> float:
             break
     a, b = a.double(), b.double()
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
-
-
-def _brief(error: Exception) -> str:
-    """What went wrong, and the line of the forward where torch tells it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line.split(" For more information")[0] for line in lines[:2]]
-    if (heading := "The following call raised this error:") in lines:
-        at = lines.index(heading)
-        told = [told[0], *lines[at + 1 : at + 3]]
-    return f"{type(error).__name__}: {' '.join(told)}"[:500]

@@ -20,7 +20,7 @@ from lightning_eff.batch import SplitBatch, batch_size
 from lightning_eff.early_exit.features import BatchDim, Layout
 from lightning_eff.early_exit.leaving import ExitOutput
 from lightning_eff.early_exit.policies import State
-from lightning_eff.early_exit.stages import CutError, Stages, cut_stages
+from lightning_eff.early_exit.staged import CutError, Stages, stages_for
 
 if TYPE_CHECKING:
     from lightning_eff.early_exit.network import MultiExitNetwork
@@ -58,7 +58,7 @@ def stream(
     """
     if merge_batch is not None and merge_batch < 1:
         raise ValueError(f"expected merge_batch >= 1, got {merge_batch}")
-    answers = _Answers()
+    answers = Departures()
     lines: _Lines | None = None
     device = network.score_thresholds.device
     with network._evaluation:
@@ -93,7 +93,7 @@ def _arguments(
             yield tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}
 
 
-class _Answers:
+class Departures:
     """What samples got, as they left."""
 
     def __init__(self) -> None:
@@ -132,7 +132,7 @@ class _Lines:
         answers: where answers go.
     """
 
-    def __init__(self, network: MultiExitNetwork, merge: int, answers: _Answers) -> None:
+    def __init__(self, network: MultiExitNetwork, merge: int, answers: Departures) -> None:
         self._network, self._merge, self._answers = network, merge, answers
         self._lines: list[_Line] = []
         self._current: _Line | None = None
@@ -164,11 +164,7 @@ class _Lines:
     def _cut(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Stages:
         if len(self._lines) == CUTS:
             raise CutError(f"inputs have more than {CUTS} different shapes, each needs a cut of its own")
-        if not self._lines:
-            stages: Stages = self._network.stages((tuple(args), dict(kwargs)))
-            if stages.fit(args, kwargs):
-                return stages
-        return cut_stages(self._network.backbone, self._network.exits, args, kwargs)
+        return stages_for(self._network, args, kwargs)
 
 
 class _Line:
@@ -181,7 +177,7 @@ class _Line:
         answers: where answers go.
     """
 
-    def __init__(self, network: MultiExitNetwork, stages: Stages, merge: int, answers: _Answers) -> None:
+    def __init__(self, network: MultiExitNetwork, stages: Stages, merge: int, answers: Departures) -> None:
         self.stages = stages
         self._network, self._rule, self._merge, self._answers = network, network.rule, merge, answers
         self._waiting = [_Waiting(layout, merge) for layout in stages.batch_dims]

@@ -324,7 +324,7 @@ class Closed(Branches):
         (
             Branches,
             ["a"],
-            "Branches cannot be cut into stages, torch.export cannot write it as one graph.*if hidden.sum",
+            "Branches cannot be cut into stages: torch.export cannot write it as one graph.*if hidden.sum",
         ),
         (FixedSize, ["a"], "FixedSize cannot be cut"),
         (Centred, ["a"], "answer differs from the backbone's by .*: a layer mixes samples"),
