@@ -73,11 +73,12 @@ def test_mixed_training_in_one_fit_equals_two_fits() -> None:
 
 def test_a_backbone_that_was_thawed_stands_still_again_in_a_later_phase() -> None:
     class Watch(pl.Callback):
-        """The official code frees the backbone after the first step here."""
+        """Sets training mode after every step, by which the official code frees the backbone."""
 
         seen: list[tuple[str, bool, bool]] = []
 
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            pl_module.train()
             inner = pl_module.network.backbone
             modes = {one.training for one in inner.modules()}
             grads = {parameter.requires_grad for parameter in inner.parameters()}
@@ -150,7 +151,8 @@ def test_heads_are_trained_without_running_what_is_behind_them(distill: Any) -> 
     ran: list[str] = []
     net = module(backbone=backbone(), exits=["layers.pool2"], regime="disjoint", losses=ExitLosses(distill=distill))
     net.network.backbone.layers.conv5.register_forward_hook(lambda *_: ran.append(net.phase.train))
-    trainer(max_epochs=2, limit_val_batches=0).fit(net, data())
+    trainer(diary := Diary(), max_epochs=2, limit_val_batches=0).fit(net, data())
+    assert [trained for _, trained, *_ in diary.batches] == ["b"] * 3 + ["h"] * 3
     assert ran.count("backbone") >= 3
     assert ran.count("heads") == (3 if distill else 0)  # the final output teaches the head
 
