@@ -131,11 +131,12 @@ class DepthCompletionMetrics(Metric):
         )
         values = _errors(self.names, sums, pixels) if self.reduction == "mean" else sums
         valid = pixels > 0
-        self.sums += torch.stack([values[name][valid].sum() for name in self._summed])
-        self.pixels += pixels.sum()
-        self.images += valid.sum()
-        self.skipped += (~valid).sum()
-        self.clamped += clamped.sum()
+        # not in place: states that were reset in inference mode may be updated outside
+        self.sums = self.sums + torch.stack([values[name][valid].sum() for name in self._summed])
+        self.pixels = self.pixels + pixels.sum()
+        self.images = self.images + valid.sum()
+        self.skipped = self.skipped + (~valid).sum()
+        self.clamped = self.clamped + clamped.sum()
 
     def compute(self) -> dict[str, Tensor]:
         """Return the errors, float64, NaN without any image that has ground truth, and the three counts, int64."""

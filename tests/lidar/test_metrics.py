@@ -130,6 +130,16 @@ def test_shards_merge_to_exactly_the_whole(reduction):
         torch.testing.assert_close(merged[name], value, rtol=1e-13, atol=0)
 
 
+def test_a_metric_goes_on_after_inference_mode():
+    prediction, target = some_images()
+    metric = DepthCompletionMetrics()
+    with torch.inference_mode():
+        expected = metric(prediction, target)["rmse"].item()
+        metric.reset()
+    metric.update(prediction, target)
+    assert metric.compute()["rmse"].item() == expected
+
+
 def test_errors_are_differentiable():
     prediction, target = some_images()
     prediction.requires_grad_()
