@@ -50,7 +50,8 @@ class EarlyExitModule(PhasedModule):
             cost; see :class:`MultiExitNetwork`.
         num_classes: ``C``.
         regime: ``"mixed"`` trains the backbone, then everything; ``"joint"`` everything; ``"disjoint"`` the backbone,
-            then the heads on a backbone that stands still; or a list of :class:`Phase`.
+            then the heads on a backbone that stands still; or a list of :class:`Phase`. Where all of these have epochs
+            and nobody has set ``max_epochs`` (Lightning then takes 1000), the fit lasts as long as they do.
         phase_split: share of the first of two phases that have no epochs of their own, in [0, 1].
         start_phase: the first phase that is trained, from 0; 1 with a backbone that is trained already.
         head: kind of the heads, a :class:`Head`, or a callable ``(shape of one sample's feature, C) -> module``.
