@@ -100,7 +100,6 @@ class Completion:
 
     Attributes:
         batch: coalitions in one forward, None until the first frame has told its size.
-        forwards: coalitions evaluated so far.
     """
 
     def __init__(self, model: nn.Module, options: CompletionOptions | None = None) -> None:
@@ -109,7 +108,12 @@ class Completion:
         self.forward = DepthForward(model, self.options.forward)
         size = self.options.coalition_batch
         self.batch: int | None = None if size == "auto" else size
-        self.forwards = 0
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric."""
+        metric = self.options.metric
+        return getattr(metric, "__name__", type(metric).__name__) if callable(metric) else metric
 
     def device(self, default: torch.device) -> torch.device:
         """Where the network is; `default` if it has neither parameters nor buffers."""
@@ -136,6 +140,7 @@ class FrameGame:
         id: of the frame.
         present: players as positions among the candidates, int64 `[p]`.
         n_players: their number.
+        evaluations: coalitions completed so far.
 
     Raises:
         ValueError: the frame has no valid ground truth.
@@ -160,6 +165,12 @@ class FrameGame:
         self._valid = (frame.gt.flatten() > options.min_gt).nonzero().flatten()
         self._truth = frame.gt.flatten()[self._valid]
         self.n_players = len(self.present)
+        self.evaluations = 0
+
+    @property
+    def asks_empty(self) -> bool:
+        """Whether the error without any line is the network's."""
+        return self._completion.options.empty_value == "model"
 
     def __call__(self, coalitions: Tensor) -> Tensor:
         """As `lightning_eff.shapley.Game.__call__`: e(no line) - e(S)."""
@@ -225,7 +236,7 @@ class FrameGame:
                     completion.batch //= 2
                     continue
                 done += len(part)
-        completion.forwards += len(coalitions)
+        self.evaluations += len(coalitions)
         return torch.cat(parts)
 
     def _forward(self, coalitions: Tensor, complete: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
