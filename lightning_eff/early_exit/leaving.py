@@ -32,6 +32,10 @@ class ExitOutput:
     exit_index: Tensor
     confidence: Tensor
 
+    def to(self, device: torch.device | str, **options: Any) -> ExitOutput:
+        """Return it on another device; Trainers move what ``predict_step`` returns by this."""
+        return ExitOutput(*(tensor.to(device, **options) for tensor in (self.logits, self.exit_index, self.confidence)))
+
 
 class AllLeft(Exception):
     """The last samples have left: what comes behind the exit need not run."""

@@ -269,10 +269,9 @@ class EarlyExitModule(PhasedModule):
         network = self.network
         if self.trainer.strategy.restore_checkpoint_after_setup:
             # shards: processes gather parameters together, one that stops early would leave the others waiting
-            answer = select_from_all(network.rule, call_model(network, inputs))
-        else:
-            answer = call_model(cast(nn.Module, network.predict), inputs)
-        return _Prediction(answer.logits, answer.exit_index, answer.confidence)
+            return select_from_all(network.rule, call_model(network, inputs))
+        answer: ExitOutput = call_model(cast(nn.Module, network.predict), inputs)
+        return answer
 
     def _begin_pass(self) -> None:
         alone = self.is_fitting and self.phase.train == "backbone"
@@ -318,10 +317,3 @@ class EarlyExitModule(PhasedModule):
         kept = without_foreign_heads(state_dict, self.state_dict(), self._foreign_heads, strict)
         self._foreign_heads = None
         return super().load_state_dict(kept, strict, assign)
-
-
-class _Prediction(ExitOutput):
-    """An answer that the Trainer can move to the CPU: it does not look into frozen dataclasses."""
-
-    def to(self, device: torch.device, **_: Any) -> _Prediction:
-        return _Prediction(self.logits.to(device), self.exit_index.to(device), self.confidence.to(device))
