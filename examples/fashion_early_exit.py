@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_eff import EarlyExitModule, FashionMNISTDataModule, SmallResNet
 from lightning_eff.early_exit import CurveResult, calibrate, compare_table, curve_figure, select_from_all
-from lightning_eff.early_exit.leaving import Rule
+from lightning_eff.early_exit.inference.leaving import Rule
 from lightning_eff.reporting import Column, Table, save_figure
 
 REGIMES = ("joint", "mixed", "disjoint")
@@ -121,9 +121,10 @@ def timed(model: EarlyExitModule, data: FashionMNISTDataModule, images: int) -> 
         Column("predict faster [x]", ".2f"),
         Column("stream faster [x]", ".2f"),
     ]
+    reached, spent = 100 * curve.accuracy[at], 100 * curve.cost[at]
     caption = (
-        f"threshold {curve.thresholds[at]:.2f}: accuracy {100 * curve.accuracy[at]:.2f} % at {100 * curve.cost[at]:.1f} % "
-        f"of the FLOPs, full network {100 * final:.2f} %; CPU time a sample, one thread, median of 5"
+        f"threshold {curve.thresholds[at]:.2f}: accuracy {reached:.2f} % at {spent:.1f} % of the FLOPs, full network "
+        f"{100 * final:.2f} %; CPU time a sample, one thread, median of 5"
     )
     return Table("Real predictions", columns, rows, caption)
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         Phase,
         PhaseEarlyStopping,
         ThresholdCalibration,
+        export_early_exit,
+        load_early_exit,
     )
     from lightning_eff.models import ImageClassifier, LeNet, SmallCNN, SmallResNet
     from lightning_eff.pruning import (
@@ -71,6 +73,8 @@ _ROOM_OF = {
     "Phase": "early_exit",
     "PhaseEarlyStopping": "early_exit",
     "ThresholdCalibration": "early_exit",
+    "export_early_exit": "early_exit",
+    "load_early_exit": "early_exit",
     "ImageClassifier": "models",
     "LeNet": "models",
     "SmallCNN": "models",
@@ -142,7 +146,9 @@ __all__ = [
     "dirichlet_kl",
     "dirichlet_scores",
     "early_exit",
+    "export_early_exit",
     "export_model",
+    "load_early_exit",
     "load_pruned",
     "models",
     "profile",

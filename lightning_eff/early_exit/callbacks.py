@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_eff.early_exit.metrics import output_names
-from lightning_eff.early_exit.phased_module import PhasedModule
+from lightning_eff.early_exit.training.metrics import output_names
+from lightning_eff.early_exit.training.phased_module import PhasedModule
 
 
 class PhaseEarlyStopping(Callback):

@@ -14,19 +14,24 @@ from torch import Tensor, nn
 
 from lightning_eff.batch import SplitBatch, batch_size, call_model
 from lightning_eff.batch import split_batch as split_pair
-from lightning_eff.early_exit.checkpoint import load_phases, plain_hyperparameters, save_phases, without_foreign_heads
-from lightning_eff.early_exit.costs import ExitCosts
-from lightning_eff.early_exit.curve import CurveResult
-from lightning_eff.early_exit.heads import Head
-from lightning_eff.early_exit.in_trainer import check_trainer, first_batch
-from lightning_eff.early_exit.leaving import ExitOutput, select_from_all
-from lightning_eff.early_exit.losses import ExitLosses, loss_weights
-from lightning_eff.early_exit.metrics import ExitMetrics, only_with_heads, output_names
+from lightning_eff.early_exit.attaching.costs import ExitCosts
+from lightning_eff.early_exit.attaching.heads import Head
+from lightning_eff.early_exit.evaluation.curve import CurveResult
+from lightning_eff.early_exit.inference.leaving import ExitOutput, select_from_all
+from lightning_eff.early_exit.inference.policies import Policy, ScoreFunction
 from lightning_eff.early_exit.network import MultiExitNetwork
-from lightning_eff.early_exit.phased_module import PhasedModule
-from lightning_eff.early_exit.phases import OptimizerCallable, Phase, phases_from
-from lightning_eff.early_exit.policies import Policy, ScoreFunction
-from lightning_eff.early_exit.schedules import Schedule
+from lightning_eff.early_exit.training.checkpoint import (
+    load_phases,
+    plain_hyperparameters,
+    save_phases,
+    without_foreign_heads,
+)
+from lightning_eff.early_exit.training.in_trainer import check_trainer, first_batch
+from lightning_eff.early_exit.training.losses import ExitLosses, loss_weights
+from lightning_eff.early_exit.training.metrics import ExitMetrics, only_with_heads, output_names
+from lightning_eff.early_exit.training.phased_module import PhasedModule
+from lightning_eff.early_exit.training.phases import OptimizerCallable, Phase, phases_from
+from lightning_eff.early_exit.training.schedules import Schedule
 
 
 class EarlyExitModule(PhasedModule):
@@ -59,7 +64,7 @@ class EarlyExitModule(PhasedModule):
         thresholds: from where samples leave, in the policy's unit; None disables exits.
         optimizer: ``parameters -> optimizer``, of phases that have none. The command line's own ``--optimizer`` would
             take the place of all of them.
-        lr_scheduler: of phases that have none; see :data:`~lightning_eff.early_exit.schedules.Schedule`.
+        lr_scheduler: of phases that have none; see :data:`~lightning_eff.early_exit.training.schedules.Schedule`.
         losses: how outputs are judged in training.
         split_batch: ``batch -> (inputs, target)``, for batches that are not ``(inputs, target)``.
         budgets: costs, as fractions of the plain backbone, at which the best accuracy is logged, > 0.

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eff.batch import SplitBatch, batch_size
-from lightning_eff.early_exit.attachment import Engine, attach, hooks_from_dict
-from lightning_eff.early_exit.costs import ExitCosts, exit_costs
-from lightning_eff.early_exit.evaluation import Evaluation
-from lightning_eff.early_exit.features import feature_of
-from lightning_eff.early_exit.heads import Head, HeadBuilder, head_from
-from lightning_eff.early_exit.hooks import Collect, Compact, LastExit, Tape, place, running
-from lightning_eff.early_exit.leaving import AllLeft, ExitOutput, Leaving, Rule, select_from_all
-from lightning_eff.early_exit.placement import Exits, named_exits, number_of_exits
-from lightning_eff.early_exit.policies import Policy, ScoreFunction, policy_from
-from lightning_eff.early_exit.probe import probe, samples
-from lightning_eff.early_exit.self_check import SelfCheck, check_exits
+from lightning_eff.early_exit.attaching.attachment import Engine, attach, hooks_from_dict
+from lightning_eff.early_exit.attaching.costs import ExitCosts, exit_costs
+from lightning_eff.early_exit.attaching.features import feature_of
+from lightning_eff.early_exit.attaching.heads import Head, HeadBuilder, head_from
+from lightning_eff.early_exit.attaching.placement import Exits, named_exits, number_of_exits
+from lightning_eff.early_exit.attaching.probe import probe
+from lightning_eff.early_exit.attaching.self_check import SelfCheck, check_exits
+from lightning_eff.early_exit.inference.evaluation_mode import Evaluation
+from lightning_eff.early_exit.inference.hooks import Collect, Compact, LastExit, Tape, place, running
+from lightning_eff.early_exit.inference.leaving import AllLeft, ExitOutput, Leaving, Rule, select_from_all
+from lightning_eff.early_exit.inference.policies import Policy, ScoreFunction, policy_from
 
 ENGINES = ("auto", "hooks", "staged", "off")
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class MultiExitNetwork(nn.Module):
         heads: one module an exit.
         costs: what each output costs; see :meth:`measure_costs`.
         checked: result of the self-check, None with the engines ``"off"`` and ``"staged"``.
-        gradient_scaling: ``"none"`` or ``"equilibrium"`` (:mod:`~lightning_eff.early_exit.equilibrium`).
+        gradient_scaling: ``"none"`` or ``"equilibrium"`` (:mod:`~lightning_eff.early_exit.training.equilibrium`).
 
     Raises:
         ValueError: what cannot work, with the reason and the way out.
@@ -270,7 +270,7 @@ class MultiExitNetwork(nn.Module):
         self._need_built()
         branch = None
         if self.gradient_scaling == "equilibrium":
-            from lightning_eff.early_exit.equilibrium import equilibrium_branch
+            from lightning_eff.early_exit.training.equilibrium import equilibrium_branch
 
             branch = equilibrium_branch(self.num_outputs)
         run = Collect(self.tape, self._classify, self._clone, branch)
@@ -319,7 +319,7 @@ class MultiExitNetwork(nn.Module):
             if not any(map(rule.enabled, range(self.num_exits))):
                 return Leaving(rule, self.heads, 0).finish(self.output_of(self.backbone(*args, **kwargs)))
             if self.engine == "staged":
-                from lightning_eff.early_exit.staged import predict_staged
+                from lightning_eff.early_exit.inference.staged import predict_staged
 
                 return predict_staged(self, self.stages((args, kwargs)), args, kwargs)
             leaving = Leaving(rule, self.heads, batch)
@@ -334,16 +334,16 @@ class MultiExitNetwork(nn.Module):
         self, loader: Iterable[Any], merge_batch: int | None = None, split_batch: SplitBatch | None = None
     ) -> ExitOutput:
         """Answer all batches of a loader, putting survivors of several batches together; see :func:`stream`."""
-        from lightning_eff.early_exit.stream import stream
+        from lightning_eff.early_exit.inference.stream import stream
 
         return stream(self, loader, merge_batch, split_batch)
 
     def stages(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-        """Return the backbone cut at the exits; the cut is made on first use, on inputs like these."""
-        if self._stages is None:
-            from lightning_eff.early_exit.stages import cut_stages
+        """Return the backbone cut at the exits for inputs like these; it is cut on first use and for other shapes."""
+        args, kwargs = inputs
+        if self._stages is None or not self._stages.fit(args, kwargs):
+            from lightning_eff.early_exit.inference.stages import cut_stages
 
-            args, kwargs = samples(inputs, max(2, batch_size(inputs)))
             self._stages = cut_stages(self.backbone, self.exits, args, kwargs)
         return self._stages
 

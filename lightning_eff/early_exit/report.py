@@ -15,13 +15,12 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_eff.early_exit.answers import outputs_table, record_answers, write_answers
 from lightning_eff.early_exit.calibration import Calibration, Method, calibrate, fit_temperatures
 from lightning_eff.early_exit.calibration.calibrate import check_goal, check_method
 from lightning_eff.early_exit.callbacks import PhaseEarlyStopping
-from lightning_eff.early_exit.curve import BUDGETS, EarlyExitCurve, Record
-from lightning_eff.early_exit.module import EarlyExitModule
-from lightning_eff.early_exit.recording import (
+from lightning_eff.early_exit.evaluation.answers import outputs_table, record_answers, write_answers
+from lightning_eff.early_exit.evaluation.curve import BUDGETS, EarlyExitCurve, Record
+from lightning_eff.early_exit.evaluation.recording import (
     Data,
     Loaders,
     all_outputs,
@@ -30,6 +29,7 @@ from lightning_eff.early_exit.recording import (
     has_validation,
     loaders_of,
 )
+from lightning_eff.early_exit.module import EarlyExitModule
 
 # at the end of training
 CHANGE_WEIGHTS = (PhaseEarlyStopping, StochasticWeightAveraging, WeightAveraging)

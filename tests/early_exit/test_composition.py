@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_eff.early_exit.phases import Phase
+from lightning_eff.early_exit.training.phases import Phase
 
 SHARDING = "ignore:You're using the WeightAveraging callback:UserWarning"
 

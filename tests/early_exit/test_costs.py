@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from lightning_eff.early_exit.costs import ExitCosts, exit_costs
+from lightning_eff.early_exit.attaching.costs import ExitCosts, exit_costs
 from lightning_eff.early_exit.network import MultiExitNetwork
 
 

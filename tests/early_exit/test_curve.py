@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from lightning_eff.early_exit.curve import CurveResult, EarlyExitCurve
-from lightning_eff.early_exit.policies import policy_from
+from lightning_eff.early_exit.evaluation.curve import CurveResult, EarlyExitCurve
+from lightning_eff.early_exit.inference.policies import policy_from
 
 
 def result(cost, accuracy, costs=(0.25, 1.0)):

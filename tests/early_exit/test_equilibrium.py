@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.early_exit.equilibrium import equilibrium_branch, scale_gradient
+from lightning_eff.early_exit.training.equilibrium import equilibrium_branch, scale_gradient
 
 
 def chain(factors: list[Tensor], x: Tensor, balanced: bool) -> list[Tensor]:

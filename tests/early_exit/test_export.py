@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_eff.batch import call_model, take
-from lightning_eff.early_exit import export
-from lightning_eff.early_exit.export import export_early_exit, load_early_exit
-from lightning_eff.early_exit.exported import ExportedNetwork
-from lightning_eff.early_exit.leaving import ExitOutput, select_from_all
+from lightning_eff.early_exit.inference import export
+from lightning_eff.early_exit.inference.export import export_early_exit, load_early_exit
+from lightning_eff.early_exit.inference.exported import ExportedNetwork
+from lightning_eff.early_exit.inference.leaving import ExitOutput, select_from_all
+from lightning_eff.early_exit.inference.policies import policy_from
+from lightning_eff.early_exit.inference.stages import CutError
 from lightning_eff.early_exit.network import MultiExitNetwork
-from lightning_eff.early_exit.policies import policy_from
-from lightning_eff.early_exit.stages import CutError
 
 N = 64
 VECTORS = torch.randn(N, 4, generator=torch.Generator().manual_seed(5))

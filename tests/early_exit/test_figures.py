@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_eff.early_exit.curve import CurveResult
-from lightning_eff.early_exit.figures import (
+from lightning_eff.early_exit.evaluation.curve import CurveResult
+from lightning_eff.early_exit.evaluation.figures import (
     curve_figure,
     exit_figure,
     history_figure,
@@ -14,7 +14,7 @@ from lightning_eff.early_exit.figures import (
     reliability_figure,
     samples_figure,
 )
-from lightning_eff.early_exit.tables import compare_table, to_latex
+from lightning_eff.early_exit.evaluation.tables import compare_table, to_latex
 from lightning_eff.reporting import KEPT, REMOVED, Column, Table, save_figure
 
 

@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from lightning_eff.early_exit.heads import Head, PooledHead, channels_of, class_token, head_from
+from lightning_eff.early_exit.attaching.heads import Head, PooledHead, channels_of, class_token, head_from
 from lightning_eff.early_exit.network import MultiExitNetwork
 
 

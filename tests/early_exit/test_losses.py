@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_eff.early_exit.losses import ExitLosses, distillation, loss_weights
+from lightning_eff.early_exit.training.losses import ExitLosses, distillation, loss_weights
 
 # three outputs for one sample of class 2
 LOGITS = [torch.tensor([z]) for z in ([2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 3.0])]

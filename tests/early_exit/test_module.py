@@ -17,12 +17,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torch.utils.data import DataLoader
 
 from lightning_eff.batch import BatchKeys
-from lightning_eff.early_exit.costs import ExitCosts
-from lightning_eff.early_exit.curve import EarlyExitCurve
-from lightning_eff.early_exit.in_trainer import first_batch
-from lightning_eff.early_exit.losses import ExitLosses
+from lightning_eff.early_exit.attaching.costs import ExitCosts
+from lightning_eff.early_exit.evaluation.curve import EarlyExitCurve
 from lightning_eff.early_exit.module import EarlyExitModule
-from lightning_eff.early_exit.phases import Phase
+from lightning_eff.early_exit.training.in_trainer import first_batch
+from lightning_eff.early_exit.training.losses import ExitLosses
+from lightning_eff.early_exit.training.phases import Phase
 
 HEAVY = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.5)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_eff.batch import call_model, take
-from lightning_eff.early_exit.leaving import ExitOutput, select_from_all
+from lightning_eff.early_exit.inference.leaving import ExitOutput, select_from_all
 from lightning_eff.early_exit.network import MultiExitNetwork
 
 INPUTS = torch.randn(64, 4, generator=torch.Generator().manual_seed(3))

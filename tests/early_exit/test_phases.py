@@ -9,8 +9,8 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
-from lightning_eff.early_exit.phases import Phase, PhaseClock, phases_from, timetable
-from lightning_eff.early_exit.schedules import build_schedule, check_schedule
+from lightning_eff.early_exit.training.phases import Phase, PhaseClock, phases_from, timetable
+from lightning_eff.early_exit.training.schedules import build_schedule, check_schedule
 
 
 def lengths(regime: Any, **options: Any) -> tuple[int | None, ...]:

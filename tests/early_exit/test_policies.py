@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from lightning_eff.early_exit.policies import Custom, Entropy, Margin, MaxProb, Patience, policy_from, score
+from lightning_eff.early_exit.inference.policies import Custom, Entropy, Margin, MaxProb, Patience, policy_from, score
 
 # p = (.7, .2, .1): by hand from the definitions
 LOGITS = torch.tensor([[0.7, 0.2, 0.1]]).log()

@@ -23,7 +23,7 @@ import sys; sys.path.insert(0, {str(HERE)!r})
 import os, torch, lightning.pytorch as pl, torch.distributed as dist
 from exits_on_digits import Diary, data, module, state, trainer
 from lightning_eff.early_exit.callbacks import PhaseEarlyStopping
-from lightning_eff.early_exit.losses import ExitLosses
+from lightning_eff.early_exit.training.losses import ExitLosses
 
 class Apart(pl.Callback):
     "Processes begin with different weights, and see different data."

@@ -20,12 +20,12 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_eff.early_exit.attaching.costs import ExitCosts
 from lightning_eff.early_exit.calibration import Calibration, calibrate, fit_temperatures, replay
 from lightning_eff.early_exit.callbacks import PhaseEarlyStopping
-from lightning_eff.early_exit.costs import ExitCosts
-from lightning_eff.early_exit.curve import CurveResult
+from lightning_eff.early_exit.evaluation.curve import CurveResult
+from lightning_eff.early_exit.inference.policies import policy_from, score
 from lightning_eff.early_exit.module import EarlyExitModule
-from lightning_eff.early_exit.policies import policy_from, score
 from lightning_eff.early_exit.report import ExitReport, ThresholdCalibration
 from lightning_eff.models import SmallCNN
 

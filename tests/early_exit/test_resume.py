@@ -12,11 +12,11 @@ from exits_on_digits import EXITS, Diary, backbone, data, images, module, same, 
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 
-from lightning_eff.early_exit.heads import Head
-from lightning_eff.early_exit.losses import ExitLosses
+from lightning_eff.early_exit.attaching.heads import Head
+from lightning_eff.early_exit.inference.policies import Entropy
 from lightning_eff.early_exit.module import EarlyExitModule
-from lightning_eff.early_exit.phases import Phase
-from lightning_eff.early_exit.policies import Entropy
+from lightning_eff.early_exit.training.losses import ExitLosses
+from lightning_eff.early_exit.training.phases import Phase
 
 COSINE = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": None}}
 BATCHES = 3

@@ -28,11 +28,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_eff.batch import call_model, take
-from lightning_eff.early_exit.features import BatchDim
-from lightning_eff.early_exit.leaving import ExitOutput, select_from_all
+from lightning_eff.early_exit.attaching.features import BatchDim
+from lightning_eff.early_exit.inference.leaving import ExitOutput, select_from_all
+from lightning_eff.early_exit.inference.policies import policy_from
+from lightning_eff.early_exit.inference.stages import CutError, Stages, cut_stages
 from lightning_eff.early_exit.network import MultiExitNetwork
-from lightning_eff.early_exit.policies import policy_from
-from lightning_eff.early_exit.stages import CutError, Stages, cut_stages
 
 
 def rows(*shape: int) -> Callable[[int], Tensor]:

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_eff.batch import BatchKeys, call_model, take
-from lightning_eff.early_exit.leaving import ExitOutput, select_from_all
+from lightning_eff.early_exit.inference.leaving import ExitOutput, select_from_all
+from lightning_eff.early_exit.inference.policies import policy_from
+from lightning_eff.early_exit.inference.stages import CutError, Stages
+from lightning_eff.early_exit.inference.stream import CUTS, stream
 from lightning_eff.early_exit.network import MultiExitNetwork
-from lightning_eff.early_exit.policies import policy_from
-from lightning_eff.early_exit.stages import CutError, Stages
-from lightning_eff.early_exit.stream import CUTS, stream
 
 N = 60
 VECTORS = torch.randn(N, 4, generator=torch.Generator().manual_seed(5))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_eff.early_exit.replay import replay
+from lightning_eff.early_exit.evaluation.replay import replay
 
 Array = NDArray[Any]
 

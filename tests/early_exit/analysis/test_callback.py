@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_eff.early_exit.analysis import GradientDominance, gradient_dominance
-from lightning_eff.early_exit.losses import ExitLosses
 from lightning_eff.early_exit.module import EarlyExitModule
-from lightning_eff.early_exit.phases import Phase
+from lightning_eff.early_exit.training.losses import ExitLosses
+from lightning_eff.early_exit.training.phases import Phase
 
 HERE = Path(__file__).parents[1]
 

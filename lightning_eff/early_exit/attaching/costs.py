@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_eff.batch import batch_size, call_model
-from lightning_eff.early_exit.hooks import Collect, running
-from lightning_eff.early_exit.probe import samples
+from lightning_eff.early_exit.attaching.probe import samples
+from lightning_eff.early_exit.inference.hooks import Collect, running
 from lightning_eff.surgery.state import quiet_model
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from torch.optim import Optimizer
 
-from lightning_eff.early_exit.losses import Weights
-from lightning_eff.early_exit.schedules import Schedule
+from lightning_eff.early_exit.training.losses import Weights
+from lightning_eff.early_exit.training.schedules import Schedule
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 Unit = Literal["epoch", "step"]
@@ -30,8 +30,8 @@ class Phase:
         train: ``"backbone"``, ``"all"`` or ``"heads"``.
         epochs: its length, >= 1; None is a share of the trainer's epochs.
         optimizer: ``parameters -> optimizer``; None is the module's.
-        lr_scheduler: see :data:`~lightning_eff.early_exit.schedules.Schedule`; None is the module's.
-        loss_weights: of the outputs, see :func:`~lightning_eff.early_exit.losses.loss_weights`; None is the module's.
+        lr_scheduler: see :data:`~.schedules.Schedule`; None is the module's.
+        loss_weights: of the outputs, see :func:`~.losses.loss_weights`; None is the module's.
 
     Raises:
         ValueError: an unknown part, or no epochs.

@@ -26,13 +26,12 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from lightning_eff.batch import batch_size
-from lightning_eff.early_exit.exported import MANIFEST, VERSION, ExportedNetwork, load_early_exit
-from lightning_eff.early_exit.graph_cut import CutError, brief, trace
-from lightning_eff.early_exit.leaving import Rule, select_from_all
-from lightning_eff.early_exit.policies import State
-from lightning_eff.early_exit.probe import samples
-from lightning_eff.early_exit.staged import Stages, stages_for
-from lightning_eff.early_exit.stages import TRACED, Stage
+from lightning_eff.early_exit.attaching.probe import samples
+from lightning_eff.early_exit.inference.exported import MANIFEST, VERSION, ExportedNetwork, load_early_exit
+from lightning_eff.early_exit.inference.graph_cut import CutError, brief, trace
+from lightning_eff.early_exit.inference.leaving import select_from_all
+from lightning_eff.early_exit.inference.policies import State
+from lightning_eff.early_exit.inference.stages import TRACED, Stage, Stages
 from lightning_eff.surgery.state import quiet_model
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def export_early_exit(
     else:
         inputs = (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
     with quiet_model(network), torch.no_grad():
-        stages = stages_for(network, *inputs)
+        stages = network.stages(inputs)
         if mode == "single":
             try:
                 return _write(network, inputs, path, lambda file: _write_single(network, stages, inputs, file))
@@ -189,7 +188,7 @@ class _OneProgram(nn.Module):
                 logits = self.heads[k](feature)
             else:
                 logits = self.output_of(stages[k](*live))
-            scores, state = _score(rule, logits, k, state)
+            scores, state = rule.score(logits, k, state)
             here = logits, torch.full_like(rows, k), scores
             # everybody gets the answer of this output; who goes on will get a later one
             if answers is None:
@@ -258,7 +257,7 @@ class _StageProgram(nn.Module):
             if not self.enabled:
                 return None, None, live, state
             logits = self.head(feature)
-        scores, state = _score(self.rule, logits, self.k, state)
+        scores, state = self.rule.score(logits, self.k, state)
         return logits, scores, live, state
 
 
@@ -297,14 +296,6 @@ def _rows(factor: int) -> Any:
 
 def _leaves(state: State) -> list[Tensor]:
     return [] if state is None else pytree.tree_leaves(state)
-
-
-def _score(rule: Rule, logits: Tensor, exit_index: int, state: State) -> tuple[Tensor, State]:
-    """As :func:`lightning_eff.early_exit.policies.score`, without a look at how many samples there are."""
-    logits = logits.float() / rule.temperatures[exit_index]
-    scores, state = rule.policy(logits, exit_index, state)
-    fine = logits.sum(-1).isfinite() & ~scores.isnan()
-    return scores.float().masked_fill(~fine, -math.inf), state
 
 
 def _check(loaded: ExportedNetwork, network: MultiExitNetwork, inputs: Inputs) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
-from lightning_eff.early_exit.curve import BUDGETS
-from lightning_eff.early_exit.tables import Runs, seeds_of
+from lightning_eff.early_exit.evaluation.curve import BUDGETS
+from lightning_eff.early_exit.evaluation.tables import Runs, seeds_of
 from lightning_eff.reporting import KEPT, REFERENCE, REMOVED, SERIES, new_figure
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from scipy.integrate import quad
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_eff.early_exit.policies import Policy, ScoreFunction, policy_from, score
-from lightning_eff.early_exit.replay import Comparison, replay
+from lightning_eff.early_exit.evaluation.replay import Comparison, replay
+from lightning_eff.early_exit.inference.policies import Policy, ScoreFunction, policy_from, score
 from lightning_eff.reporting import Column, Table
 
 if TYPE_CHECKING:
@@ -155,8 +155,8 @@ class CurveResult:
         return cls(**{name: value for name, value in values.items() if name != "schema"})
 
     def figure(self, budgets: Sequence[float] = BUDGETS) -> Figure:
-        """Accuracy against cost; see :func:`lightning_eff.early_exit.figures.curve_figure`."""
-        from lightning_eff.early_exit.figures import curve_figure
+        """Accuracy against cost; see :func:`lightning_eff.early_exit.evaluation.figures.curve_figure`."""
+        from lightning_eff.early_exit.evaluation.figures import curve_figure
 
         return curve_figure({self.policy: self}, budgets=budgets)
 

@@ -123,7 +123,7 @@ class ExitLosses:
     Attributes:
         weights: of the outputs, see :func:`loss_weights`; a phase may have its own.
         gradient_scaling: ``"equilibrium"`` averages the gradients of the outputs instead of adding them up
-            (:mod:`lightning_eff.early_exit.equilibrium`).
+            (:mod:`lightning_eff.early_exit.training.equilibrium`).
         distill: which later outputs each exit also learns from, see :func:`distillation`; None for none.
         distill_weight: of that loss, >= 0. With a temperature it lies in [0, 1] and the exits' own losses are
             multiplied by the rest to 1. None is 1, and 0.9 with a temperature.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 # What a policy remembers of the samples between exits: None before the first, else a pytree of tensors [B, ...],
 # rows of which are selected as samples leave.
@@ -45,7 +46,9 @@ def score(
         logits = logits / temperature
     scores, state = policy(logits, exit_index, state)
     scores, total = scores.float(), logits.sum(-1)  # a sum is finite only where all its terms are
-    if len(logits) == 1 and logits.device.type == "cpu":  # reading numbers is cheaper than operators on one
+    if (
+        not is_compiling() and len(logits) == 1 and logits.device.type == "cpu"
+    ):  # reading numbers is cheaper than operators on one
         fine = math.isfinite(total.item()) and not math.isnan(scores.item())
         return scores if fine else torch.full_like(scores, -math.inf), state
     guarded = torch.add(scores, total, alpha=0)  # 0 * inf is NaN

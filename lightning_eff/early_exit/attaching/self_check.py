@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eff.batch import call_model
-from lightning_eff.early_exit.features import feature_of
-from lightning_eff.early_exit.hooks import ArgumentHook, Compact, ExitHook, Tape, place, running
-from lightning_eff.early_exit.leaving import Leaving, Rule
-from lightning_eff.early_exit.policies import Policy, State
-from lightning_eff.early_exit.probe import Call, Probe, observed, samples
+from lightning_eff.early_exit.attaching.features import feature_of
+from lightning_eff.early_exit.attaching.probe import Call, Probe, observed, samples
+from lightning_eff.early_exit.inference.hooks import ArgumentHook, Compact, ExitHook, Tape, place, running
+from lightning_eff.early_exit.inference.leaving import Leaving, Rule
+from lightning_eff.early_exit.inference.policies import Policy, State
 from lightning_eff.surgery.state import quiet_model
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_eff.early_exit.phases import Phase
+from lightning_eff.early_exit.training.phases import Phase
 from lightning_eff.surgery.state import untouched_generators
 from lightning_eff.surgery.structure import averaged_models
 

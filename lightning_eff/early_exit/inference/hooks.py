@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from lightning_eff.early_exit.features import (
+from lightning_eff.early_exit.attaching.features import (
     BatchDim,
     Layout,
     feature_index,
@@ -23,7 +23,7 @@ from lightning_eff.early_exit.features import (
     select,
     select_all,
 )
-from lightning_eff.early_exit.leaving import Leaving
+from lightning_eff.early_exit.inference.leaving import Leaving
 
 
 class Run(Protocol):

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_eff.batch import SplitBatch, batch_size
-from lightning_eff.early_exit.features import BatchDim, Layout
-from lightning_eff.early_exit.leaving import ExitOutput
-from lightning_eff.early_exit.policies import State
-from lightning_eff.early_exit.staged import CutError, Stages, stages_for
+from lightning_eff.early_exit.attaching.features import BatchDim, Layout
+from lightning_eff.early_exit.inference.leaving import ExitOutput
+from lightning_eff.early_exit.inference.policies import State
+from lightning_eff.early_exit.inference.stages import CutError, Stages
 
 if TYPE_CHECKING:
     from lightning_eff.early_exit.network import MultiExitNetwork
@@ -164,7 +164,8 @@ class _Lines:
     def _cut(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Stages:
         if len(self._lines) == CUTS:
             raise CutError(f"inputs have more than {CUTS} different shapes, each needs a cut of its own")
-        return stages_for(self._network, args, kwargs)
+        stages: Stages = self._network.stages((tuple(args), dict(kwargs)))
+        return stages
 
 
 class _Line:

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
-from lightning_eff.early_exit.features import BatchDim, Layout
+from lightning_eff.early_exit.attaching.features import BatchDim, Layout
 
 _aten = torch.ops.aten
 _DROPOUTS = {

@@ -11,10 +11,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_eff.early_exit.in_trainer import steps_per_epoch
 from lightning_eff.early_exit.network import MultiExitNetwork
-from lightning_eff.early_exit.phases import OptimizerCallable, Phase, PhaseClock, timetable
-from lightning_eff.early_exit.schedules import Schedule, build_schedule, check_schedule
+from lightning_eff.early_exit.training.in_trainer import steps_per_epoch
+from lightning_eff.early_exit.training.phases import OptimizerCallable, Phase, PhaseClock, timetable
+from lightning_eff.early_exit.training.schedules import Schedule, build_schedule, check_schedule
 from lightning_eff.surgery.in_trainer import rewrap
 
 UNSET_EPOCHS = 1000

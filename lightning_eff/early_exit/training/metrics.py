@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_eff.early_exit.curve import CurveResult, EarlyExitCurve
-from lightning_eff.early_exit.leaving import select_from_all
+from lightning_eff.early_exit.evaluation.curve import CurveResult, EarlyExitCurve
+from lightning_eff.early_exit.inference.leaving import select_from_all
 from lightning_eff.early_exit.network import MultiExitNetwork
 
 

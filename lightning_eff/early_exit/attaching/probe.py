@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_eff.batch import batch_size, call_model
-from lightning_eff.early_exit.features import Layout, feature_index, feature_of, layout, shapes
+from lightning_eff.early_exit.attaching.features import Layout, feature_index, feature_of, layout, shapes
 from lightning_eff.surgery.state import quiet_model
 
 BATCHES = (2, 3)

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_eff.batch import batch_size
-from lightning_eff.early_exit.leaving import AllLeft, ExitOutput, Leaving
-from lightning_eff.early_exit.stages import CutError, Stages, cut_stages
+from lightning_eff.early_exit.inference.leaving import AllLeft, ExitOutput, Leaving
+from lightning_eff.early_exit.inference.stages import Stages
 
 if TYPE_CHECKING:
     from lightning_eff.early_exit.network import MultiExitNetwork
-
-__all__ = ["CutError", "Stages", "cut_stages", "predict_staged", "stages_for"]
 
 
 def predict_staged(
@@ -45,13 +43,3 @@ def predict_staged(
     except AllLeft:
         return leaving.finish(None)
     return leaving.finish(network.output_of(stages[len(stages) - 1](*live)))
-
-
-def stages_for(network: MultiExitNetwork, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Stages:
-    """Return the network's stages, or others where those were cut for inputs of another kind.
-
-    Raises:
-        CutError: the backbone cannot be cut.
-    """
-    stages: Stages = network.stages((tuple(args), dict(kwargs)))
-    return stages if stages.fit(args, kwargs) else cut_stages(network.backbone, network.exits, args, kwargs)

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from lightning_eff.early_exit.curve import BUDGETS, CurveResult, Rule, budget_heading
+from lightning_eff.early_exit.evaluation.curve import BUDGETS, CurveResult, Rule, budget_heading
 from lightning_eff.reporting import Column, Table
 
 Runs = Mapping[str, CurveResult | Sequence[CurveResult]]

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eff.batch import batch_size, call_model
-from lightning_eff.early_exit.costs import cost_until
-from lightning_eff.early_exit.features import BatchDim
-from lightning_eff.early_exit.heads import channels_of
-from lightning_eff.early_exit.hooks import ArgumentHook, ExitHook, Tape
-from lightning_eff.early_exit.placement import Exits, exit_candidates, exit_name, named_exits, spread_exits
-from lightning_eff.early_exit.probe import Call, Probe, probe, samples
-from lightning_eff.early_exit.self_check import SelfCheck, check_exits, hooks_for
+from lightning_eff.early_exit.attaching.costs import cost_until
+from lightning_eff.early_exit.attaching.features import BatchDim
+from lightning_eff.early_exit.attaching.heads import channels_of
+from lightning_eff.early_exit.attaching.placement import Exits, exit_candidates, exit_name, named_exits, spread_exits
+from lightning_eff.early_exit.attaching.probe import Call, Probe, probe, samples
+from lightning_eff.early_exit.attaching.self_check import SelfCheck, check_exits, hooks_for
+from lightning_eff.early_exit.inference.hooks import ArgumentHook, ExitHook, Tape
 from lightning_eff.surgery.state import quiet_model
 
 Engine = Literal["auto", "hooks", "staged", "off"]
@@ -157,7 +157,7 @@ def _choose_engine(
         raise ValueError(
             f'engine="hooks" does not work on this backbone: {checked.problem}. Use engine="staged" or "auto"'
         )
-    from lightning_eff.early_exit.stages import CutError, cut_stages
+    from lightning_eff.early_exit.inference.stages import CutError, cut_stages
 
     inputs = samples(example, max(2, batch_size(example)))
     args, kwargs = as_arguments(inputs)

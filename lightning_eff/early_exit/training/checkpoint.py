@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_eff.early_exit.heads import Head
-from lightning_eff.early_exit.losses import ExitLosses
+from lightning_eff.early_exit.attaching.heads import Head
+from lightning_eff.early_exit.inference.policies import Policy, policy_from
 from lightning_eff.early_exit.network import MultiExitNetwork
-from lightning_eff.early_exit.phases import Phase, PhaseClock
-from lightning_eff.early_exit.policies import Policy, policy_from
+from lightning_eff.early_exit.training.losses import ExitLosses
+from lightning_eff.early_exit.training.phases import Phase, PhaseClock
 
 KEY = "lightning_eff.early_exit"
 VERSION = 1

@@ -17,8 +17,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_eff.batch import take
-from lightning_eff.early_exit.curve import BUDGETS, CurveResult, EarlyExitCurve
-from lightning_eff.early_exit.figures import (
+from lightning_eff.early_exit.evaluation.curve import BUDGETS, CurveResult, EarlyExitCurve
+from lightning_eff.early_exit.evaluation.figures import (
     curve_figure,
     exit_figure,
     history_figure,
@@ -26,10 +26,10 @@ from lightning_eff.early_exit.figures import (
     reliability_figure,
     samples_figure,
 )
-from lightning_eff.early_exit.leaving import select_from_all
+from lightning_eff.early_exit.evaluation.recording import Data, all_outputs, gathered, loaders_of
+from lightning_eff.early_exit.inference.leaving import select_from_all
 from lightning_eff.early_exit.module import EarlyExitModule
 from lightning_eff.early_exit.network import MultiExitNetwork
-from lightning_eff.early_exit.recording import Data, all_outputs, gathered, loaders_of
 from lightning_eff.reporting import Column, Table, save_figure
 
 SCHEMA = 1

@@ -1,4 +1,4 @@
-"""Run a network that :func:`~lightning_eff.early_exit.export.export_early_exit` has written.
+"""Run a network that :func:`~lightning_eff.early_exit.inference.export.export_early_exit` has written.
 
 A ``.pt2`` file holds one program, which other runtimes of ``torch.export`` can run too: it returns logits, exit and
 confidence. A ``.zip`` file holds a program a stage, between which this module lets samples leave, and
@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from lightning_eff.batch import batch_size
-from lightning_eff.early_exit.features import BatchDim, select
-from lightning_eff.early_exit.leaving import ExitOutput
-from lightning_eff.early_exit.stream import Departures
+from lightning_eff.early_exit.attaching.features import BatchDim, select
+from lightning_eff.early_exit.inference.leaving import ExitOutput
+from lightning_eff.early_exit.inference.stream import Departures
 
 MANIFEST = "early_exit.json"
 VERSION = 1
 
 
 def load_early_exit(path: str | Path) -> ExportedNetwork:
-    """Load what :func:`~lightning_eff.early_exit.export.export_early_exit` has written.
+    """Load what :func:`~lightning_eff.early_exit.inference.export.export_early_exit` has written.
 
     Returns:
         A callable that takes what the backbone took and returns :class:`ExitOutput`.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_eff.early_exit.policies import Policy, State, score
+from lightning_eff.early_exit.inference.policies import Policy, State, score
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_eff.early_exit.features import BatchDim
-from lightning_eff.early_exit.probe import BATCHES, Call, Probe
+from lightning_eff.early_exit.attaching.features import BatchDim
+from lightning_eff.early_exit.attaching.probe import BATCHES, Call, Probe
 
 Exits = Sequence[str] | Sequence[float] | Mapping[str, Any] | int
 

@@ -18,9 +18,9 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lightning_eff.batch import batch_size
-from lightning_eff.early_exit.features import Layout, feature_of, replace_feature, select
-from lightning_eff.early_exit.graph_cut import CutError, GraphCut, Stage, brief, mark, trace
-from lightning_eff.early_exit.probe import samples
+from lightning_eff.early_exit.attaching.features import Layout, feature_of, replace_feature, select
+from lightning_eff.early_exit.attaching.probe import samples
+from lightning_eff.early_exit.inference.graph_cut import CutError, GraphCut, Stage, brief, mark, trace
 from lightning_eff.surgery.state import quiet_model
 
 __all__ = ["CutError", "Stage", "Stages", "cut_stages"]

@@ -1,0 +1,1 @@
+"""Put exits on a backbone: where they stand, what heads read, what leaving costs."""

@@ -1,0 +1,1 @@
+"""Accuracy against cost: recorded answers, curves, tables and figures."""

@@ -1,0 +1,1 @@
+"""Let samples leave: policies, decisions, the engines that stop, streams and exported programs."""

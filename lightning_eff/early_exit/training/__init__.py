@@ -1,0 +1,1 @@
+"""Train in phases: losses, schedules, switches between phases."""
