@@ -212,10 +212,11 @@ class FrameGame:
         size = distinct.sum(1)
         inner = (size > 0) & (size < self.n_players)
         errors = torch.empty(len(distinct), dtype=torch.float64)
-        errors[size == 0] = self.empty_error
+        errors[inner] = self._errors(distinct[inner])
+        if bool((size == 0).any()):
+            errors[size == 0] = self.empty_error
         if bool((size == self.n_players).any()):
             errors[size == self.n_players] = self.full_error
-        errors[inner] = self._errors(distinct[inner])
         return errors[place]
 
     def _errors(self, coalitions: Tensor) -> Tensor:

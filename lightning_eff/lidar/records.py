@@ -3,6 +3,7 @@
 Control variate: the gap game w of a frame (`gap.py`) is known exactly, and v - beta w is less noisy than v. As phi(v) =
 phi(v - beta w) + beta phi(w) for any beta, the one with the smallest estimated error is taken. It is found in the same
 samples: an estimate is linear in the values, so that estimates and errors of v, w and v - w tell those of v - beta w.
+The slope of v on w over random coalitions, another common choice, removes less noise and may add some.
 
 Shapes: `p` players, `P` units of `c` coalitions (2: a coalition and its complement), `D` components of a value.
 """
@@ -82,40 +83,67 @@ class FrameRecord:
 
 
 @dataclass(eq=False)
-class Solved:
-    """Values and their squared standard errors, `[p]`; `noise` is the sum of the latter without control variate."""
+class Fit:
+    """Estimates from the samples of a frame, or of all: values and squared standard errors, `[p, D]`.
+
+    Attributes:
+        values: of v, or of v, w and v - w.
+        variance: likewise.
+        known: exact values of w, `[p]`; None without control variate.
+    """
 
     values: Tensor
     variance: Tensor
-    noise: float = 0.0
+    known: Tensor | None = None
 
-    def among(self, present: Tensor, n: int) -> Solved:
-        """The same for `n` candidates: those that are not `present` are worth exactly 0."""
-        values, variance = torch.zeros(2, n, dtype=torch.float64)
-        values[present], variance[present] = self.values, self.variance
-        return Solved(values, variance, self.noise)
+    @classmethod
+    def of(cls, estimator: CoalitionEstimator, samples: Sequence[Sampled], known: Tensor | None) -> Fit:
+        """Fit samples, of frames with weights that sum to 1."""
+        values, errors = estimator.fit(samples)
+        return cls(values, errors**2, known)
+
+    @classmethod
+    def final(cls, values: Tensor, variance: Tensor) -> Fit:
+        """Values `[p]` that are what they are."""
+        return cls(values[:, None], variance[:, None])
+
+    @property
+    def noise(self) -> float:
+        """Sum of the squared errors of v, where they are known."""
+        return _total(self.variance[:, 0])
+
+    @property
+    def slope(self) -> Tensor:
+        """Sums of the covariances of the errors of v and w and of the squared errors of w: `[2]`."""
+        if self.known is None:
+            return torch.zeros(2, dtype=torch.float64)
+        return torch.stack([self._covariance, self.variance[:, 1]])[:, self._told].sum(1)
+
+    def controlled(self, beta: float) -> tuple[Tensor, Tensor]:
+        """Values and squared errors, `[p]` each, with `beta` of the gap game taken out."""
+        values, variance = self.values[:, 0], self.variance[:, 0]
+        if self.known is None:
+            return values, variance
+        less = (variance - 2 * beta * self._covariance + beta**2 * self.variance[:, 1]).clamp(min=0)
+        return values + beta * (self.known - self.values[:, 1]), torch.where(self._told, less, variance)
+
+    @property
+    def _told(self) -> Tensor:
+        return self.variance.isfinite().all(1)
+
+    @property
+    def _covariance(self) -> Tensor:
+        ours, theirs, difference = self.variance.unbind(1)
+        return (ours + theirs - difference) / 2
 
 
-def solve(estimator: CoalitionEstimator, samples: Sequence[Sampled], known: Tensor | None) -> Solved:
-    """Values from samples, frames with weights that sum to 1.
+def best_beta(fits: Sequence[Fit]) -> float:
+    """The share of the gap game whose removal leaves least noise in the mean of `fits`; 0 where it explains nothing.
 
-    Args:
-        estimator: what fits them.
-        samples: `D` = 1, or v, w and v - w.
-        known: exact values of w, `[p]`; None without control variate.
+    One for all frames: one for each frame would follow the noise of few coalitions.
     """
-    values, errors = estimator.fit(samples)
-    variance = errors**2
-    if known is None:
-        return Solved(values[:, 0], variance[:, 0], _total(variance[:, 0]))
-    ours, theirs, difference = variance.unbind(1)
-    covariance = (ours + theirs - difference) / 2
-    told = variance.isfinite().all(1)
-    noise = float(theirs[told].sum())
-    beta = float(covariance[told].sum()) / noise if noise > 0 else 0.0
-    controlled = values[:, 0] + beta * (known - values[:, 1])
-    left = torch.where(told, (ours - 2 * beta * covariance + beta**2 * theirs).clamp(min=0), ours)
-    return Solved(controlled, left, _total(ours))
+    covariance, variance = torch.stack([fit.slope for fit in fits]).sum(0).tolist()
+    return covariance / variance if variance > 0 else 0.0
 
 
 def _total(variance: Tensor) -> float:

@@ -5,6 +5,8 @@ the same as shared ones and errs less; they depend on the seed, the frame's id a
 may be evaluated in any order and by any process, and rounds may be resumed. With too few coalitions to solve a frame by
 itself, all frames are solved in one regression, and there are no values of single frames.
 
+With n lines and 4 n + 6 evaluations or more a frame is solved alone.
+
 Shapes: `n` candidates, `p` players of one frame.
 """
 
@@ -24,7 +26,7 @@ from lightning_eff.lidar.game import CompletionOptions, FrameGame, LineGame
 from lightning_eff.lidar.gap import GapGame
 from lightning_eff.lidar.lines import LidarWarning
 from lightning_eff.lidar.official import OfficialLineRegression
-from lightning_eff.lidar.records import FrameId, FrameRecord, Solved, frame_seed, solve
+from lightning_eff.lidar.records import Fit, FrameId, FrameRecord, best_beta, frame_seed
 from lightning_eff.lidar.selection import Rule, select_lines
 from lightning_eff.reporting import progress as progress_bar
 from lightning_eff.shapley import (
@@ -43,6 +45,9 @@ EstimatorName = Literal[
 ]
 
 _ABSURD_EMPTY = 3  # times the error of the mean depth
+# Rows of a regression per unknown, from measurements: a frame with fewer is better pooled with others; pooled frames
+# with more together are better off with sizes drawn by the Shapley kernel than with all sizes alike.
+_ROWS_ALONE, _ROWS_KERNEL = 2, 6
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,8 @@ class LineValues:
             ValueError: also where there are no values of that frame.
         """
         if frame is not None and frame not in self.per_frame:
-            hint = "frames were pooled: raise the budget" if self.pooled else f"{len(self.per_frame)} frames have"
+            least = 4 * len(self.lines) + 6
+            hint = f"frames were pooled: budget={least} solves each" if self.pooled else f"{len(self.per_frame)} have"
             raise ValueError(f"frame {frame!r} has no values of its own ({hint})")
         values = self.values if frame is None else self.per_frame[frame]
         return [self.lines[place] for place in select_lines(values, k, rule, angles=angles, **options)]
@@ -195,9 +201,12 @@ class LineEstimation:
         self.estimator = estimator = self.options.build(self.budget)
         n = len(self.lines)
         self.pooled = False
-        if isinstance(estimator, RegressionShapley):
+        if isinstance(estimator, RegressionShapley) and n_frames > 1:
             units, least = (self.budget - 2) // estimator.unit_cost, estimator.least_units(n)
-            self.pooled = 0 < units < least <= units * n_frames
+            self.pooled = 0 < units < _ROWS_ALONE * least and units * n_frames >= least
+            many = units * n_frames >= _ROWS_KERNEL * least
+            if self.pooled and many and self.options.estimator == "regression":
+                self.estimator = estimator = replace(estimator, sampling="kernel")
         if estimator is not None and n > 1 and not self.pooled:
             estimator.with_budget(self.budget, n)  # raises where it does not suffice
         # what converges to another value than Shapley's must not be corrected by the exact ones of the gap game
@@ -241,25 +250,25 @@ class LineEstimation:
         ids = sorted(self.records, key=lambda id_: (isinstance(id_, str), id_))  # sums must not depend on their order
         records = [self.records[id_] for id_ in ids]
         _check_empty(records)
-        each: list[Solved] = []
-        if self.pooled:
-            whole = self._of_all(records)
-        else:
-            each = [self._of_frame(id_, record) for id_, record in zip(ids, records, strict=True)]
-            values = torch.stack([one.values for one in each]).mean(0)
-            variance = torch.stack([one.variance for one in each]).mean(0) / len(each)
-            whole = Solved(values, variance, sum(one.noise for one in each) / len(each) ** 2)
-        left = float(whole.variance[whole.variance.isfinite()].sum())
-        correlation = math.sqrt(max(0.0, 1 - left / whole.noise)) if whole.noise > 0 else 0.0
-        own = ids if each else []
+        n, count = len(self.lines), len(records)
+        fits = [self._of_all(records)] if self.pooled else list(map(self._of_frame, ids, records))
+        beta = best_beta(fits)
+        found = torch.zeros(2, len(fits), n, dtype=torch.float64)  # values and squared errors
+        for place, (fit, record) in enumerate(zip(fits, records, strict=False)):  # pooled, all have all lines
+            found[:, place, record.present] = torch.stack(fit.controlled(beta))
+        values, variance = found[0].mean(0), found[1].mean(0) / len(fits)
+        noise = sum(fit.noise for fit in fits) / len(fits) ** 2
+        left = float(variance[variance.isfinite()].sum())
+        correlation = math.sqrt(max(0.0, 1 - left / noise)) if noise > 0 else 0.0
+        own = [] if self.pooled else ids
         return LineValues(
             lines=self.lines,
-            values=whole.values,
-            stderr=whole.variance.sqrt(),
-            per_frame={id_: one.values for id_, one in zip(own, each, strict=True)},
-            per_frame_stderr={id_: one.variance.sqrt() for id_, one in zip(own, each, strict=True)},
-            error_empty=sum(record.empty for record in records) / len(records),
-            error_full=sum(record.full for record in records) / len(records),
+            values=values,
+            stderr=variance.sqrt(),
+            per_frame=dict(zip(own, found[0], strict=False)),
+            per_frame_stderr=dict(zip(own, found[1].sqrt(), strict=False)),
+            error_empty=sum(record.empty for record in records) / count,
+            error_full=sum(record.full for record in records) / count,
             evaluations=sum(record.evaluations for record in records),
             method="GapGame" if self.estimator is None else type(self.estimator).__name__,
             pooled=self.pooled,
@@ -356,24 +365,21 @@ class LineEstimation:
         found = budgeted.estimate(game, generator=frame_seed(self.options.seed, game.id))
         record.solved = torch.stack([found.values, found.stderr])
 
-    def _of_frame(self, id_: FrameId, record: FrameRecord) -> Solved:
+    def _of_frame(self, id_: FrameId, record: FrameRecord) -> Fit:
         estimator, players = self.estimator, len(record.present)
-        nothing = torch.zeros(players, dtype=torch.float64)
         if estimator is None or not players:
-            found = Solved(record.proxy_values, nothing)
-        elif record.solved.numel():
-            found = Solved(record.solved[0], record.solved[1] ** 2)
-        elif isinstance(estimator, CoalitionEstimator) and len(record.units) >= estimator.least_units(players):
-            sample = record.sampled(1.0, self.controlled)
-            found = solve(estimator, [sample], record.proxy_values if self.controlled else None)
-        else:
-            raise ValueError(
-                f"frame {id_!r} has {record.errors.numel()} coalitions after {record.rounds} of {self.options.rounds} "
-                f"rounds, too few for {players} lines: evaluate more rounds first, or take fewer rounds"
-            )
-        return found.among(record.present, len(self.lines))
+            return Fit.final(record.proxy_values, torch.zeros(players, dtype=torch.float64))
+        if record.solved.numel():
+            return Fit.final(record.solved[0], record.solved[1] ** 2)
+        if isinstance(estimator, CoalitionEstimator) and len(record.units) >= estimator.least_units(players):
+            known = record.proxy_values if self.controlled else None
+            return Fit.of(estimator, [record.sampled(1.0, self.controlled)], known)
+        raise ValueError(
+            f"frame {id_!r} has {record.errors.numel()} coalitions after {record.rounds} of {self.options.rounds} "
+            f"rounds, too few for {players} lines: evaluate more rounds first, or take fewer rounds"
+        )
 
-    def _of_all(self, records: list[FrameRecord]) -> Solved:
+    def _of_all(self, records: list[FrameRecord]) -> Fit:
         assert isinstance(self.estimator, RegressionShapley)
         drawn, least = sum(len(record.units) for record in records), self.estimator.least_units(len(self.lines))
         if drawn < least:
@@ -381,9 +387,9 @@ class LineEstimation:
                 f"{len(records)} frames have {drawn * self.estimator.unit_cost} coalitions together, too few for "
                 f"{len(self.lines)} lines: evaluate more frames or rounds first"
             )
-        samples = [record.sampled(1 / len(records), self.controlled) for record in records if len(record.units)]
+        samples = [record.sampled(1 / len(records), self.controlled) for record in records]
         known = torch.stack([record.proxy_values for record in records]).mean(0) if self.controlled else None
-        return solve(self.estimator, samples, known)
+        return Fit.of(self.estimator, samples, known)
 
 
 def line_shapley(
