@@ -46,9 +46,8 @@ def score(
         logits = logits / temperature
     scores, state = policy(logits, exit_index, state)
     scores, total = scores.float(), logits.sum(-1)  # a sum is finite only where all its terms are
-    if (
-        not is_compiling() and len(logits) == 1 and logits.device.type == "cpu"
-    ):  # reading numbers is cheaper than operators on one
+    # of a single sample on the CPU, reading numbers is cheaper than operators
+    if not is_compiling() and len(logits) == 1 and logits.device.type == "cpu":
         fine = math.isfinite(total.item()) and not math.isnan(scores.item())
         return scores if fine else torch.full_like(scores, -math.inf), state
     guarded = torch.add(scores, total, alpha=0)  # 0 * inf is NaN
