@@ -1,0 +1,270 @@
+"""What a selection of lidar lines is, and how it leaves the package: tables, files, and what a reader must know.
+
+Values are in the unit of the metric played for: mm, mm^2 for `"mse"`, 1/km for the inverse metrics.
+
+Shapes: `L` lines of the sensor, `n` candidates, `F` frames.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_eff.lidar.records import FrameId
+from lightning_eff.reporting import Column, Table, save_figure
+
+VERSION = 1
+UNITS = {"rmse": "mm", "mae": "mm", "mse": "mm^2", "irmse": "1/km", "imae": "1/km"}
+
+_BY_SIZE = ("selected", "rules", "scores")
+
+
+@dataclass(frozen=True)
+class Round:
+    """How sure the values were after a round of coalitions.
+
+    Attributes:
+        forwards: of the network until then, over all frames.
+        max_se: largest standard error of a line's value.
+        stability: overlap (intersection over union) of the selected lines with those of the round before, the smallest
+            over all k; None after the first round.
+    """
+
+    forwards: int
+    max_se: float
+    stability: float | None = None
+
+
+@dataclass(eq=False)
+class LineSelection:
+    """Values of lidar lines and the lines selected by them; lines are numbers of the sensor, 0 = highest elevation.
+
+    Attributes:
+        num_lines: `L`.
+        lines: the candidates, in increasing order.
+        values: Shapley values of the candidates, float64 `[n]`.
+        se: their standard errors, float64 `[n]`; 0 where nothing was sampled, infinite where it cannot be told.
+        selected: for every k the lines to keep, in increasing order.
+        rules: for every k the rule they were selected by; for `"auto"` the one that won.
+        scores: for every k what the rules tried out gained on the calibration frames; empty unless they were.
+        per_frame: values of every frame, `[n]` each, 0 for a line that the frame does not show.
+        pixels: pixels with depth of every line of the sensor, over all frames, int64 `[L]`.
+        error_empty: mean error without any line.
+        error_full: mean error with all candidates.
+        settings: what the values depend on: metric, estimator, seed, model and the like; plain Python.
+        forwards: of the network, over all frames.
+        skipped: frames without valid ground truth.
+        baselines: what it is compared with: by name, for every k the lines that would be kept.
+        baseline_forwards: of the network, that a baseline took; absent for 0.
+        elevations: of every line of the sensor in degrees, falling; None where they are not known.
+        rounds: how the values came to be known.
+        partial: whether the run was ended before all coalitions were evaluated.
+        notes: what a reader must know.
+    """
+
+    num_lines: int
+    lines: list[int]
+    values: Tensor
+    se: Tensor
+    selected: dict[int, list[int]]
+    rules: dict[int, str] = field(default_factory=dict)
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)
+    per_frame: dict[FrameId, Tensor] = field(default_factory=dict)
+    pixels: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    error_empty: float = math.nan
+    error_full: float = math.nan
+    settings: dict[str, Any] = field(default_factory=dict)
+    forwards: int = 0
+    skipped: int = 0
+    baselines: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    baseline_forwards: dict[str, int] = field(default_factory=dict)
+    elevations: list[float] | None = None
+    rounds: list[Round] = field(default_factory=list)
+    partial: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def unit(self) -> str:
+        """Of the values; empty for a metric of the user's own."""
+        return UNITS.get(str(self.settings.get("metric", "rmse")), "")
+
+    @property
+    def null_lines(self) -> list[int]:
+        """Lines of the sensor that no calibration frame shows."""
+        return (self.pixels == 0).nonzero().flatten().tolist()
+
+    def table(self) -> Table:
+        """One row per candidate, from top to bottom."""
+        sizes = sorted(self.selected, reverse=True)
+        sets = {k: set(self.selected[k]) for k in sizes}
+        columns: list[str | Column] = [
+            "line",
+            *([Column("elevation [deg]", ".3f")] if self.elevations else []),
+            *([Column("pixels", ",")] if len(self.pixels) else []),
+            Column(f"value [{self.unit}]" if self.unit else "value", ".1f"),
+            Column("SE", ".1f"),
+            *(Column(f"k = {k}", align="center") for k in sizes),
+        ]
+        rows = [
+            (
+                line,
+                *([self.elevations[line]] if self.elevations else []),
+                *([int(self.pixels[line])] if len(self.pixels) else []),
+                float(self.values[place]),
+                float(self.se[place]),
+                *("kept" if line in sets[k] else "" for k in sizes),
+            )
+            for place, line in enumerate(self.lines)
+        ]
+        return Table("Lidar lines", columns, rows, self.caption())
+
+    def selection_table(self) -> Table:
+        """One row per k: how many lines, by what rule, which."""
+        rows = [
+            (k, len(lines), self.rules.get(k, ""), " ".join(map(str, lines)))
+            for k, lines in sorted(self.selected.items(), reverse=True)
+        ]
+        return Table("Lines to keep", ["k", "lines", "rule", "which"], rows, self.caption())
+
+    def caption(self) -> str:
+        """What the values are of, and the notes."""
+        metric = self.settings.get("metric", "rmse")
+        words = [
+            f"{len(self.lines)} candidates of {self.num_lines} lines; value: share of the drop in {metric} from "
+            f"{self.error_empty:.0f} (no line) to {self.error_full:.0f} (all candidates), mean of "
+            f"{len(self.per_frame)} frames; {self.forwards:,} forwards."
+        ]
+        if self.partial:
+            words.append("Partial: the run ended before all coalitions were evaluated.")
+        return " ".join([*words, *self.notes])
+
+    def unresolved(self, k: int) -> str | None:
+        """Say so where values do not tell the lines of set k from those left out; None where they do.
+
+        Two lines are told apart when their values differ by two standard errors of the difference. Compared are, for
+        the rule `region`, the two most valuable lines of every region, else the k-th and the next of all.
+
+        Args:
+            k: one of `selected`.
+        """
+        n, rule = len(self.lines), self.rules.get(k, "none")
+        if k <= 0 or k >= n or not self.rounds:
+            return None
+        order = self.values.argsort(descending=True, stable=True).tolist()
+        if rule == "region":
+            regions = [[place for place in order if place * k // n == region] for region in range(k)]
+            rivals = [(region[0], region[1]) for region in regions if len(region) > 1]
+        else:
+            rivals = [(order[k - 1], order[k])]
+        worst, told = 1.0, None
+        for kept, left in rivals:
+            apart = float(self.values[kept] - self.values[left])
+            error = math.hypot(float(self.se[kept]), float(self.se[left]))
+            factor = (2 * error / apart) ** 2 if apart > 0 else math.inf if error > 0 else 1.0
+            if factor > worst:
+                worst, told = factor, (self.lines[kept], self.lines[left], apart, error)
+        if told is None:
+            return None
+        spent = self.rounds[-1].forwards / max(1, len(self.per_frame))
+        needed = f"about {worst * spent:,.0f} coalitions a frame" if worst < 100 else "no budget within reach"
+        return (
+            f"k = {k} is not resolved at this budget: the values of lines {told[0]} and {told[1]} differ by "
+            f"{told[2]:.1f} +- {told[3]:.1f}; {needed} would tell them apart."
+        )
+
+    # Files.
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python, fit for JSON and for checkpoints with `weights_only=True`."""
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        data["version"] = VERSION
+        data["per_frame"] = [[frame, values.tolist()] for frame, values in self.per_frame.items()]
+        data["rounds"] = [asdict(one) for one in self.rounds]
+        for name in ("values", "se", "pixels"):
+            data[name] = data[name].tolist()
+        for name in _BY_SIZE:  # JSON has no keys that are numbers
+            data[name] = _pairs(data[name])
+        data["baselines"] = {name: _pairs(sets) for name, sets in self.baselines.items()}
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LineSelection:
+        """Read what `to_dict` made.
+
+        Raises:
+            ValueError: it was made by a later version of the package.
+        """
+        version = data.get("version")
+        if version != VERSION:
+            raise ValueError(f"expected lines of version {VERSION}, got {version!r}: written by another version")
+        entries = {name: entry for name, entry in data.items() if name != "version"}
+        for name in ("values", "se"):
+            entries[name] = torch.tensor(entries[name], dtype=torch.float64)
+        entries["pixels"] = torch.tensor(entries["pixels"], dtype=torch.int64)
+        for name in _BY_SIZE:
+            entries[name] = dict(entries[name])
+        entries["baselines"] = {name: dict(sets) for name, sets in entries["baselines"].items()}
+        entries["per_frame"] = {
+            frame: torch.tensor(values, dtype=torch.float64) for frame, values in entries["per_frame"]
+        }
+        entries["rounds"] = [Round(**one) for one in entries["rounds"]]
+        return cls(**entries)
+
+    def save(self, path: str | Path) -> Path:
+        """Write `lines.json`, or another name; folders are made. Infinite standard errors are written as `Infinity`."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=1))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> LineSelection:
+        """Read what `save` wrote, to the bit."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    def plot(self, directory: str | Path) -> list[Path]:
+        """Draw `values.png`, `elevation.png` (where elevations are known), `frames.png` and `convergence.png`."""
+        from lightning_eff.lidar import figures
+
+        directory = Path(directory)
+        drawn = {"values": figures.draw_values(self)}
+        if self.elevations:
+            drawn["elevation"] = figures.draw_elevations(self)
+        if len(self.per_frame) > 1:
+            drawn["frames"] = figures.draw_frames(self)
+        if len(self.rounds) > 1:
+            drawn["convergence"] = figures.draw_convergence(self)
+        return [save_figure(figure, directory / f"{name}.png") for name, figure in drawn.items()]
+
+    def write(self, directory: str | Path) -> list[Path]:
+        """Write `lines.json`, the tables `lines` and `selection` as Markdown, CSV and JSON, and the figures."""
+        directory = Path(directory)
+        written = [self.save(directory / "lines.json")]
+        for stem, table in (("values", self.table()), ("selection", self.selection_table())):
+            written += [table.save(directory / f"{stem}.{suffix}") for suffix in ("md", "csv", "json")]
+        return written + self.plot(directory)
+
+    def __str__(self) -> str:
+        return str(self.selection_table())
+
+
+def _pairs(by_size: Mapping[int, Any]) -> list[list[Any]]:
+    return [[k, entry] for k, entry in by_size.items()]
+
+
+def overlap(before: Mapping[int, Sequence[int]], now: Mapping[int, Sequence[int]]) -> float:
+    """Smallest intersection over union of two selections, over all k; two empty sets are the same."""
+    shares = [len({*before[k]} & {*now[k]}) / max(1, len({*before[k]} | {*now[k]})) for k in now if now[k]]
+    return min(shares, default=1.0)
+
+
+def in_order(ids: Iterable[FrameId]) -> list[FrameId]:
+    """Ids of frames in an order of their own, numbers before strings, whatever order they were loaded in."""
+    return sorted(ids, key=lambda frame: (isinstance(frame, str), frame))

@@ -1,0 +1,494 @@
+"""Select lidar lines with the verbs of a Trainer.
+
+`fit` evaluates coalitions of lines, an epoch being one round of them over the calibration frames; `validate` and `test`
+measure the selection beside others; `predict` completes depth from the selected lines. After "Lidar Line Selection with
+Spatially-Aware Shapley Value for Cost-Efficient Depth Completion" (arXiv 2303.11720).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_eff.batch import SplitBatch
+from lightning_eff.lidar.batches import LidarKeys
+from lightning_eff.lidar.choosing import choose, kept_pixels
+from lightning_eff.lidar.completion.forwarding import Forward
+from lightning_eff.lidar.evaluation import Contestant, LineEvaluation
+from lightning_eff.lidar.frames import Frame
+from lightning_eff.lidar.in_trainer import Reader, frames_in, gathered
+from lightning_eff.lidar.journal import ValueJournal
+from lightning_eff.lidar.predictor import thumbnail
+from lightning_eff.lidar.records import FrameId
+from lightning_eff.lidar.report import LineSelection, in_order
+from lightning_eff.lidar.settings import BASELINES, Baseline, Dynamic, LineGameOptions, Spread
+from lightning_eff.lidar.study import LineStudy, Settings, model_hash
+from lightning_eff.lidar.values import EstimationOptions
+
+_UNKNOWN = torch.finfo(torch.float32).max  # finite, so that EarlyStopping does not take it for the end
+_CHECKPOINT = "lidar_lines"
+
+_Options = TypeVar("_Options", LineGameOptions, EstimationOptions, Spread, Dynamic)
+
+
+class LidarSaSSelector(LightningModule):
+    """Which lines of a lidar to keep, so that a network's completed depth stays good.
+
+    Logs, all behind `sas/`: `max_se`, the largest standard error of a line's value; `rank_stability`, the overlap of
+    the selection with that of the round before; `forwards` and `forwards_per_sec`; at the end of the fit `v_empty` and
+    `v_full` (the errors without any line and with all), `proxy_corr` and `phi_line_07` and so on; by tests
+    `test/rmse/region/k16` and so on. `global_step` stays 0, there being no optimizer: checkpoint by epochs.
+
+    A model handed over as an object is not written into the checkpoint's hyperparameters, only its weights are:
+    `LidarSaSSelector.load_from_checkpoint(path, model=net)`.
+
+    Args:
+        model: completes depth; it is evaluated in evaluation mode, never trained, and left as it was.
+        k: how many lines to keep; several numbers are selected for at once, and `predict` uses the first.
+        num_lines: lines of the sensor, 1 to 255.
+        game: what is played for, and by which lines.
+        estimation: how values are estimated; its rounds are epochs. The trainer stops after the last.
+        spread: how lines are selected by value and spread.
+        dynamic: let every frame have lines of its own; None selects the same for all.
+        baselines: what the selection is measured beside: `"uniform"`ly spread candidates, `"uniform_sensor"` over all
+            lines, ten `"random"` draws, `"top"` (values without spread), `"most_points"`, `"loo"` (leave one out),
+            `"greedy"` (the network is asked sum_{j<k} (n - j) times a frame), and on the gap game, for which no network
+            is asked, `"gap_greedy"` and the optimum `"gap_dp"`.
+        split_batch: `batch -> (inputs, target)`; a `LidarKeys` renames keys.
+        forward: how the network is called, see `DepthForward`.
+        dirpath: folder for `lines.json`, tables, figures, and `values.jsonl`, which keeps every value at once so that a
+            run that dies goes on where it was; None writes nothing.
+        checkpoint_path: weights of the model: a state dict, or a checkpoint that has one under `state_dict` or `model`.
+        seed: of coalitions and draws; 0 leaves that of `estimation`.
+
+    Attributes:
+        result: the selection, after every round that told the lines apart.
+        evaluations: what was measured last, by stage.
+
+    Raises:
+        ValueError: what cannot be meant, before any work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        k: Sequence[int] = (32, 16, 8, 4),
+        num_lines: int = 64,
+        *,
+        game: LineGameOptions = LineGameOptions(),  # noqa: B008 (frozen)
+        estimation: EstimationOptions = EstimationOptions(rounds=4),  # noqa: B008
+        spread: Spread = Spread(),  # noqa: B008
+        dynamic: Dynamic | None = None,
+        baselines: Sequence[Baseline] = BASELINES,
+        split_batch: SplitBatch | None = None,
+        forward: Forward = "auto",
+        dirpath: str | Path | None = None,
+        checkpoint_path: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.save_hyperparameters(ignore=list(given))
+        if "_instantiator" in self.hparams:  # built by LightningCLI, which gives everything as plain data
+            self.save_hyperparameters()
+        else:
+            self.save_hyperparameters(_plain(given))
+        game, estimation, spread = (
+            _built(LineGameOptions, game),
+            _built(EstimationOptions, estimation),
+            _built(Spread, spread),
+        )
+        dynamic = None if dynamic is None else _built(Dynamic, dynamic)
+        if seed:
+            estimation = replace(estimation, seed=seed)
+        if checkpoint_path is not None:
+            _load_weights(model, Path(checkpoint_path))
+        self.model = model
+        self.anchor = nn.Parameter(torch.zeros(()))  # DistributedDataParallel refuses a module without a parameter
+        self.automatic_optimization = False
+        self.split = split_batch or LidarKeys()
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.study = LineStudy(
+            model,
+            Settings(k, num_lines, game, estimation, spread, dynamic, tuple(baselines), forward),
+            gathered,
+        )
+        self.evaluations: dict[str, LineEvaluation] = {}
+        self._contestants: list[Contestant] = []
+        self._measured: dict[FrameId, Tensor | None] = {}
+        self._own: dict[FrameId, dict[int, list[int]]] = {}
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._finished = False
+        self._clock = 0.0
+
+    @property
+    def result(self) -> LineSelection:
+        """The selection as far as it is known; RuntimeError before there is any."""
+        study = self.study
+        if study.selection is None and study.estimation is not None and study.estimation.records:
+            study.note_round()  # a fit that broke off within its first round
+        return study.known()
+
+    def select(self, k: int, spread: Spread | None = None, frame: FrameId | None = None) -> list[int]:
+        """Lines for any number, without asking the network again.
+
+        Args:
+            k: how many.
+            spread: by what rule; None by the selector's.
+            frame: by the values of this calibration frame alone.
+
+        Raises:
+            KeyError: there are no values of that frame.
+        """
+        result, spread = self.result, spread or self.study.settings.spread
+        if frame is None and spread == self.study.settings.spread and k in result.selected:
+            return list(result.selected[k])
+        values = result.values if frame is None else result.per_frame[frame]
+        return choose(values, [k], result.lines, spread)[k].lines
+
+    def mask(self, batch: Any, k: int) -> dict[str, Any]:
+        """A batch of which only the selected lines are left; with `dynamic`, those of every frame.
+
+        Args:
+            batch: as the loader gives it.
+            k: how many lines.
+
+        Returns:
+            For `LidarKeys` the batch with new sparse depth and lines, else the inputs of `split_batch`.
+        """
+        keys = self.split if isinstance(self.split, LidarKeys) else None
+        inputs = keys.inputs(batch) if keys is not None else self.split(batch)[0]
+        sparse, line_idx = inputs["sparse"], inputs["line_idx"]
+        kept = kept_pixels(sparse, line_idx, self._lines_of(inputs, k))
+        if self.study.settings.game.unassigned == "always_keep":
+            kept |= (line_idx == 255) & (sparse > 0)
+        changed = torch.where(kept, sparse, 0.0), torch.where(kept, line_idx, 255)
+        if keys is None:
+            return {**inputs, "sparse": changed[0], "line_idx": changed[1]}
+        return {**batch, keys.sparse: changed[0], keys.line_idx: changed[1]}
+
+    # fit
+
+    def configure_optimizers(self) -> Any:
+        """None: nothing is trained."""
+        return []
+
+    def setup(self, stage: str) -> None:
+        """Refuse a precision of the trainer that depths would not survive."""
+        if self.trainer.precision not in ("32-true", "64-true"):
+            raise ValueError(
+                f"expected a trainer of precision 32-true, got {self.trainer.precision}: the network's precision is "
+                'that of LineGameOptions(precision="bf16"), metres must not be rounded'
+            )
+
+    def on_fit_start(self) -> None:
+        """Look which lines there are, in one pass over the calibration frames."""
+        self._modes = [(module, module.training) for module in self.modules()]
+        self.train()  # Lightning warns of modules in evaluation mode, which are no mistake here
+
+    def on_train_start(self) -> None:
+        """Settle the candidates, unless a checkpoint has."""
+        for module, mode in self._modes:
+            module.training = mode
+        study = self.study
+        if study.estimation is None:
+            for frame in self._reader("fit").frames():
+                study.count(frame)
+            study.begin()
+        self._open_journal()
+        rank_zero_info(self._announcement())
+        self._finished = study.complete
+        if self._finished:
+            self.trainer.should_stop = True
+
+    def on_train_epoch_start(self) -> None:
+        """Begin to time the round."""
+        self._clock = time.perf_counter()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluate the coalitions of this round."""
+        rounds = min(self.trainer.current_epoch + 1, self.study.settings.estimation.rounds)
+        for frame in self._frames(batch):
+            self.study.advance(frame, rounds)
+
+    def on_train_epoch_end(self) -> None:
+        """Put together what all processes know, solve and select."""
+        study = self.study
+        before = study.rounds[-1].forwards if study.rounds else 0
+        study.share()
+        last = study.complete or self.trainer.current_epoch + 1 >= (self.trainer.max_epochs or -1) > 0
+        try:
+            now = study.note_round()
+        except ValueError:  # too few coalitions so far
+            if last:
+                raise
+            self.log("sas/max_se", _UNKNOWN, prog_bar=True, sync_dist=True)
+            return
+        seconds = max(1e-9, time.perf_counter() - self._clock)
+        self.log("sas/max_se", min(now.max_se, _UNKNOWN), prog_bar=True, sync_dist=True)
+        logged = {
+            "sas/rank_stability": 0.0 if now.stability is None else now.stability,
+            "sas/forwards": float(now.forwards),
+            "sas/forwards_per_sec": (now.forwards - before) / seconds,
+        }
+        self.log_dict(logged, sync_dist=True)
+        if last:
+            self._finish()
+
+    def on_train_end(self) -> None:
+        """Finish a fit that something else has ended."""
+        if not self._finished:
+            self._finish()
+        for module, mode in self._modes:
+            module.training = mode
+
+    def _finish(self) -> None:
+        reader = self._reader("fit")
+        result = self.study.finish(reader.frames)
+        self._finished = True
+        self.trainer.should_stop = True
+        values = {f"sas/phi_line_{line:02d}": float(v) for line, v in zip(result.lines, result.values, strict=True)}
+        values |= {"sas/v_empty": result.error_empty, "sas/v_full": result.error_full}
+        correlation = result.settings["proxy_correlation"]
+        if correlation is not None:
+            values["sas/proxy_corr"] = correlation
+        self._log_to_all(values)
+        if self.trainer.is_global_zero:
+            if self.dirpath is not None:
+                result.write(self.dirpath)
+            rank_zero_info(str(result))
+
+    def _log_to_all(self, values: dict[str, float]) -> None:
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step=self.trainer.current_epoch)
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+
+    # validate and test
+
+    def on_validation_epoch_start(self) -> None:
+        """Prepare to measure; the validation of a fit measures nothing."""
+        if not self._is_fitting:
+            self._prepare_to_measure("validate")
+
+    def on_test_epoch_start(self) -> None:
+        """Prepare to measure."""
+        self._prepare_to_measure("test")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Measure all selections."""
+        if not self._is_fitting:
+            self._measure(batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Measure all selections."""
+        self._measure(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log and write the table."""
+        if not self._is_fitting:
+            self._tell("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log and write the table."""
+        self._tell("test")
+
+    @property
+    def _is_fitting(self) -> bool:
+        return self.trainer.state.fn == TrainerFn.FITTING
+
+    def _prepare_to_measure(self, stage: Literal["validate", "test"]) -> None:
+        self.study.selection = self.result
+        self._contestants, self._measured, self._own = self.study.contestants(), {}, {}
+        dynamic = self.study.settings.dynamic
+        if dynamic is not None:
+            self._own = self._lines_by_frame(stage, dynamic)
+
+    def _measure(self, batch: Any) -> None:
+        for frame in self._frames(batch):
+            if frame.id not in self._measured:
+                self._measured[frame.id] = self.study.measure(frame, self._contestants, self._own.get(frame.id))
+
+    def _tell(self, stage: str) -> None:
+        found = self.study.evaluation(stage, self._contestants, self._measured)
+        self.evaluations[stage] = found
+        self.log_dict({f"sas/{stage}/{name}": value for name, value in found.logged().items()}, sync_dist=True)
+        if self.trainer.is_global_zero:
+            if self.dirpath is not None:
+                found.write(self.dirpath / stage)
+            rank_zero_info(str(found.table()))
+
+    # predict
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Dense depth `[B, 1, H, W]` in metres from the lines selected for the first `k`."""
+        masked = self.mask(batch, self.study.settings.k[0])
+        inputs = self.split.inputs(masked) if isinstance(self.split, LidarKeys) else masked
+        return self.study.completion.forward(inputs["rgb"], inputs["sparse"])
+
+    # lines by frame
+
+    def _lines_of(self, inputs: Mapping[str, Any], k: int) -> Sequence[int] | dict[int, list[int]]:
+        dynamic = self.study.settings.dynamic
+        if dynamic is None:
+            return self.select(k)
+        if dynamic.source == "predictor":
+            return {place: self._predicted(rgb, [k])[k] for place, rgb in enumerate(inputs["rgb"])}
+        ids = [frame.id for frame in self._frames_of(inputs, torch.zeros_like(inputs["sparse"]))]
+        unknown = [frame for frame in ids if frame not in self._own and frame not in self.result.per_frame]
+        if unknown:
+            raise ValueError(
+                f"there are no values of frame {unknown[0]!r}, which dynamic selection by {dynamic.source!r} needs: "
+                'to measure them takes ground truth; test the frames first, or take Dynamic("predictor")'
+            )
+        return {
+            place: self._own[frame][k] if frame in self._own else self.select(k, frame=frame)
+            for place, frame in enumerate(ids)
+        }
+
+    def _predicted(self, rgb: Tensor, sizes: Sequence[int]) -> dict[int, list[int]]:
+        study = self.study
+        if study.predictor is None:
+            raise RuntimeError("the predictor is not trained yet: finish a fit first")
+        values = study.predictor(thumbnail(rgb)[None])[0].double()
+        return {k: study.lines_for(values, k) for k in sizes}
+
+    def _lines_by_frame(
+        self, stage: Literal["validate", "test"], dynamic: Dynamic
+    ) -> dict[FrameId, dict[int, list[int]]]:
+        """For every frame of a loader, on all processes, its own lines for every k."""
+        study, sizes = self.study, list(self.study.settings.k)
+        frames = self._reader(stage).frames()
+        if dynamic.source == "predictor":
+            mine = {frame.id: self._predicted(frame.rgb, sizes) for frame in frames}
+            return {id_: lines for part in gathered(mine) for id_, lines in part.items()}
+        values: dict[FrameId, tuple[str | None, Tensor | None]] = {}
+        known = study.known().per_frame
+        for frame in frames:
+            if frame.id not in values:
+                own = known.get(frame.id)
+                values[frame.id] = frame.sequence, study.values_of(frame) if own is None else own
+        every = {id_: entry for part in gathered(values) for id_, entry in part.items()}
+        chosen: dict[FrameId, dict[int, list[int]]] = {}
+        before: dict[str | None, Tensor] = {}
+        for id_ in in_order(every):
+            sequence, own = every[id_]
+            used = own if dynamic.source == "oracle" else before.get(sequence)
+            if sequence is not None and own is not None:
+                before[sequence] = own
+            chosen[id_] = {k: self.select(k) if used is None else study.lines_for(used, k) for k in sizes}
+        return chosen
+
+    # frames
+
+    def _frames(self, batch: Any) -> list[Frame]:
+        inputs, target = self.split(batch)
+        return self._frames_of(inputs, target)
+
+    def _frames_of(self, inputs: Mapping[str, Any], target: Tensor) -> list[Frame]:
+        return frames_in(inputs, target)
+
+    def _reader(self, stage: Literal["fit", "validate", "test"]) -> Reader:
+        return Reader(self.trainer, self, stage, self._frames)
+
+    def _open_journal(self) -> None:
+        if self.dirpath is None or self.study.journal is not None:
+            return
+        options = asdict(self.study.settings.game)
+        header = {
+            "format": 1,
+            "model": model_hash(self.model),
+            "lines": self.study.lines,
+            **{name: str(options[name]) for name in ("metric", "empty_value", "unassigned", "min_depth", "min_gt")},
+            "precision": options["precision"],
+        }
+        self.study.journal = ValueJournal(self.dirpath / "values.jsonl", header, self.trainer.global_rank)
+
+    def _announcement(self) -> str:
+        study = self.study
+        assert study.estimation is not None
+        missing = [line for line in range(study.settings.num_lines) if line not in study.lines]
+        return (
+            f"{type(self).__name__}: {len(study.lines)} of {study.settings.num_lines} lines are candidates"
+            + (f" (null: {_ranges(missing)})" if missing else "")
+            + f"; {study.estimation.budget:,} coalitions of each of {study.expected} frames in "
+            f"{study.settings.estimation.rounds} rounds"
+        )
+
+    # checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write what was evaluated so far."""
+        checkpoint[_CHECKPOINT] = {"model": model_hash(self.model), **self.study.state_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up what was evaluated; ValueError where it was evaluated with other settings or another model."""
+        state = checkpoint.get(_CHECKPOINT)
+        if state is None:
+            return
+        resumes = self._trainer is not None and self._is_fitting
+        own = model_hash(self.model)
+        if resumes and state["model"] != own:
+            raise ValueError(
+                f"expected the model whose values the checkpoint holds (hash {state['model']}), got another: model "
+                f"{own}; load the same weights before resuming"
+            )
+        self.study.load_state_dict(state)
+
+
+def _built(kind: type[_Options], value: _Options | Mapping[str, Any]) -> _Options:
+    """Options as they are; those of a checkpoint come as dicts."""
+    return kind(**value) if isinstance(value, Mapping) else value
+
+
+def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What can be written as plain Python of the arguments; the rest is left out."""
+    plain: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in ("model", "checkpoint_path"):
+            continue
+        if is_dataclass(value) and not isinstance(value, type):
+            entries = _plain(vars(value))
+            if len(entries) == len(vars(value)):
+                plain[name] = entries
+        elif value is None or isinstance(value, bool | int | float | str):
+            plain[name] = value
+        elif isinstance(value, Path):
+            plain[name] = str(value)
+        elif isinstance(value, Mapping):
+            plain[name] = dict(value)
+        elif isinstance(value, Sequence):
+            plain[name] = list(value)
+    return plain
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    for name in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
+            loaded = loaded[name]
+    own = set(model.state_dict())
+    for prefix in ("model.", "net.", "module."):  # of a module that holds the network
+        if not own & set(loaded) and any(name.startswith(prefix) for name in loaded):
+            loaded = {name.removeprefix(prefix): entry for name, entry in loaded.items() if name.startswith(prefix)}
+    model.load_state_dict(loaded)
+
+
+def _ranges(lines: Sequence[int]) -> str:
+    """Increasing numbers in words: 0-3, 7."""
+    parts: Iterator[int] = iter(lines)
+    spans: list[list[int]] = []
+    for line in parts:
+        if spans and line == spans[-1][1] + 1:
+            spans[-1][1] = line
+        else:
+            spans.append([line, line])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)

@@ -1,0 +1,123 @@
+"""The small objects that say what is played for and how lines are selected, fit for YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from lightning_eff.lidar.completion.forwarding import Forward
+from lightning_eff.lidar.frames import Candidates, Unassigned
+from lightning_eff.lidar.game import CompletionOptions, Metric
+from lightning_eff.lidar.selection import Rule
+
+Spreading = Literal[Rule, "auto"]
+Baseline = Literal["uniform", "uniform_sensor", "random", "top", "most_points", "loo", "greedy", "gap_greedy", "gap_dp"]
+Source = Literal["oracle", "previous", "predictor"]
+
+BASELINES: tuple[Baseline, ...] = ("uniform", "random", "top", "most_points", "gap_greedy", "gap_dp")
+
+
+@dataclass(frozen=True)
+class LineGameOptions:
+    """What is played for, and by whom.
+
+    Attributes:
+        metric: error that is to stay low; see `CompletionOptions`, like all that is not told here.
+        empty_value: error without any line.
+        candidates: which lines are players: `"visible"`, those with `min_pixels` pixels in the calibration frames,
+            `"all"`, or their numbers.
+        min_pixels: see there, >= 1.
+        unassigned: what becomes of sparse pixels that belong to no line.
+        min_depth: what predictions <= 0 count as, in metres.
+        min_gt: ground truth is valid above it, in metres.
+        coalition_batch: coalitions in one forward.
+        precision: of the forwards.
+    """
+
+    metric: Metric | Callable[[Tensor, Tensor], Tensor] = "rmse"
+    empty_value: Literal["model", "mean_depth"] | float = "model"
+    candidates: Candidates = "visible"
+    min_pixels: int = 1
+    unassigned: Unassigned = "drop"
+    min_depth: float = 0.9
+    min_gt: float = 0.0
+    coalition_batch: int | Literal["auto"] = "auto"
+    precision: Literal["32", "bf16", "16"] = "32"
+
+    def __post_init__(self) -> None:
+        """Check choices and ranges."""
+        self.completion()
+        if not isinstance(self.min_pixels, int) or self.min_pixels < 1:
+            raise ValueError(f"min_pixels must be an int >= 1, got {self.min_pixels!r}")
+
+    def completion(self, forward: Forward = "auto") -> CompletionOptions:
+        """How the network is asked."""
+        shared = {name: entry for name, entry in vars(self).items() if name not in ("candidates", "min_pixels")}
+        return CompletionOptions(**shared, forward=forward)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How lines are selected by value and spread.
+
+    Attributes:
+        rule: `"region"`, `"separation"`, `"mmr"`, `"facility"` and `"none"` as in
+            :func:`lightning_eff.lidar.selection.select_lines`; `"auto"` tries them all out on the calibration frames
+            and keeps the best, which is there never worse than evenly spread lines.
+        options: of the rule, such as `{"gap": 2}`.
+        distance: what lines are apart by: their numbers, or the angles between them, which needs `elevations`.
+        elevations: of every line of the sensor in degrees, falling, such as `KITTI_HDL64E.elevations`; figures show
+            them too.
+        refine: `"swap"` exchanges lines one by one on the calibration frames while that helps; `"greedy"` takes no
+            values at all but adds the line that helps most, k times.
+        max_swaps: most exchanges for `"swap"`, >= 1.
+    """
+
+    rule: Spreading = "region"
+    options: dict[str, Any] = field(default_factory=dict)
+    distance: Literal["index", "angle"] = "index"
+    elevations: Sequence[float] | None = None
+    refine: Literal["none", "swap", "greedy"] = "none"
+    max_swaps: int = 20
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        rules = (*get_args(Rule), "auto")
+        for name, choices in (
+            ("rule", rules),
+            ("distance", ("index", "angle")),
+            ("refine", ("none", "swap", "greedy")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.distance == "angle" and self.elevations is None:
+            raise ValueError('distance "angle" needs elevations, one angle a line of the sensor')
+        if self.rule == "auto" and self.options:
+            raise ValueError(f'rule "auto" tries out options of its own, got {self.options}')
+        if not isinstance(self.max_swaps, int) or self.max_swaps < 1:
+            raise ValueError(f"max_swaps must be an int >= 1, got {self.max_swaps!r}")
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """Let every frame have lines of its own.
+
+    Attributes:
+        source: whose values select the lines of a frame: `"oracle"` its own, measured with its ground truth, a bound
+            and no method; `"previous"` those of the frame before in the same sequence, the mean values for the first;
+            `"predictor"` those that a small network, trained on the calibration frames, tells from the image alone.
+        steps: of training the predictor, >= 1.
+    """
+
+    source: Source = "oracle"
+    steps: int = 200
+
+    def __post_init__(self) -> None:
+        """Check choice and range."""
+        if self.source not in get_args(Source):
+            raise ValueError(f"source must be one of {', '.join(get_args(Source))}, got {self.source!r}")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps must be an int >= 1, got {self.steps!r}")

@@ -1,0 +1,504 @@
+"""The course of a line selection, whoever drives it: count lines, evaluate coalitions, select, measure beside others.
+
+Frames come one at a time, in any order and on any of several processes; what processes know of them is put together by
+the frames' ids, so that a frame that two of them saw counts once.
+
+Shapes: `n` candidates, `M` coalitions, `S` sets of lines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_eff.lidar.choosing import check_sizes, choose, gap_choices
+from lightning_eff.lidar.completion.forwarding import Forward
+from lightning_eff.lidar.evaluation import ALL, NONE, RANDOM, Contestant, LineEvaluation, measure_sets
+from lightning_eff.lidar.frames import Frame, LinePixels
+from lightning_eff.lidar.game import Completion, FrameGame
+from lightning_eff.lidar.gap import GapGame, mean_gap_game
+from lightning_eff.lidar.journal import ValueJournal
+from lightning_eff.lidar.lines import LidarWarning
+from lightning_eff.lidar.predictor import ValuePredictor, thumbnail
+from lightning_eff.lidar.records import FrameId
+from lightning_eff.lidar.report import LineSelection, Round, in_order, overlap
+from lightning_eff.lidar.selection import (
+    greedy_lines,
+    most_points,
+    random_lines,
+    select_lines,
+    uniform_lines,
+    uniform_sensor_lines,
+)
+from lightning_eff.lidar.settings import BASELINES, Baseline, Dynamic, LineGameOptions, Spread
+from lightning_eff.lidar.values import EstimationOptions, LineEstimation, LineValues
+
+Gather = Callable[[Any], list[Any]]
+"""Hands an object to all processes and returns those of all, in their order."""
+
+Frames = Callable[[], Iterable[Frame]]
+"""Reads the frames of this process once more."""
+
+
+def alone(mine: Any) -> list[Any]:
+    """The `Gather` of a single process."""
+    return [mine]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that was asked for; see :class:`~lightning_eff.lidar.selector.LidarSaSSelector`."""
+
+    k: Sequence[int] = (32, 16, 8, 4)
+    num_lines: int = 64
+    game: LineGameOptions = field(default_factory=LineGameOptions)
+    estimation: EstimationOptions = field(default_factory=lambda: EstimationOptions(rounds=4))
+    spread: Spread = field(default_factory=Spread)
+    dynamic: Dynamic | None = None
+    baselines: Sequence[Baseline] = BASELINES
+    forward: Forward = "auto"
+
+    def __post_init__(self) -> None:
+        """Check what the parts cannot check themselves."""
+        if not isinstance(self.num_lines, int) or not 1 <= self.num_lines <= 255:
+            raise ValueError(f"num_lines must be an int in 1..255, got {self.num_lines!r}")
+        object.__setattr__(self, "k", check_sizes(self.k, self.num_lines))
+        unknown = [name for name in self.baselines if name not in (*BASELINES, "uniform_sensor", "loo", "greedy")]
+        if unknown:
+            raise ValueError(f"baselines {unknown} are not known: {', '.join(map(repr, _KNOWN))} are")
+        elevations = self.spread.elevations
+        if elevations is not None and len(elevations) != self.num_lines:
+            raise ValueError(f"expected {self.num_lines} elevations, one a line of the sensor, got {len(elevations)}")
+
+
+_KNOWN = ("uniform", "uniform_sensor", "random", "top", "most_points", "loo", "greedy", "gap_greedy", "gap_dp")
+DRAWS = 10  # of lines at random
+
+
+class LineStudy:
+    """One selection of lines, in the making and afterwards.
+
+    Args:
+        model: the network; evaluated in evaluation mode and left as it was.
+        settings: what was asked for.
+        gather: how processes tell each other what they know.
+
+    Attributes:
+        completion: the network and how it is asked.
+        estimation: coalitions evaluated so far; None before `begin`.
+        rounds: how sure the values were after every round.
+        selection: the result, as far as it is known; None before the first round.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, gather: Gather = alone) -> None:
+        self.settings, self.gather = settings, gather
+        self.completion = Completion(model, settings.game.completion(settings.forward))
+        self.estimation: LineEstimation | None = None
+        self.rounds: list[Round] = []
+        self.selection: LineSelection | None = None
+        self.predictor: ValuePredictor | None = None
+        self.journal: ValueJournal | None = None
+        self.notes: list[str] = []
+        self.skipped = self.expected = 0
+        self.pixels = LinePixels(torch.zeros(settings.num_lines, dtype=torch.int64))
+        self._counted: dict[FrameId, tuple[list[int], int, bool]] = {}
+        self._costs: dict[FrameId, Tensor] = {}
+        self._thumbnails: dict[FrameId, Tensor] = {}
+
+    # Which lines are players.
+
+    def count(self, frame: Frame) -> None:
+        """Look which lines a frame shows; ValueError where `line_idx` does not fit the sensor."""
+        if frame.id in self._counted:
+            return
+        pixels = LinePixels.count([frame], self.settings.num_lines)
+        truth = self.completion.options.has_truth(frame)
+        self._counted[frame.id] = pixels.per_line.tolist(), pixels.unassigned, truth
+
+    def begin(self) -> None:
+        """Settle the players, once all frames were counted.
+
+        Raises:
+            ValueError: no frame has valid ground truth, no line is left, or the budget is too small.
+
+        Warns:
+            LidarWarning: more than 5 % of the pixels belong to no line.
+        """
+        counted = {id_: entry for part in self.gather(self._counted) for id_, entry in part.items()}
+        self._counted = {}
+        used = [(lines, unassigned) for lines, unassigned, truth in counted.values() if truth]
+        self.skipped, self.expected = len(counted) - len(used), len(used)
+        if not used:
+            least = self.completion.options.min_gt
+            raise ValueError(f"none of {len(counted)} frames has ground truth above {least} m to measure errors on")
+        for lines, unassigned in used:
+            self.pixels += LinePixels(torch.tensor(lines, dtype=torch.int64), unassigned)
+        self.pixels.check(self.settings.game.unassigned)
+        self._prepare(self.pixels.candidates(self.settings.game.candidates, self.settings.game.min_pixels))
+
+    def _prepare(self, lines: list[int]) -> None:
+        asked = self.settings
+        self.estimation = LineEstimation(lines, self.expected, asked.estimation, self.completion.metric)
+        if self.estimation.pooled and asked.dynamic is not None:
+            raise ValueError(
+                f"a budget of {self.estimation.budget} coalitions a frame gives no values of single frames, which "
+                "dynamic selection needs: raise it"
+            )
+
+    @property
+    def lines(self) -> list[int]:
+        """The candidates; RuntimeError before they are known."""
+        if self.estimation is None:
+            raise RuntimeError("no frames were counted yet")
+        return self.estimation.lines
+
+    # Coalitions.
+
+    def frame_game(self, frame: Frame) -> FrameGame:
+        """The game of a frame, with what the journal knows of it."""
+        if self.journal is not None:
+            return self.journal.game(frame, self.lines, self.completion)
+        return FrameGame(frame, self.lines, self.completion)
+
+    def advance(self, frame: Frame, rounds: int) -> int:
+        """Evaluate coalitions of a frame until it has done `rounds` rounds; the number of forwards it took."""
+        assert self.estimation is not None
+        if not self.completion.options.has_truth(frame):
+            return 0
+        record = self.estimation.records.get(frame.id)
+        missing = rounds - (0 if record is None else record.rounds)
+        if missing < 1:
+            return 0
+        game = self.frame_game(frame)
+        if record is None:
+            if {"gap_dp", "gap_greedy"} & {*self.settings.baselines} and game.n_players:
+                self._costs[frame.id] = GapGame.of_frame(frame, self.lines).costs
+            if self.settings.dynamic is not None and self.settings.dynamic.source == "predictor":
+                self._thumbnails[frame.id] = thumbnail(frame.rgb)
+        return sum(self.estimation.advance(game) for _ in range(missing))
+
+    def share(self) -> None:
+        """Let all processes know what each has evaluated."""
+        assert self.estimation is not None
+        for state in self.gather(self.estimation.state_dict()):
+            self.estimation.load_state_dict(state)
+        for name in ("_costs", "_thumbnails"):
+            setattr(self, name, {id_: one for part in self.gather(getattr(self, name)) for id_, one in part.items()})
+
+    @property
+    def complete(self) -> bool:
+        """Whether all frames have done all rounds."""
+        if self.estimation is None:
+            return False
+        records = self.estimation.records.values()
+        return len(records) >= self.expected and all(one.rounds >= self.settings.estimation.rounds for one in records)
+
+    # The selection.
+
+    def note_round(self) -> Round:
+        """Solve for the values, select without asking the network again, and note how sure both are.
+
+        Raises:
+            ValueError: too few coalitions so far to tell the lines apart.
+        """
+        before = self.selection
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LidarWarning)  # said once, by `finish`
+            now = self.select()
+        error = float(now.se.max()) if bool(now.se.isfinite().all()) else math.inf
+        stability = None if before is None else overlap(before.selected, now.selected)
+        self.rounds.append(Round(now.forwards, error, stability))
+        self.selection = replace(now, rounds=list(self.rounds))
+        return self.rounds[-1]
+
+    def finish(self, frames: Frames) -> LineSelection:
+        """Solve for the values and select, trying sets out on the calibration frames where that was asked for.
+
+        Args:
+            frames: reads the calibration frames of this process once more.
+        """
+        spread, wanted = self.settings.spread, {*self.settings.baselines}
+        game = PassGame(self, frames)
+        played = spread.rule == "auto" or spread.refine != "none" or bool(wanted & {"greedy", "loo"})
+        self.selection = self.select(game if played else None)
+        dynamic = self.settings.dynamic
+        if dynamic is not None and dynamic.source == "predictor":
+            self.predictor = self._train_predictor(dynamic.steps)
+        return self.selection
+
+    def select(self, game: PassGame | None = None) -> LineSelection:
+        """The lines that the values known so far select; what needs a game is left out without one."""
+        assert self.estimation is not None
+        asked, found = self.settings, self.estimation.result()
+        sizes, lines = list(asked.k), self.lines
+        chosen = choose(found.values, sizes, lines, asked.spread, game)
+        spent = game.forwards if game is not None else 0
+        baselines, forwards = self._baselines(found, sizes, game)
+        notes = [*self.notes, *self._notes(found)]
+        selection = LineSelection(
+            num_lines=asked.num_lines,
+            lines=lines,
+            values=found.values,
+            se=found.stderr,
+            selected={k: one.lines for k, one in chosen.items()},
+            rules={k: one.rule for k, one in chosen.items()},
+            scores={k: one.scores for k, one in chosen.items() if one.scores},
+            per_frame=dict(found.per_frame),
+            pixels=self.pixels.per_line,
+            error_empty=found.error_empty,
+            error_full=found.error_full,
+            settings=self._told(found),
+            forwards=found.evaluations + spent,
+            skipped=self.skipped,
+            baselines=baselines,
+            baseline_forwards=forwards,
+            elevations=None if asked.spread.elevations is None else [float(e) for e in asked.spread.elevations],
+            rounds=list(self.rounds),
+            partial=not self.complete,
+            notes=notes,
+        )
+        doubts = [selection.unresolved(k) for k in sizes]
+        return replace(selection, notes=[*notes, *filter(None, doubts)])
+
+    def _baselines(
+        self, found: LineValues, sizes: list[int], game: PassGame | None
+    ) -> tuple[dict[str, dict[int, list[int]]], dict[str, int]]:
+        n, lines, wanted = len(self.lines), self.lines, self.settings.baselines
+        pixels = self.pixels.per_line[lines]
+
+        def numbers(choose_places: Callable[[int], list[int]]) -> dict[int, list[int]]:
+            return {k: sorted(lines[place] for place in choose_places(min(k, n))) for k in sizes}
+
+        sets: dict[str, dict[int, list[int]]] = {}
+        forwards: dict[str, int] = {}
+        for name in wanted:
+            before = 0 if game is None else game.forwards
+            if name == "uniform":
+                sets[name] = numbers(lambda k: uniform_lines(n, k))
+            elif name == "uniform_sensor":
+                sets[name] = {k: uniform_sensor_lines(self.settings.num_lines, k) for k in sizes}
+            elif name == "top":
+                sets[name] = numbers(lambda k: select_lines(found.values, k, "none"))
+                forwards[name] = found.evaluations
+            elif name == "most_points":
+                sets[name] = numbers(lambda k: most_points(pixels, k))
+            elif name == "loo" and game is not None:
+                worth = game.without_one()
+                sets[name] = numbers(lambda k, worth=worth: select_lines(worth, k, "none"))  # type: ignore[misc]
+            elif name == "greedy" and game is not None:
+                order = greedy_lines(game, min(max(sizes), n))
+                sets[name] = numbers(lambda k, order=order: order[:k])  # type: ignore[misc]
+            if game is not None and game.forwards > before:
+                forwards[name] = game.forwards - before
+        if self._costs and {"gap_dp", "gap_greedy"} & {*wanted}:
+            mean = mean_gap_game([GapGame(self._costs[id_]) for id_ in in_order(self._costs)])
+            best, greedy = gap_choices(mean, sizes, lines)
+            sets |= {name: one for name, one in {"gap_greedy": greedy, "gap_dp": best}.items() if name in wanted}
+        return sets, forwards
+
+    def _notes(self, found: LineValues) -> list[str]:
+        notes = []
+        if self.pixels.unassigned:
+            notes.append(f"{100 * self.pixels.share_unassigned:.1f} % of the pixels belong to no line.")
+        if self.skipped:
+            notes.append(f"{self.skipped} frames without ground truth are left out.")
+        if found.pooled:
+            notes.append("All frames were solved together, for want of coalitions of each.")
+        dynamic = self.settings.dynamic
+        if dynamic is not None and dynamic.source == "oracle":
+            notes.append("Lines by frame are chosen with the frame's own ground truth: a bound, no method.")
+        return notes
+
+    def _told(self, found: LineValues) -> dict[str, Any]:
+        estimation = self.estimation
+        assert estimation is not None
+        return {
+            **estimation.settings(),
+            "metric": self.completion.metric,
+            "empty_value": self.settings.game.empty_value,
+            "method": found.method,
+            "proxy_correlation": found.proxy_correlation,
+            "share_unassigned": self.pixels.share_unassigned,
+            "model": type(self.completion.model).__name__,
+            "model_hash": model_hash(self.completion.model),
+            "spread": self.settings.spread.rule,
+            "refine": self.settings.spread.refine,
+            "dynamic": None if self.settings.dynamic is None else self.settings.dynamic.source,
+        }
+
+    # Lines by frame.
+
+    def _train_predictor(self, steps: int) -> ValuePredictor:
+        assert self.selection is not None
+        ids = [id_ for id_ in in_order(self._thumbnails) if id_ in self.selection.per_frame]
+        if len({self._thumbnails[id_].shape for id_ in ids}) > 1:
+            raise ValueError("the predictor needs images of one size: crop them")
+        images = torch.stack([self._thumbnails[id_] for id_ in ids])
+        values = torch.stack([self.selection.per_frame[id_] for id_ in ids])
+        return ValuePredictor.trained(images, values, steps, self.settings.estimation.seed)
+
+    def values_of(self, frame: Frame) -> Tensor | None:
+        """Values of one more frame, `[n]`, at the full budget; None without ground truth."""
+        assert self.estimation is not None
+        if not self.completion.options.has_truth(frame):
+            return None
+        asked = self.settings
+        single = LineEstimation(self.lines, self.expected, replace(asked.estimation, rounds=1), self.estimation.metric)
+        single.advance(FrameGame(frame, self.lines, self.completion))
+        return single.result().values
+
+    def lines_for(self, values: Tensor, k: int) -> list[int]:
+        """Lines that the values of one frame, `[n]`, select."""
+        return choose(values, [k], self.lines, self.settings.spread)[k].lines
+
+    # Measuring.
+
+    def contestants(self) -> list[Contestant]:
+        """What is measured side by side."""
+        result = self.known()
+        asked, n = self.settings, len(result.lines)
+        own = "greedy" if asked.spread.refine == "greedy" else asked.spread.rule
+        rows = [Contestant(own, k, (tuple(lines),), result.forwards) for k, lines in result.selected.items()]
+        for name, sets in result.baselines.items():
+            if name == own or (name == "top" and own == "none"):
+                continue
+            rows += [
+                Contestant(name, k, (tuple(lines),), result.baseline_forwards.get(name, 0)) for k, lines in sets.items()
+            ]
+        if "random" in asked.baselines:
+            for k in result.selected:
+                draws = random_lines(n, min(k, n), DRAWS, asked.estimation.seed)
+                sets_of = tuple(tuple(result.lines[place] for place in places) for places in draws)
+                rows.append(Contestant(RANDOM, k, sets_of))
+        if asked.dynamic is not None:
+            rows += [Contestant(f"dynamic {asked.dynamic.source}", k, None) for k in result.selected]
+        everything = tuple(range(asked.num_lines))
+        return [*rows, Contestant(ALL, None, (everything,)), Contestant(NONE, None, ((),))]
+
+    def measure(
+        self, frame: Frame, contestants: Sequence[Contestant], own: dict[int, list[int]] | None = None
+    ) -> Tensor | None:
+        """Errors of one frame, `[S, 5]`; None where it has no ground truth.
+
+        Args:
+            frame: the frame.
+            contestants: what is measured.
+            own: for every k the lines that this frame has for itself.
+        """
+        sets: list[Sequence[int]] = []
+        for one in contestants:
+            if one.sets is not None:
+                sets.extend(one.sets)
+            else:
+                assert own is not None
+                sets.append(own[one.k or 0])
+        found = measure_sets(frame, sets, self.completion, self.settings.num_lines)
+        return None if found is None else found[0]
+
+    def evaluation(
+        self, stage: str, contestants: Sequence[Contestant], measured: dict[FrameId, Tensor | None]
+    ) -> LineEvaluation:
+        """Put together what all processes measured."""
+        every = {id_: one for part in self.gather(measured) for id_, one in part.items()}
+        known = {id_: one for id_, one in every.items() if one is not None}
+        notes = []
+        if self.settings.dynamic is not None and self.settings.dynamic.source == "oracle":
+            notes.append("dynamic oracle: every frame's lines by its own ground truth, a bound and no method.")
+        return LineEvaluation.of_frames(stage, contestants, known, skipped=len(every) - len(known), notes=notes)
+
+    def known(self) -> LineSelection:
+        """The selection; RuntimeError before there is any."""
+        if self.selection is None:
+            raise RuntimeError("no lines are selected yet: call trainer.fit first, or give ckpt_path")
+        return self.selection
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain Python and tensors, fit for checkpoints with `weights_only=True`."""
+        return {
+            "lines": None if self.estimation is None else self.lines,
+            "expected": self.expected,
+            "skipped": self.skipped,
+            "pixels": self.pixels.per_line.tolist(),
+            "unassigned": self.pixels.unassigned,
+            "estimation": None if self.estimation is None else self.estimation.state_dict(),
+            "costs": [[id_, self._costs[id_]] for id_ in in_order(self._costs)],
+            "thumbnails": [[id_, self._thumbnails[id_]] for id_ in in_order(self._thumbnails)],
+            "rounds": [vars(one) for one in self.rounds],
+            "selection": None if self.selection is None else self.selection.to_dict(),
+            "predictor": None if self.predictor is None else self.predictor.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave.
+
+        Raises:
+            ValueError: it was made with other settings; the message names them.
+        """
+        self.expected, self.skipped = state["expected"], state["skipped"]
+        self.pixels = LinePixels(torch.tensor(state["pixels"], dtype=torch.int64), state["unassigned"])
+        if state["lines"] is not None:
+            self._prepare(list(state["lines"]))
+            assert self.estimation is not None
+            self.estimation.load_state_dict(state["estimation"])
+        self._costs = dict(state["costs"])
+        self._thumbnails = dict(state["thumbnails"])
+        self.rounds = [Round(**one) for one in state["rounds"]]
+        self.selection = None if state["selection"] is None else LineSelection.from_dict(state["selection"])
+        self.predictor = None if state["predictor"] is None else ValuePredictor.from_state(state["predictor"])
+
+
+class PassGame:
+    """v of sets of candidates, a mean over calibration frames that are read again at every call.
+
+    Args:
+        study: the network and the candidates.
+        frames: reads the frames of this process.
+
+    Attributes:
+        n_players: `n`.
+        forwards: of the network, over all processes.
+    """
+
+    def __init__(self, study: LineStudy, frames: Frames) -> None:
+        self._study, self._frames = study, frames
+        self.n_players, self.forwards = len(study.lines), 0
+
+    def __call__(self, coalitions: Tensor) -> Tensor:
+        """As `lightning_eff.shapley.Game.__call__`."""
+        study = self._study
+        found: dict[FrameId, tuple[Tensor, int]] = {}
+        for frame in self._frames():
+            if frame.id not in found and study.completion.options.has_truth(frame):
+                game = study.frame_game(frame)
+                shown = coalitions[:, game.present]
+                found[frame.id] = game(shown), len(torch.unique(shown, dim=0))
+        every = {id_: one for part in study.gather(found) for id_, one in part.items()}
+        self.forwards += sum(count for _, count in every.values())
+        return torch.stack([every[id_][0] for id_ in in_order(every)]).mean(0)
+
+    def without_one(self) -> Tensor:
+        """What leaving out each candidate alone costs, `[n]`."""
+        n = self.n_players
+        values = self(torch.cat([torch.ones(1, n, dtype=torch.bool), ~torch.eye(n, dtype=torch.bool)]))
+        return values[0] - values[1:]
+
+
+def model_hash(model: nn.Module) -> str:
+    """Sixteen hexadecimal digits that change with any weight or buffer of a network."""
+    digest = hashlib.blake2b(type(model).__qualname__.encode(), digest_size=8)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(tensor, Tensor):
+            plain = tensor.detach().cpu().contiguous()
+            digest.update(f"{plain.dtype}{list(plain.shape)}".encode())
+            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    return digest.hexdigest()
