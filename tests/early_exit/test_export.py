@@ -19,10 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_eff.batch import call_model, take
 from lightning_eff.early_exit.inference import export
-from lightning_eff.early_exit.inference.leaving import Rule
 from lightning_eff.early_exit.inference.export import export_early_exit, load_early_exit
 from lightning_eff.early_exit.inference.exported import ExportedNetwork
-from lightning_eff.early_exit.inference.leaving import ExitOutput, select_from_all
+from lightning_eff.early_exit.inference.leaving import ExitOutput, Rule, select_from_all
 from lightning_eff.early_exit.inference.policies import policy_from
 from lightning_eff.early_exit.inference.stages import CutError
 from lightning_eff.early_exit.network import MultiExitNetwork
