@@ -104,10 +104,17 @@ def validation_batches(trainer: Trainer, loader: Iterable[Any] | None = None) ->
         yield from _batches(loader, limit)
 
 
-def _batches(loader: Iterable[Any], limit: float) -> Iterator[Any]:
-    with untouched_generators():  # a loader's iterator takes its seed from torch when it is made
-        batches = islice(iter(loader), None if limit == float("inf") else int(limit))
-    yield from batches
+def _batches(loader: Any, limit: float) -> Iterator[Any]:
+    held = getattr(loader, "_iterator", None)  # persistent workers are in a pass of the trainer's own
+    if held is not None:
+        loader._iterator = None
+    try:
+        with untouched_generators():  # a loader's iterator takes its seed from torch when it is made
+            batches = islice(iter(loader), None if limit == float("inf") else int(limit))
+        yield from batches
+    finally:
+        if held is not None:
+            loader._iterator = held
 
 
 def gathered(mine: Any) -> list[Any]:

@@ -46,7 +46,8 @@ class LidarSaSSelector(LightningModule):
     Logs, all behind `sas/`: `max_se`, the largest standard error of a line's value; `rank_stability`, the overlap of
     the selection with that of the round before; `forwards` and `forwards_per_sec`; at the end of the fit `v_empty` and
     `v_full` (the errors without any line and with all), `proxy_corr` and `phi_line_07` and so on; by tests
-    `test/rmse/region/k16` and so on. `global_step` stays 0, there being no optimizer: checkpoint by epochs.
+    `test/rmse/region/k16` and so on. `global_step` counts batches. A fit measures nothing on validation data:
+    `limit_val_batches=0` saves reading them.
 
     A model handed over as an object is not written into the checkpoint's hyperparameters, only its weights are:
     `LidarSaSSelector.load_from_checkpoint(path, model=net)`.
@@ -178,9 +179,9 @@ class LidarSaSSelector(LightningModule):
 
     # fit
 
-    def configure_optimizers(self) -> Any:
-        """None: nothing is trained."""
-        return []
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One that moves nothing: its steps are what `global_step` counts, without which no ModelCheckpoint saves."""
+        return torch.optim.SGD([self.anchor], lr=0.0)
 
     def setup(self, stage: str) -> None:
         """Refuse a precision of the trainer that depths would not survive."""
@@ -219,8 +220,14 @@ class LidarSaSSelector(LightningModule):
         rounds = min(self.trainer.current_epoch + 1, self.study.settings.estimation.rounds)
         for frame in self._frames(batch):
             self.study.advance(frame, rounds)
+        self.optimizers().step()  # type: ignore[union-attr]
 
-    def on_train_epoch_end(self) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End the round behind its last batch: before a validation, which may write the checkpoint of the epoch."""
+        if self.trainer.is_last_batch:
+            self._end_round()
+
+    def _end_round(self) -> None:
         """Put together what all processes know, solve and select."""
         study = self.study
         before = study.rounds[-1].forwards if study.rounds else 0
@@ -231,16 +238,17 @@ class LidarSaSSelector(LightningModule):
         except ValueError:  # too few coalitions so far
             if last:
                 raise
-            self.log("sas/max_se", _UNKNOWN, prog_bar=True, sync_dist=True)
+            self._log_to_all({"sas/max_se": _UNKNOWN})
             return
-        seconds = max(1e-9, time.perf_counter() - self._clock)
-        self.log("sas/max_se", min(now.max_se, _UNKNOWN), prog_bar=True, sync_dist=True)
-        logged = {
-            "sas/rank_stability": 0.0 if now.stability is None else now.stability,
-            "sas/forwards": float(now.forwards),
-            "sas/forwards_per_sec": (now.forwards - before) / seconds,
-        }
-        self.log_dict(logged, sync_dist=True)
+        self.log("sas/max_se", min(now.max_se, _UNKNOWN), on_step=True, prog_bar=True, logger=False)
+        self._log_to_all(
+            {
+                "sas/max_se": min(now.max_se, _UNKNOWN),
+                "sas/rank_stability": 0.0 if now.stability is None else now.stability,
+                "sas/forwards": float(now.forwards),
+                "sas/forwards_per_sec": (now.forwards - before) / max(1e-9, time.perf_counter() - self._clock),
+            }
+        )
         if last:
             self._finish()
 
@@ -269,10 +277,16 @@ class LidarSaSSelector(LightningModule):
 
     def _log_to_all(self, values: dict[str, float]) -> None:
         for logger in self.trainer.loggers:
-            logger.log_metrics(values, step=self.trainer.current_epoch)
+            logger.log_metrics(values, step=self.trainer.global_step)
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
     # validate and test
+
+    def val_dataloader(self) -> Any:
+        """Nothing, for a fit without validation data; ValueError for a validation without any."""
+        if self._is_fitting:
+            return iter(())  # of no length, as Lightning warns of a length of 0
+        raise ValueError("expected frames to measure selections on, got none: give trainer.validate a loader")
 
     def on_validation_epoch_start(self) -> None:
         """Prepare to measure; the validation of a fit measures nothing."""
