@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_eff import cli, data, early_exit, models, pruning, reporting, shapley, surgery
+    from lightning_eff import cli, data, early_exit, lidar, models, pruning, reporting, shapley, surgery
     from lightning_eff.batch import BatchKeys, split_batch
     from lightning_eff.data import DigitsDataModule, FashionMNISTDataModule
     from lightning_eff.early_exit import (
@@ -23,6 +23,27 @@ if TYPE_CHECKING:
         ThresholdCalibration,
         export_early_exit,
         load_early_exit,
+    )
+    from lightning_eff.lidar import (
+        ColumnInterpolation,
+        DepthCompletionMetrics,
+        DepthCompletionModule,
+        Dynamic,
+        EstimationOptions,
+        IPBasicCompletion,
+        KittiDepthDataModule,
+        LidarKeys,
+        LidarSaSCallback,
+        LidarSaSSelector,
+        LightDepthCompletionNet,
+        LineDropout,
+        LineGameOptions,
+        LineSelection,
+        PullPushCompletion,
+        SparseToDenseResNet,
+        Spread,
+        SyntheticLidarDataModule,
+        line_shapley,
     )
     from lightning_eff.models import ImageClassifier, LeNet, SmallCNN, SmallResNet
     from lightning_eff.pruning import (
@@ -57,7 +78,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("cli", "data", "early_exit", "models", "pruning", "reporting", "shapley", "surgery")
+_ROOMS = ("cli", "data", "early_exit", "lidar", "models", "pruning", "reporting", "shapley", "surgery")
 
 _ROOM_OF = {
     "BatchKeys": "batch",
@@ -75,6 +96,25 @@ _ROOM_OF = {
     "ThresholdCalibration": "early_exit",
     "export_early_exit": "early_exit",
     "load_early_exit": "early_exit",
+    "ColumnInterpolation": "lidar",
+    "DepthCompletionMetrics": "lidar",
+    "DepthCompletionModule": "lidar",
+    "Dynamic": "lidar",
+    "EstimationOptions": "lidar",
+    "IPBasicCompletion": "lidar",
+    "KittiDepthDataModule": "lidar",
+    "LidarKeys": "lidar",
+    "LidarSaSCallback": "lidar",
+    "LidarSaSSelector": "lidar",
+    "LightDepthCompletionNet": "lidar",
+    "LineDropout": "lidar",
+    "LineGameOptions": "lidar",
+    "LineSelection": "lidar",
+    "PullPushCompletion": "lidar",
+    "SparseToDenseResNet": "lidar",
+    "Spread": "lidar",
+    "SyntheticLidarDataModule": "lidar",
+    "line_shapley": "lidar",
     "ImageClassifier": "models",
     "LeNet": "models",
     "SmallCNN": "models",
@@ -112,24 +152,39 @@ __all__ = [
     "Calibration",
     "ChannelGame",
     "ChannelGraph",
+    "ColumnInterpolation",
+    "DepthCompletionMetrics",
+    "DepthCompletionModule",
     "DigitsDataModule",
     "DirichletOptions",
     "DirichletPosterior",
     "DirichletPruneCallback",
+    "Dynamic",
     "EarlyExitModule",
+    "EstimationOptions",
     "ExitLosses",
     "ExitReport",
     "FashionMNISTDataModule",
     "GameOptions",
     "GradientDominance",
     "Head",
+    "IPBasicCompletion",
     "ImageClassifier",
+    "KittiDepthDataModule",
     "Layers",
     "LeNet",
+    "LidarKeys",
+    "LidarSaSCallback",
+    "LidarSaSSelector",
+    "LightDepthCompletionNet",
+    "LineDropout",
+    "LineGameOptions",
+    "LineSelection",
     "MultiExitNetwork",
     "Phase",
     "PhaseEarlyStopping",
     "PruningPlan",
+    "PullPushCompletion",
     "RandomChannelPruningCallback",
     "Repair",
     "Schedule",
@@ -137,7 +192,10 @@ __all__ = [
     "ShapleyPruningCallback",
     "SmallCNN",
     "SmallResNet",
+    "SparseToDenseResNet",
+    "Spread",
     "StructuredPruningCallback",
+    "SyntheticLidarDataModule",
     "ThresholdCalibration",
     "apply_plan",
     "cli",
@@ -148,6 +206,8 @@ __all__ = [
     "early_exit",
     "export_early_exit",
     "export_model",
+    "lidar",
+    "line_shapley",
     "load_early_exit",
     "load_pruned",
     "models",
