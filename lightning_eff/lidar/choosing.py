@@ -64,7 +64,7 @@ def _by_rule(
 ) -> tuple[list[int], str, dict[str, float]]:
     angles = None
     if spread.distance == "angle":
-        angles = torch.tensor(spread.elevations, dtype=torch.float64)[list(lines)]
+        angles = torch.tensor(spread.angles, dtype=torch.float64)[list(lines)]
     if spread.rule == "auto" and game is not None and 0 < k < len(lines):
         won = best_selection(values, k, game, angles=angles)
         return won.lines, won.rule, won.scores

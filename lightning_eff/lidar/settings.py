@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_eff.lidar.completion.forwarding import Forward
 from lightning_eff.lidar.frames import Candidates, Unassigned
 from lightning_eff.lidar.game import CompletionOptions, Metric
+from lightning_eff.lidar.lines import KITTI_HDL64E
 from lightning_eff.lidar.selection import Rule
 
 Spreading = Literal[Rule, "auto"]
@@ -69,8 +70,8 @@ class Spread:
             and keeps the best, which is there never worse than evenly spread lines.
         options: of the rule, such as `{"gap": 2}`.
         distance: what lines are apart by: their numbers, or the angles between them, which needs `elevations`.
-        elevations: of every line of the sensor in degrees, falling, such as `KITTI_HDL64E.elevations`; figures show
-            them too.
+        elevations: of every line of the sensor in degrees, falling; `"kitti"` stands for those of `KITTI_HDL64E`.
+            Tables and figures show them too.
         refine: `"swap"` exchanges lines one by one on the calibration frames while that helps; `"greedy"` takes no
             values at all but adds the line that helps most, k times.
         max_swaps: most exchanges for `"swap"`, >= 1.
@@ -79,7 +80,7 @@ class Spread:
     rule: Spreading = "region"
     options: dict[str, Any] = field(default_factory=dict)
     distance: Literal["index", "angle"] = "index"
-    elevations: Sequence[float] | None = None
+    elevations: Sequence[float] | Literal["kitti"] | None = None
     refine: Literal["none", "swap", "greedy"] = "none"
     max_swaps: int = 20
 
@@ -93,12 +94,21 @@ class Spread:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if isinstance(self.elevations, str) and self.elevations != "kitti":
+            raise ValueError(f'elevations must be angles, "kitti" or None, got {self.elevations!r}')
         if self.distance == "angle" and self.elevations is None:
             raise ValueError('distance "angle" needs elevations, one angle a line of the sensor')
         if self.rule == "auto" and self.options:
             raise ValueError(f'rule "auto" tries out options of its own, got {self.options}')
         if not isinstance(self.max_swaps, int) or self.max_swaps < 1:
             raise ValueError(f"max_swaps must be an int >= 1, got {self.max_swaps!r}")
+
+    @property
+    def angles(self) -> list[float] | None:
+        """Elevation of every line of the sensor in degrees; None where it is not known."""
+        if self.elevations is None:
+            return None
+        return [float(angle) for angle in (KITTI_HDL64E.elevations if self.elevations == "kitti" else self.elevations)]
 
 
 @dataclass(frozen=True)

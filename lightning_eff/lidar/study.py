@@ -73,7 +73,7 @@ class Settings:
         unknown = [name for name in self.baselines if name not in (*BASELINES, "uniform_sensor", "loo", "greedy")]
         if unknown:
             raise ValueError(f"baselines {unknown} are not known: {', '.join(map(repr, _KNOWN))} are")
-        elevations = self.spread.elevations
+        elevations = self.spread.angles
         if elevations is not None and len(elevations) != self.num_lines:
             raise ValueError(f"expected {self.num_lines} elevations, one a line of the sensor, got {len(elevations)}")
 
@@ -259,7 +259,7 @@ class LineStudy:
             skipped=self.skipped,
             baselines=baselines,
             baseline_forwards=forwards,
-            elevations=None if asked.spread.elevations is None else [float(e) for e in asked.spread.elevations],
+            elevations=asked.spread.angles,
             rounds=list(self.rounds),
             partial=not self.complete,
             notes=notes,

@@ -1,0 +1,175 @@
+"""LineSelection and LineEvaluation: what is told, and files that give back what was written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_eff.lidar.evaluation import ALL, NONE, RANDOM, Contestant, LineEvaluation
+from lightning_eff.lidar.report import LineSelection, Round, in_order, overlap
+
+
+def selection(**changes: Any) -> LineSelection:
+    made = LineSelection(
+        num_lines=8,
+        lines=[0, 1, 2, 4, 5, 6],
+        values=torch.tensor([300.0, 100.0, 90.0, -5.0, 40.0, 41.0], dtype=torch.float64),
+        se=torch.tensor([10.0, 3.0, 4.0, 1.0, 0.1, 0.1], dtype=torch.float64),
+        selected={3: [0, 2, 6], 1: [0]},
+        rules={3: "region", 1: "none"},
+        scores={3: {"region": 1.5, "uniform": 1.0}},
+        per_frame={"b": torch.arange(6, dtype=torch.float64), 7: torch.zeros(6, dtype=torch.float64)},
+        pixels=torch.tensor([9, 8, 7, 0, 6, 5, 4, 0]),
+        error_empty=2000.0,
+        error_full=1434.0,
+        settings={"metric": "rmse", "seed": 3},
+        forwards=400,
+        baselines={"uniform": {3: [0, 2, 6], 1: [2]}},
+        baseline_forwards={"greedy": 12},
+        elevations=[2.0, 1.0, 0.0, -1.0, -2.0, -3.0, -4.0, -5.0],
+        rounds=[Round(200, math.inf), Round(400, 10.0, 0.5)],
+        notes=["A note."],
+    )
+    return replace(made, **changes)
+
+
+def test_a_selection_comes_back_from_its_file_to_the_bit(tmp_path: Path) -> None:
+    made = selection(values=torch.rand(6, dtype=torch.float64), se=torch.full((6,), math.inf, dtype=torch.float64))
+    loaded = LineSelection.load(made.save(tmp_path / "deep" / "lines.json"))
+    assert loaded.to_dict() == made.to_dict()
+    assert torch.equal(loaded.values, made.values)
+    assert loaded.rounds == made.rounds
+    assert list(loaded.per_frame) == ["b", 7]
+    assert loaded.selected == {3: [0, 2, 6], 1: [0]}
+
+
+def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = selection().save(tmp_path / "lines.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+    with pytest.raises(ValueError, match="version 1, got 99"):
+        LineSelection.load(path)
+
+
+def test_the_table_tells_lines_by_the_sensors_numbers() -> None:
+    table = selection().table()
+    assert [row[0] for row in table.rows] == [0, 1, 2, 4, 5, 6]
+    assert [column.name for column in table.columns][:4] == ["line", "elevation [deg]", "pixels", "value [mm]"]
+    assert table.rows[3][1] == -2.0
+    assert [row[-2] for row in table.rows] == ["kept", "", "kept", "", "", "kept"]
+    assert "from 2000 (no line) to 1434" in table.caption
+    assert table.caption.endswith("A note.")
+
+
+def test_lines_that_no_frame_shows_are_told() -> None:
+    assert selection().null_lines == [3, 7]
+
+
+def test_units_follow_the_metric() -> None:
+    assert selection().unit == "mm"
+    assert selection(settings={"metric": "imae"}).unit == "1/km"
+    assert selection(settings={"metric": "own"}).unit == ""
+
+
+def test_a_partial_run_says_so() -> None:
+    assert "Partial" in str(selection(partial=True))
+    assert "Partial" not in str(selection())
+
+
+def test_a_selection_whose_lines_are_not_told_apart_says_what_it_would_take() -> None:
+    told = selection().unresolved(3)  # regions (0, 1), (2, 4), (5, 6): 40 and 41 differ by 1 with an error of 0.14
+    assert told is None
+    unsure = selection(se=torch.tensor([10.0, 3.0, 4.0, 1.0, 1.0, 1.0], dtype=torch.float64)).unresolved(3)
+    assert unsure is not None
+    # (2 sqrt(2) / 1)^2 = 8 times the 200 coalitions of each of 2 frames
+    assert "lines 6 and 5 differ by 1.0 +- 1.4; about 1,600 coalitions a frame" in unsure
+    top = selection(rules={3: "none"}, se=torch.full((6,), 1.0, dtype=torch.float64)).unresolved(3)
+    assert top is None  # 90 against 41
+    equal = torch.tensor([300.0, 90.0, 90.0, 0, 0, 0], dtype=torch.float64)
+    assert "no budget within reach" in str(selection(values=equal, rules={1: "none", 2: "none"}).unresolved(2))
+    assert selection().unresolved(6) is None
+
+
+def test_a_folder_holds_tables_figures_and_the_selection(tmp_path: Path) -> None:
+    written = selection().write(tmp_path)
+    assert {path.name for path in written} == {
+        *(f"{stem}.{suffix}" for stem in ("values", "selection") for suffix in ("md", "csv", "json")),
+        "lines.json",
+        "values.png",
+        "elevation.png",
+        "frames.png",
+        "convergence.png",
+    }
+    assert all(path.stat().st_size for path in written)
+    rows = list(csv.DictReader((tmp_path / "values.csv").read_text().splitlines()))
+    assert float(rows[0]["value [mm]"]) == 300.0
+
+
+def test_overlap_is_the_smallest_over_all_numbers_of_lines() -> None:
+    assert overlap({2: [0, 1], 4: [0, 1, 2, 3]}, {2: [0, 1], 4: [0, 1, 2, 9]}) == 3 / 5
+    assert overlap({0: []}, {0: []}) == 1.0
+
+
+def test_frames_have_an_order_of_their_own() -> None:
+    assert in_order(["b", 10, "a", 2]) == [2, 10, "a", "b"]
+
+
+CONTESTANTS = [
+    Contestant("region", 2, ((0, 3),), 40),
+    Contestant("gap_dp", 2, ((1, 3),)),
+    Contestant(RANDOM, 2, ((0, 1), (2, 3))),
+    Contestant("dynamic oracle", 2, None),
+    Contestant(ALL, None, ((0, 1, 2, 3),)),
+    Contestant(NONE, None, ((),)),
+]
+
+
+def measured() -> dict[str | int, Any]:
+    table = torch.tensor([[100.0], [80.0], [300.0], [500.0], [70.0], [50.0], [900.0]], dtype=torch.float64)
+    return {"b": table.expand(7, 5), "a": 3 * table.expand(7, 5)}
+
+
+def evaluation() -> LineEvaluation:
+    return LineEvaluation.of_frames("test", CONTESTANTS, measured(), skipped=1, notes=["So it is."])
+
+
+def test_errors_are_means_over_frames_and_draws() -> None:
+    found = evaluation()
+    assert found.row("region", 2).errors["rmse"] == 200.0
+    assert found.row(RANDOM, 2).errors["mae"] == 800.0
+    assert found.row(RANDOM, 2).spread == pytest.approx(400 / math.sqrt(2))
+    assert found.row("dynamic oracle", 2).lines is None
+    assert found.row("region", 2).lines == [0, 3]
+    with pytest.raises(KeyError, match="no row 'region' with k = 3"):
+        found.row("region", 3)
+
+
+def test_the_table_shows_how_far_from_the_optimum_of_the_gap_game_a_rule_is() -> None:
+    table = evaluation().table()
+    by_rule = {row[1]: row for row in table.rows}
+    assert by_rule["region"][-1] == 40.0
+    assert by_rule[ALL][-1] is None
+    assert [row[1] for row in table.rows[2:]] == ["dynamic oracle", "gap_dp", "region", RANDOM]  # best first
+    assert "1 frames without ground truth are left out." in table.caption
+    assert table.caption.endswith("So it is.")
+
+
+def test_logged_names_hold_rule_and_number() -> None:
+    names = set(evaluation().logged())
+    assert {"rmse/region/k2", "rmse/random/k2", "rmse/dynamic_oracle/k2", "rmse/all_lines", "rmse/no_lidar"} <= names
+
+
+def test_an_evaluation_comes_back_from_plain_python() -> None:
+    found = evaluation()
+    assert LineEvaluation.from_dict(json.loads(json.dumps(found.to_dict()))).to_dict() == found.to_dict()
+
+
+def test_an_evaluation_writes_its_folder(tmp_path: Path) -> None:
+    names = {path.name for path in evaluation().write(tmp_path)}
+    assert names == {"errors.md", "errors.csv", "errors.json", "errors.png"}
