@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LEFT = "#BFBFBF"  # of lines and points that go: the eye is to rest on those that stay
-_DEPTHS = "viridis_r"  # near is dark: it stands out
+_DEPTHS = "viridis"  # near is dark: it stands out
 _MARKERS = "osD^vPX<>*h"
 _WIDE = 5  # times the smallest error, beyond which errors are drawn on a logarithmic scale
 _SENSOR = 1.73  # metres above the ground, of KITTI's car
@@ -136,7 +136,7 @@ def draw_points(frame: Frame, kept: Iterable[int], *, size: float = 3.0) -> Figu
     depth, line = frame.sparse[0].cpu(), frame.line_idx[0].long().cpu()
     stays = torch.isin(line, torch.tensor(list(kept), dtype=torch.int64)) & (depth > 0)
     height, width = depth.shape
-    figure, axes = new_figure(width=9.0, height=9.0 * height / width + 0.6)
+    figure, axes = new_figure(width=9.0, height=8.4 * height / width + 0.35)
     axis = axes[0, 0]
     axis.imshow(_image(frame.rgb).numpy(), interpolation="nearest", alpha=0.85)
     rows, columns = ((depth > 0) & ~stays).nonzero(as_tuple=True)
@@ -255,6 +255,7 @@ def draw_convergence(selection: LineSelection) -> Figure:
     error.set(xlabel="forwards", ylabel=f"largest standard error [{selection.unit}]", ylim=(0, top))
     later = [one for one in selection.rounds if one.stability is not None]
     stability.plot([one.forwards for one in later], [one.stability for one in later], "o-", color=KEPT)
+    stability.set_xlim(error.get_xlim())
     stability.set(xlabel="forwards", ylabel="overlap with the round before", ylim=(-0.03, 1.05))
     for axis in (error, stability):
         axis.xaxis.set_major_formatter("{x:,.0f}")
