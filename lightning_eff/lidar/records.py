@@ -1,11 +1,14 @@
 """What frames evaluated, and the values that follow from it.
 
-Control variate: the gap game w of a frame (`gap.py`) is known exactly, and v - beta w is less noisy than v. As phi(v) =
-phi(v - beta w) + beta phi(w) for any beta, the one with the smallest estimated error is taken. It is found in the same
-samples: an estimate is linear in the values, so that estimates and errors of v, w and v - w tell those of v - beta w.
-The slope of v on w over random coalitions, another common choice, removes less noise and may add some.
+Two games whose values are known exactly take over what they can of the noise: the gap game w of a frame (`gap.py`), and
+the game u that pays 1 to every coalition but the empty one, of which every line gets 1 / p. As phi(v) = phi(v - b w - c
+u) + b phi(w) + c phi(u) for any b and c, those with the smallest estimated error are taken. They are found in the same
+samples: estimates are linear in the values, so that errors of sums and differences tell those of any combination. (The
+slope of v on w over random coalitions, another common choice, removes less noise and may add some.) Because of u an
+error without any line that is out of all proportion adds no noise.
 
-Shapes: `p` players, `P` units of `c` coalitions (2: a coalition and its complement), `D` components of a value.
+Shapes: `p` players, `P` units of `c` coalitions (2: a coalition and its complement), `k` games: v, u and, where there
+is one, w.
 """
 
 from __future__ import annotations
@@ -71,83 +74,93 @@ class FrameRecord:
         if proxy is not None:
             self.proxy = torch.cat([self.proxy, proxy])
 
-    def sampled(self, weight: float, controlled: bool) -> Sampled:
-        """As samples of v, or of v, w and v - w where controlled (`D` = 1 or 3)."""
-        values, ends = self.empty - self.errors, torch.tensor([0.0, self.empty - self.full], dtype=torch.float64)
-        parts, end_parts = [values], [ends]
-        if controlled:
-            parts += [self.proxy, values - self.proxy]
-            end_parts += [self.proxy_ends, ends - self.proxy_ends]
+    def sampled(self, weight: float, controls: int) -> Sampled:
+        """As samples of v and of the first of (u, w), as many as `controls`, and of their differences.
+
+        Components are the games, then game i - game j for all i < j.
+        """
+        value = self.empty - self.errors
+        games = [(value, [0.0, self.empty - self.full])]
+        games += [(torch.zeros_like(value), [0.0, 1.0]), (self.proxy, self.proxy_ends.tolist())][:controls]
+        values = torch.stack([values for values, _ in games], 2)
+        ends = torch.tensor([pair for _, pair in games], dtype=torch.float64).T
         packed = np.packbits(self.units.numpy(), axis=1)
-        return Sampled(weight, packed, torch.stack(parts, 2), torch.stack(end_parts, 1), self.units.shape[1])
+        return Sampled(weight, packed, with_differences(values), with_differences(ends), self.units.shape[1])
+
+
+def with_differences(games: Tensor) -> Tensor:
+    """`[..., k]` and after it the differences of all pairs, `[..., k + k (k - 1) / 2]`."""
+    i, j = torch.triu_indices(games.shape[-1], games.shape[-1], 1)
+    return torch.cat([games, games[..., i] - games[..., j]], -1)
 
 
 @dataclass(eq=False)
 class Fit:
-    """Estimates from the samples of a frame, or of all: values and squared standard errors, `[p, D]`.
+    """Estimates from the samples of a frame, or of all.
 
     Attributes:
-        values: of v, or of v, w and v - w.
-        variance: likewise.
-        known: exact values of w, `[p]`; None without control variate.
+        values: of v and the games known, `[p, k]`.
+        covariance: of their errors, `[p, k, k]`; entries that cannot be told are not finite.
+        known: exact values of the games known, `[p, k - 1]`.
     """
 
     values: Tensor
-    variance: Tensor
-    known: Tensor | None = None
+    covariance: Tensor
+    known: Tensor
 
     @classmethod
-    def of(cls, estimator: CoalitionEstimator, samples: Sequence[Sampled], known: Tensor | None) -> Fit:
+    def of(cls, estimator: CoalitionEstimator, samples: Sequence[Sampled], known: Tensor) -> Fit:
         """Fit samples, of frames with weights that sum to 1."""
         values, errors = estimator.fit(samples)
-        return cls(values, errors**2, known)
+        k = known.shape[1] + 1
+        own, differences = (errors**2)[:, :k], (errors**2)[:, k:]
+        covariance = torch.diag_embed(own)
+        i, j = torch.triu_indices(k, k, 1)
+        covariance[:, i, j] = covariance[:, j, i] = (own[:, i] + own[:, j] - differences) / 2
+        return cls(values[:, :k], covariance, known)
 
     @classmethod
     def final(cls, values: Tensor, variance: Tensor) -> Fit:
-        """Values `[p]` that are what they are."""
-        return cls(values[:, None], variance[:, None])
+        """Values `[p]` that are what they are, with squared errors."""
+        return cls(values[:, None], variance[:, None, None], torch.zeros(len(values), 0, dtype=torch.float64))
 
     @property
-    def noise(self) -> float:
-        """Sum of the squared errors of v, where they are known."""
-        return _total(self.variance[:, 0])
+    def noise(self) -> Tensor:
+        """Sum of `covariance` over the lines of which it can be told, `[k, k]`."""
+        return self.covariance[self._told].sum(0)
 
-    @property
-    def slope(self) -> Tensor:
-        """Sums of the covariances of the errors of v and w and of the squared errors of w: `[2]`."""
-        if self.known is None:
-            return torch.zeros(2, dtype=torch.float64)
-        return torch.stack([self._covariance, self.variance[:, 1]])[:, self._told].sum(1)
-
-    def controlled(self, beta: float) -> tuple[Tensor, Tensor]:
-        """Values and squared errors, `[p]` each, with `beta` of the gap game taken out."""
-        values, variance = self.values[:, 0], self.variance[:, 0]
-        if self.known is None:
-            return values, variance
-        less = (variance - 2 * beta * self._covariance + beta**2 * self.variance[:, 1]).clamp(min=0)
-        return values + beta * (self.known - self.values[:, 1]), torch.where(self._told, less, variance)
+    def controlled(self, slope: float) -> tuple[Tensor, Tensor]:
+        """Values and squared errors, `[p]` each, with `slope` of w taken out, and of u what is best then."""
+        if not self.known.shape[1]:
+            return self.values[:, 0], self.covariance[:, 0, 0]
+        noise = self.noise
+        share = torch.zeros(self.known.shape[1], dtype=torch.float64)
+        share[1:] = slope
+        if noise[1, 1] > 0:
+            share[0] = (noise[0, 1] - (share[1:] * noise[2:, 1]).sum()) / noise[1, 1]
+        weights = torch.cat([torch.ones(1, dtype=torch.float64), -share])
+        left = (weights @ self.covariance @ weights).clamp(min=0)
+        variance = torch.where(self._told, left, self.covariance[:, 0, 0])
+        return self.values @ weights + self.known @ share, variance
 
     @property
     def _told(self) -> Tensor:
-        return self.variance.isfinite().all(1)
-
-    @property
-    def _covariance(self) -> Tensor:
-        ours, theirs, difference = self.variance.unbind(1)
-        return (ours + theirs - difference) / 2
+        return self.covariance.isfinite().all(2).all(1)
 
 
-def best_beta(fits: Sequence[Fit]) -> float:
+def best_slope(fits: Sequence[Fit]) -> float:
     """The share of the gap game whose removal leaves least noise in the mean of `fits`; 0 where it explains nothing.
 
     One for all frames: one for each frame would follow the noise of few coalitions.
     """
-    covariance, variance = torch.stack([fit.slope for fit in fits]).sum(0).tolist()
-    return covariance / variance if variance > 0 else 0.0
-
-
-def _total(variance: Tensor) -> float:
-    return float(variance[variance.isfinite()].sum())
+    above = below = 0.0
+    for fit in fits:
+        if fit.known.shape[1] == 2:
+            noise = fit.noise  # what u cannot take over: its Schur complement
+            inverse = 1 / noise[1, 1] if noise[1, 1] > 0 else torch.zeros((), dtype=torch.float64)
+            above += float(noise[0, 2] - noise[0, 1] * inverse * noise[1, 2])
+            below += float(noise[2, 2] - noise[2, 1] * inverse * noise[1, 2])
+    return above / below if below > 0 else 0.0
 
 
 def frame_seed(seed: int, id_: FrameId) -> int:

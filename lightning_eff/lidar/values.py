@@ -15,100 +15,33 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_eff.lidar.estimators import (
+    EstimationOptions,
+    EstimatorName,
+    pooled,
+    regression_alone,
+    regression_together,
+)
 from lightning_eff.lidar.frames import Candidates, Frame
 from lightning_eff.lidar.game import CompletionOptions, FrameGame, LineGame
 from lightning_eff.lidar.gap import GapGame
 from lightning_eff.lidar.lines import LidarWarning
 from lightning_eff.lidar.official import OfficialLineRegression
-from lightning_eff.lidar.records import Fit, FrameId, FrameRecord, best_beta, frame_seed
+from lightning_eff.lidar.records import Fit, FrameId, FrameRecord, best_slope, frame_seed
 from lightning_eff.lidar.selection import Rule, select_lines
 from lightning_eff.reporting import progress as progress_bar
-from lightning_eff.shapley import (
-    ExactShapley,
-    LeaveOneOut,
-    PermutationShapley,
-    RegressionShapley,
-    ShapleyEstimator,
-    StratifiedShapley,
-    UnbiasedKernelShapley,
-)
+from lightning_eff.shapley import ExactShapley, RegressionShapley, ShapleyEstimator
 from lightning_eff.shapley.coalition_run import CoalitionEstimator
 
-EstimatorName = Literal[
-    "regression", "stratified", "unbiased_kernel", "permutation", "exact", "leave_one_out", "official", "gap"
-]
+__all__ = ["EstimationOptions", "EstimatorName", "LineEstimation", "LineValues", "gap_game", "line_shapley"]
 
 _ABSURD_EMPTY = 3  # times the error of the mean depth
-# Rows of a regression per unknown, from measurements: a frame with fewer is better pooled with others; pooled frames
-# with more together are better off with sizes drawn by the Shapley kernel than with all sizes alike.
-_ROWS_ALONE, _ROWS_KERNEL = 2, 6
-
-
-@dataclass(frozen=True)
-class EstimationOptions:
-    """How values are estimated.
-
-    Attributes:
-        estimator: `"regression"`, `"stratified"` and `"unbiased_kernel"` sample coalitions, which rounds and the
-            control variate are for; `"permutation"`, `"exact"` and `"leave_one_out"` do everything in the first round;
-            `"official"` is the regression of the published code, which converges to another value; `"gap"` takes the
-            values of the gap game, without asking a network. Or an estimator of `lightning_eff.shapley`, whose own
-            budget is not read.
-        budget: evaluations a frame, those of no line and of all included. `"auto"`: 1,200 for up to 16 frames, 256 for
-            up to 200, 128 beyond.
-        rounds: rounds that the budget is spread over. They do not change the values.
-        control_variate: take out what the gap game explains.
-        seed: of all coalitions.
-
-    Raises:
-        ValueError: an argument out of range.
-    """
-
-    estimator: EstimatorName | ShapleyEstimator = "regression"
-    budget: int | Literal["auto"] = "auto"
-    rounds: int = 1
-    control_variate: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check choices and ranges."""
-        if not isinstance(self.estimator, ShapleyEstimator) and self.estimator not in get_args(EstimatorName):
-            raise ValueError(
-                f"estimator must be one of {get_args(EstimatorName)} or a ShapleyEstimator, got {self.estimator!r}"
-            )
-        for name, least in (("budget", 1), ("rounds", 1), ("seed", 0)):
-            given = getattr(self, name)
-            if (name, given) != ("budget", "auto") and (type(given) is not int or given < least):
-                raise ValueError(f"{name} must be an int >= {least}, got {given!r}")
-
-    def evaluations(self, n_frames: int) -> int:
-        """Evaluations a frame that the budget stands for."""
-        if self.budget != "auto":
-            return self.budget
-        return 1200 if n_frames <= 16 else 256 if n_frames <= 200 else 128
-
-    def build(self, evaluations: int) -> ShapleyEstimator | None:
-        """The estimator; None for the gap game."""
-        if isinstance(self.estimator, ShapleyEstimator):
-            if isinstance(self.estimator, CoalitionEstimator):
-                return replace(self.estimator, budget=evaluations)
-            return self.estimator
-        named: dict[str, ShapleyEstimator] = {
-            "regression": RegressionShapley(evaluations),
-            "stratified": StratifiedShapley(evaluations),
-            "unbiased_kernel": UnbiasedKernelShapley(evaluations),
-            "permutation": PermutationShapley(),
-            "exact": ExactShapley(),
-            "leave_one_out": LeaveOneOut(),
-            "official": OfficialLineRegression(evaluations),
-        }
-        return named.get(self.estimator)
 
 
 @dataclass(eq=False)
@@ -200,18 +133,16 @@ class LineEstimation:
         self.budget = self.options.evaluations(n_frames)
         self.estimator = estimator = self.options.build(self.budget)
         n = len(self.lines)
-        self.pooled = False
-        if isinstance(estimator, RegressionShapley) and n_frames > 1:
-            units, least = (self.budget - 2) // estimator.unit_cost, estimator.least_units(n)
-            self.pooled = 0 < units < _ROWS_ALONE * least and units * n_frames >= least
-            many = units * n_frames >= _ROWS_KERNEL * least
-            if self.pooled and many and self.options.estimator == "regression":
-                self.estimator = estimator = replace(estimator, sampling="kernel")
-        if estimator is not None and n > 1 and not self.pooled:
+        self.pooled = pooled(estimator, n, self.budget, n_frames)
+        if self.pooled and self.options.estimator == "regression":
+            self.estimator = regression_together(n, self.budget, n_frames)
+        elif estimator is not None and n > 1 and not self.pooled:
             estimator.with_budget(self.budget, n)  # raises where it does not suffice
-        # what converges to another value than Shapley's must not be corrected by the exact ones of the gap game
+        # what converges to another value than Shapley's must not be corrected by exact ones
         official = isinstance(estimator, OfficialLineRegression) or getattr(estimator, "sampling", "") == "official"
-        self.controlled = self.options.control_variate and isinstance(estimator, CoalitionEstimator) and not official
+        correctable = isinstance(estimator, CoalitionEstimator) and not official
+        self.controlled = correctable and self.options.control_variate
+        self._controls = 0 if not correctable else 2 if self.controlled else 1
 
     def advance(self, game: FrameGame) -> int:
         """Evaluate the next round of a frame; after the last nothing is left to do.
@@ -227,7 +158,8 @@ class LineEstimation:
         if record is None:
             record = self.records[game.id] = self._record(game)
         if record.rounds < self.options.rounds:
-            players, estimator = len(record.present), self.estimator
+            players = len(record.present)
+            estimator = self._estimator(players)
             if isinstance(estimator, CoalitionEstimator) and players > estimator.small:
                 self._sample(estimator, game, record)
             elif estimator is not None and players and not record.rounds:
@@ -252,14 +184,17 @@ class LineEstimation:
         _check_empty(records)
         n, count = len(self.lines), len(records)
         fits = [self._of_all(records)] if self.pooled else list(map(self._of_frame, ids, records))
-        beta = best_beta(fits)
+        slope = best_slope(fits)
         found = torch.zeros(2, len(fits), n, dtype=torch.float64)  # values and squared errors
+        left, before = 0.0, 0.0
         for place, (fit, record) in enumerate(zip(fits, records, strict=False)):  # pooled, all have all lines
-            found[:, place, record.present] = torch.stack(fit.controlled(beta))
+            values, variance = fit.controlled(slope)
+            found[:, place, record.present] = torch.stack([values, variance])
+            told = variance.isfinite()
+            left += float(variance[told].sum())
+            before += float(fit.controlled(0.0)[1][told].sum())
         values, variance = found[0].mean(0), found[1].mean(0) / len(fits)
-        noise = sum(fit.noise for fit in fits) / len(fits) ** 2
-        left = float(variance[variance.isfinite()].sum())
-        correlation = math.sqrt(max(0.0, 1 - left / noise)) if noise > 0 else 0.0
+        correlation = math.sqrt(max(0.0, 1 - left / before)) if before > 0 else 0.0
         own = [] if self.pooled else ids
         return LineValues(
             lines=self.lines,
@@ -315,6 +250,11 @@ class LineEstimation:
 
     # One frame.
 
+    def _estimator(self, players: int) -> ShapleyEstimator | None:
+        if self.options.estimator == "regression" and not self.pooled:
+            return regression_alone(players, self.budget)
+        return self.estimator
+
     def _record(self, game: FrameGame) -> FrameRecord:
         present = torch.arange(len(self.lines)) if self.pooled else game.present
         gap = None
@@ -366,14 +306,14 @@ class LineEstimation:
         record.solved = torch.stack([found.values, found.stderr])
 
     def _of_frame(self, id_: FrameId, record: FrameRecord) -> Fit:
-        estimator, players = self.estimator, len(record.present)
+        players = len(record.present)
+        estimator = self._estimator(players)
         if estimator is None or not players:
             return Fit.final(record.proxy_values, torch.zeros(players, dtype=torch.float64))
         if record.solved.numel():
             return Fit.final(record.solved[0], record.solved[1] ** 2)
         if isinstance(estimator, CoalitionEstimator) and len(record.units) >= estimator.least_units(players):
-            known = record.proxy_values if self.controlled else None
-            return Fit.of(estimator, [record.sampled(1.0, self.controlled)], known)
+            return Fit.of(estimator, [record.sampled(1.0, self._controls)], self._known([record]))
         raise ValueError(
             f"frame {id_!r} has {record.errors.numel()} coalitions after {record.rounds} of {self.options.rounds} "
             f"rounds, too few for {players} lines: evaluate more rounds first, or take fewer rounds"
@@ -387,9 +327,15 @@ class LineEstimation:
                 f"{len(records)} frames have {drawn * self.estimator.unit_cost} coalitions together, too few for "
                 f"{len(self.lines)} lines: evaluate more frames or rounds first"
             )
-        samples = [record.sampled(1 / len(records), self.controlled) for record in records]
-        known = torch.stack([record.proxy_values for record in records]).mean(0) if self.controlled else None
-        return Fit.of(self.estimator, samples, known)
+        samples = [record.sampled(1 / len(records), self._controls) for record in records]
+        return Fit.of(self.estimator, samples, self._known(records))
+
+    def _known(self, records: list[FrameRecord]) -> Tensor:
+        """Exact values of the games that take over noise, of frames with as many players: `[p, k - 1]`."""
+        players = len(records[0].present)
+        shared = torch.full((players,), 1 / players, dtype=torch.float64)
+        gap = torch.stack([record.proxy_values for record in records]).mean(0)
+        return torch.stack([shared, gap][: self._controls], 1) if self._controls else shared[:, None][:, :0]
 
 
 def line_shapley(
