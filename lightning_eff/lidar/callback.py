@@ -21,8 +21,8 @@ from lightning_eff.lidar.frames import Frame
 from lightning_eff.lidar.in_trainer import frames_in, gathered, on_device, validation_batches
 from lightning_eff.lidar.records import FrameId
 from lightning_eff.lidar.report import LineSelection
-from lightning_eff.lidar.settings import BASELINES, Baseline, LineGameOptions, Spread
-from lightning_eff.lidar.study import LineStudy, Settings
+from lightning_eff.lidar.settings import BASELINES, Baseline, LineGameOptions, Settings, Spread
+from lightning_eff.lidar.study import LineStudy
 from lightning_eff.lidar.values import EstimationOptions
 from lightning_eff.surgery.state import untouched_generators
 

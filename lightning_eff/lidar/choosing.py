@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -78,15 +77,6 @@ def gap_choices(game: GapGame, sizes: Sequence[int], lines: Sequence[int]) -> tu
     order = greedy_lines(game, min(max(sizes, default=0), n))
     best = {k: _numbers(game.best(min(k, n)), lines) for k in sizes}
     return best, {k: _numbers(order[:k], lines) for k in sizes}
-
-
-def check_sizes(k: Any, num_lines: int) -> list[int]:
-    """The sizes as a list; ValueError unless they are distinct ints in 0..num_lines, at least one of them."""
-    sizes = list(k) if isinstance(k, Sequence) and not isinstance(k, str) else [k]
-    whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
-    if not sizes or not whole or len(set(sizes)) < len(sizes) or not all(0 <= size <= num_lines for size in sizes):
-        raise ValueError(f"k must be distinct numbers of lines in 0..{num_lines}, got {k!r}")
-    return cast("list[int]", sizes)
 
 
 def kept_pixels(sparse: Tensor, line_idx: Tensor, lines: Sequence[int] | Mapping[int, Sequence[int]]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
@@ -13,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_eff.lidar.frames import Frame, frames_of
+from lightning_eff.lidar.journal import fingerprint
 from lightning_eff.surgery.state import untouched_generators
 
 
@@ -29,14 +29,7 @@ def frames_in(inputs: Mapping[str, Any], target: Tensor) -> list[Frame]:
     frames = frames_of(inputs, target)
     if "sample_id" in inputs:
         return frames
-    return [replace(frame, id=_fingerprint(frame)) for frame in frames]
-
-
-def _fingerprint(frame: Frame) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for tensor in (frame.sparse, frame.rgb):
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return [replace(frame, id=fingerprint(frame.sparse, frame.rgb)) for frame in frames]
 
 
 class Reader:

@@ -1,11 +1,12 @@
 """A file that keeps the value of every coalition as soon as it is known, so that a run that dies loses next to nothing.
 
-One JSON object a line: the first says what the values are of, the others are `{"sample", "coalition", "error"}`, the
-coalition being the bits of the frame's own lines in hexadecimal.
+One JSON object a line: the first says what the values are of; the others have `sample`, the frame's id, `frame`, a digest
+of what it shows, `coalition`, the bits of its own lines in hexadecimal, and `error`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ class ValueJournal:
         path = Path(path)
         self._own = path if process == 0 else path.with_name(f"{path.name}.{process}")
         self._header: dict[str, Any] = json.loads(json.dumps(header))
-        self._known: dict[tuple[FrameId, str], float] = {}
+        self._known: dict[tuple[str, str], float] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         for file in sorted(path.parent.glob(f"{path.name}*")):
             self._read(file)
@@ -52,14 +53,14 @@ class ValueJournal:
         """The game of a frame that asks the network for nothing the file knows."""
         return _RememberedGame(self, frame, candidates, completion)
 
-    def recall(self, frame: FrameId, keys: Sequence[str]) -> list[float | None]:
-        """Errors of coalitions as far as they are known."""
+    def recall(self, frame: str, keys: Sequence[str]) -> list[float | None]:
+        """Errors of coalitions of a frame, told by its `fingerprint`, as far as they are known."""
         return [self._known.get((frame, key)) for key in keys]
 
-    def write(self, frame: FrameId, keys: Sequence[str], errors: Sequence[float]) -> None:
+    def write(self, sample: FrameId, frame: str, keys: Sequence[str], errors: Sequence[float]) -> None:
         """Keep errors of coalitions, in the file at once."""
         pairs = list(zip(keys, errors, strict=True))
-        self._append([{"sample": frame, "coalition": key, "error": error} for key, error in pairs])
+        self._append([{"sample": sample, "frame": frame, "coalition": key, "error": error} for key, error in pairs])
         self._known.update({(frame, key): error for key, error in pairs})
 
     def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -83,7 +84,15 @@ class ValueJournal:
                 f"{file} holds errors of other coalitions: {name} is {lines[0].get(name)!r} there and "
                 f"{self._header[name]!r} here; give another dirpath or delete the file"
             )
-        self._known.update({(line["sample"], line["coalition"]): line["error"] for line in lines[1:]})
+        self._known.update({(line["frame"], line["coalition"]): line["error"] for line in lines[1:]})
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """Sixteen hexadecimal digits that change with any entry of the tensors."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _RememberedGame(FrameGame):
@@ -91,17 +100,17 @@ class _RememberedGame(FrameGame):
 
     def __init__(self, journal: ValueJournal, frame: Frame, candidates: Sequence[int], completion: Completion) -> None:
         super().__init__(frame, candidates, completion)
-        self._journal = journal
+        self._journal, self._name = journal, fingerprint(frame.rgb, frame.sparse, frame.line_idx, frame.gt)
 
     def _errors(self, coalitions: Tensor) -> Tensor:
         # what is asked of the network itself: distinct coalitions, the empty and the full one among them
         keys = [key.hex() for key in packed_keys(coalitions.cpu())] if self.n_players else [""] * len(coalitions)
-        known = self._journal.recall(self.id, keys)
+        known = self._journal.recall(self._name, keys)
         new = [place for place, error in enumerate(known) if error is None]
         for start in range(0, len(new), _CHUNK):
             part = new[start : start + _CHUNK]
             found = super()._errors(coalitions[part])
-            self._journal.write(self.id, [keys[place] for place in part], found.tolist())
+            self._journal.write(self.id, self._name, [keys[place] for place in part], found.tolist())
         self.evaluations += len(coalitions) - len(new)  # a run that goes on counts as one that did not break off
-        errors = self._journal.recall(self.id, keys)
+        errors = self._journal.recall(self._name, keys)
         return torch.tensor(errors, dtype=torch.float64)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -25,19 +25,18 @@ from lightning_eff.lidar.choosing import choose, kept_pixels
 from lightning_eff.lidar.completion.forwarding import Forward
 from lightning_eff.lidar.evaluation import Contestant, LineEvaluation
 from lightning_eff.lidar.frames import Frame
+from lightning_eff.lidar.hyperparameters import built, load_weights, plain_hyperparameters
 from lightning_eff.lidar.in_trainer import Reader, frames_in, gathered
 from lightning_eff.lidar.journal import ValueJournal
 from lightning_eff.lidar.predictor import thumbnail
 from lightning_eff.lidar.records import FrameId
 from lightning_eff.lidar.report import LineSelection, in_order
-from lightning_eff.lidar.settings import BASELINES, Baseline, Dynamic, LineGameOptions, Spread
-from lightning_eff.lidar.study import LineStudy, Settings, model_hash
+from lightning_eff.lidar.settings import BASELINES, Baseline, Dynamic, LineGameOptions, Settings, Spread
+from lightning_eff.lidar.study import LineStudy, model_hash
 from lightning_eff.lidar.values import EstimationOptions
 
 _UNKNOWN = torch.finfo(torch.float32).max  # finite, so that EarlyStopping does not take it for the end
 _CHECKPOINT = "lidar_lines"
-
-_Options = TypeVar("_Options", LineGameOptions, EstimationOptions, Spread, Dynamic)
 
 
 class LidarSaSSelector(LightningModule):
@@ -102,17 +101,17 @@ class LidarSaSSelector(LightningModule):
         if "_instantiator" in self.hparams:  # built by LightningCLI, which gives everything as plain data
             self.save_hyperparameters()
         else:
-            self.save_hyperparameters(_plain(given))
+            self.save_hyperparameters(plain_hyperparameters(given))
         game, estimation, spread = (
-            _built(LineGameOptions, game),
-            _built(EstimationOptions, estimation),
-            _built(Spread, spread),
+            built(LineGameOptions, game),
+            built(EstimationOptions, estimation),
+            built(Spread, spread),
         )
-        dynamic = None if dynamic is None else _built(Dynamic, dynamic)
+        dynamic = None if dynamic is None else built(Dynamic, dynamic)
         if seed:
             estimation = replace(estimation, seed=seed)
         if checkpoint_path is not None:
-            _load_weights(model, Path(checkpoint_path))
+            load_weights(model, Path(checkpoint_path))
         self.model = model
         self.anchor = nn.Parameter(torch.zeros(()))  # DistributedDataParallel refuses a module without a parameter
         self.automatic_optimization = False
@@ -456,44 +455,6 @@ class LidarSaSSelector(LightningModule):
                 f"{own}; load the same weights before resuming"
             )
         self.study.load_state_dict(state)
-
-
-def _built(kind: type[_Options], value: _Options | Mapping[str, Any]) -> _Options:
-    """Options as they are; those of a checkpoint come as dicts."""
-    return kind(**value) if isinstance(value, Mapping) else value
-
-
-def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What can be written as plain Python of the arguments; the rest is left out."""
-    plain: dict[str, Any] = {}
-    for name, value in given.items():
-        if name in ("model", "checkpoint_path"):
-            continue
-        if is_dataclass(value) and not isinstance(value, type):
-            entries = _plain(vars(value))
-            if len(entries) == len(vars(value)):
-                plain[name] = entries
-        elif value is None or isinstance(value, bool | int | float | str):
-            plain[name] = value
-        elif isinstance(value, Path):
-            plain[name] = str(value)
-        elif isinstance(value, Mapping):
-            plain[name] = dict(value)
-        elif isinstance(value, Sequence):
-            plain[name] = list(value)
-    return plain
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    for name in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
-            loaded = loaded[name]
-    own = set(model.state_dict())
-    for prefix in ("model.", "net.", "module."):  # of a module that holds the network
-        if not own & set(loaded) and any(name.startswith(prefix) for name in loaded):
-            loaded = {name.removeprefix(prefix): entry for name, entry in loaded.items() if name.startswith(prefix)}
-    model.load_state_dict(loaded)
 
 
 def _ranges(lines: Sequence[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from lightning_eff.lidar.frames import Candidates, Unassigned
 from lightning_eff.lidar.game import CompletionOptions, Metric
 from lightning_eff.lidar.lines import KITTI_HDL64E
 from lightning_eff.lidar.selection import Rule
+from lightning_eff.lidar.values import EstimationOptions
 
 Spreading = Literal[Rule, "auto"]
 Baseline = Literal["uniform", "uniform_sensor", "random", "top", "most_points", "loo", "greedy", "gap_greedy", "gap_dp"]
@@ -131,3 +132,38 @@ class Dynamic:
             raise ValueError(f"source must be one of {', '.join(get_args(Source))}, got {self.source!r}")
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be an int >= 1, got {self.steps!r}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that was asked for; see :class:`~lightning_eff.lidar.selector.LidarSaSSelector`."""
+
+    k: Sequence[int] = (32, 16, 8, 4)
+    num_lines: int = 64
+    game: LineGameOptions = field(default_factory=LineGameOptions)
+    estimation: EstimationOptions = field(default_factory=lambda: EstimationOptions(rounds=4))
+    spread: Spread = field(default_factory=Spread)
+    dynamic: Dynamic | None = None
+    baselines: Sequence[Baseline] = BASELINES
+    forward: Forward = "auto"
+
+    def __post_init__(self) -> None:
+        """Check what the parts cannot check themselves."""
+        if not isinstance(self.num_lines, int) or not 1 <= self.num_lines <= 255:
+            raise ValueError(f"num_lines must be an int in 1..255, got {self.num_lines!r}")
+        object.__setattr__(self, "k", check_sizes(self.k, self.num_lines))
+        unknown = [name for name in self.baselines if name not in get_args(Baseline)]
+        if unknown:
+            raise ValueError(f"baselines {unknown} are not known: {', '.join(get_args(Baseline))} are")
+        elevations = self.spread.angles
+        if elevations is not None and len(elevations) != self.num_lines:
+            raise ValueError(f"expected {self.num_lines} elevations, one a line of the sensor, got {len(elevations)}")
+
+
+def check_sizes(k: Any, num_lines: int) -> list[int]:
+    """The sizes as a list; ValueError unless they are distinct ints in 0..num_lines, at least one of them."""
+    sizes = list(k) if isinstance(k, Sequence) and not isinstance(k, str) else [k]
+    whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
+    if not sizes or not whole or len(set(sizes)) < len(sizes) or not all(0 <= size <= num_lines for size in sizes):
+        raise ValueError(f"k must be distinct numbers of lines in 0..{num_lines}, got {k!r}")
+    return cast("list[int]", sizes)

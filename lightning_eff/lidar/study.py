@@ -11,16 +11,16 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.lidar.choosing import check_sizes, choose, gap_choices
-from lightning_eff.lidar.completion.forwarding import Forward
-from lightning_eff.lidar.evaluation import ALL, NONE, RANDOM, Contestant, LineEvaluation, measure_sets
+from lightning_eff.lidar.choosing import choose
+from lightning_eff.lidar.contest import Frames, Gather, PassGame, alone, baseline_lines, contestants
+from lightning_eff.lidar.evaluation import Contestant, LineEvaluation, measure_sets
 from lightning_eff.lidar.frames import Frame, LinePixels
 from lightning_eff.lidar.game import Completion, FrameGame
 from lightning_eff.lidar.gap import GapGame, mean_gap_game
@@ -29,57 +29,8 @@ from lightning_eff.lidar.lines import LidarWarning
 from lightning_eff.lidar.predictor import ValuePredictor, thumbnail
 from lightning_eff.lidar.records import FrameId
 from lightning_eff.lidar.report import LineSelection, Round, in_order, overlap
-from lightning_eff.lidar.selection import (
-    greedy_lines,
-    most_points,
-    random_lines,
-    select_lines,
-    uniform_lines,
-    uniform_sensor_lines,
-)
-from lightning_eff.lidar.settings import BASELINES, Baseline, Dynamic, LineGameOptions, Spread
-from lightning_eff.lidar.values import EstimationOptions, LineEstimation, LineValues
-
-Gather = Callable[[Any], list[Any]]
-"""Hands an object to all processes and returns those of all, in their order."""
-
-Frames = Callable[[], Iterable[Frame]]
-"""Reads the frames of this process once more."""
-
-
-def alone(mine: Any) -> list[Any]:
-    """The `Gather` of a single process."""
-    return [mine]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that was asked for; see :class:`~lightning_eff.lidar.selector.LidarSaSSelector`."""
-
-    k: Sequence[int] = (32, 16, 8, 4)
-    num_lines: int = 64
-    game: LineGameOptions = field(default_factory=LineGameOptions)
-    estimation: EstimationOptions = field(default_factory=lambda: EstimationOptions(rounds=4))
-    spread: Spread = field(default_factory=Spread)
-    dynamic: Dynamic | None = None
-    baselines: Sequence[Baseline] = BASELINES
-    forward: Forward = "auto"
-
-    def __post_init__(self) -> None:
-        """Check what the parts cannot check themselves."""
-        if not isinstance(self.num_lines, int) or not 1 <= self.num_lines <= 255:
-            raise ValueError(f"num_lines must be an int in 1..255, got {self.num_lines!r}")
-        object.__setattr__(self, "k", check_sizes(self.k, self.num_lines))
-        unknown = [name for name in self.baselines if name not in (*BASELINES, "uniform_sensor", "loo", "greedy")]
-        if unknown:
-            raise ValueError(f"baselines {unknown} are not known: {', '.join(map(repr, _KNOWN))} are")
-        elevations = self.spread.angles
-        if elevations is not None and len(elevations) != self.num_lines:
-            raise ValueError(f"expected {self.num_lines} elevations, one a line of the sensor, got {len(elevations)}")
-
-
-_KNOWN = ("uniform", "uniform_sensor", "random", "top", "most_points", "loo", "greedy", "gap_greedy", "gap_dp")
-DRAWS = 10  # of lines at random
+from lightning_eff.lidar.settings import Settings
+from lightning_eff.lidar.values import LineEstimation, LineValues
 
 
 class LineStudy:
@@ -167,6 +118,9 @@ class LineStudy:
             return self.journal.game(frame, self.lines, self.completion)
         return FrameGame(frame, self.lines, self.completion)
 
+    def _played(self, frame: Frame) -> FrameGame | None:
+        return self.frame_game(frame) if self.completion.options.has_truth(frame) else None
+
     def advance(self, frame: Frame, rounds: int) -> int:
         """Evaluate coalitions of a frame until it has done `rounds` rounds; the number of forwards it took."""
         assert self.estimation is not None
@@ -225,7 +179,7 @@ class LineStudy:
             frames: reads the calibration frames of this process once more.
         """
         spread, wanted = self.settings.spread, {*self.settings.baselines}
-        game = PassGame(self, frames)
+        game = PassGame(len(self.lines), frames, self._played, self.gather)
         played = spread.rule == "auto" or spread.refine != "none" or bool(wanted & {"greedy", "loo"})
         self.selection = self.select(game if played else None)
         dynamic = self.settings.dynamic
@@ -240,7 +194,10 @@ class LineStudy:
         sizes, lines = list(asked.k), self.lines
         chosen = choose(found.values, sizes, lines, asked.spread, game)
         spent = game.forwards if game is not None else 0
-        baselines, forwards = self._baselines(found, sizes, game)
+        gap = None
+        if self._costs:
+            gap = mean_gap_game([GapGame(self._costs[id_]) for id_ in in_order(self._costs)])
+        baselines, forwards = baseline_lines(asked, found, self.pixels.per_line, game, gap)
         notes = [*self.notes, *self._notes(found)]
         selection = LineSelection(
             num_lines=asked.num_lines,
@@ -266,42 +223,6 @@ class LineStudy:
         )
         doubts = [selection.unresolved(k) for k in sizes]
         return replace(selection, notes=[*notes, *filter(None, doubts)])
-
-    def _baselines(
-        self, found: LineValues, sizes: list[int], game: PassGame | None
-    ) -> tuple[dict[str, dict[int, list[int]]], dict[str, int]]:
-        n, lines, wanted = len(self.lines), self.lines, self.settings.baselines
-        pixels = self.pixels.per_line[lines]
-
-        def numbers(choose_places: Callable[[int], list[int]]) -> dict[int, list[int]]:
-            return {k: sorted(lines[place] for place in choose_places(min(k, n))) for k in sizes}
-
-        sets: dict[str, dict[int, list[int]]] = {}
-        forwards: dict[str, int] = {}
-        for name in wanted:
-            before = 0 if game is None else game.forwards
-            if name == "uniform":
-                sets[name] = numbers(lambda k: uniform_lines(n, k))
-            elif name == "uniform_sensor":
-                sets[name] = {k: uniform_sensor_lines(self.settings.num_lines, k) for k in sizes}
-            elif name == "top":
-                sets[name] = numbers(lambda k: select_lines(found.values, k, "none"))
-                forwards[name] = found.evaluations
-            elif name == "most_points":
-                sets[name] = numbers(lambda k: most_points(pixels, k))
-            elif name == "loo" and game is not None:
-                worth = game.without_one()
-                sets[name] = numbers(lambda k, worth=worth: select_lines(worth, k, "none"))  # type: ignore[misc]
-            elif name == "greedy" and game is not None:
-                order = greedy_lines(game, min(max(sizes), n))
-                sets[name] = numbers(lambda k, order=order: order[:k])  # type: ignore[misc]
-            if game is not None and game.forwards > before:
-                forwards[name] = game.forwards - before
-        if self._costs and {"gap_dp", "gap_greedy"} & {*wanted}:
-            mean = mean_gap_game([GapGame(self._costs[id_]) for id_ in in_order(self._costs)])
-            best, greedy = gap_choices(mean, sizes, lines)
-            sets |= {name: one for name, one in {"gap_greedy": greedy, "gap_dp": best}.items() if name in wanted}
-        return sets, forwards
 
     def _notes(self, found: LineValues) -> list[str]:
         notes = []
@@ -362,25 +283,7 @@ class LineStudy:
 
     def contestants(self) -> list[Contestant]:
         """What is measured side by side."""
-        result = self.known()
-        asked, n = self.settings, len(result.lines)
-        own = "greedy" if asked.spread.refine == "greedy" else asked.spread.rule
-        rows = [Contestant(own, k, (tuple(lines),), result.forwards) for k, lines in result.selected.items()]
-        for name, sets in result.baselines.items():
-            if name == own or (name == "top" and own == "none"):
-                continue
-            rows += [
-                Contestant(name, k, (tuple(lines),), result.baseline_forwards.get(name, 0)) for k, lines in sets.items()
-            ]
-        if "random" in asked.baselines:
-            for k in result.selected:
-                draws = random_lines(n, min(k, n), DRAWS, asked.estimation.seed)
-                sets_of = tuple(tuple(result.lines[place] for place in places) for places in draws)
-                rows.append(Contestant(RANDOM, k, sets_of))
-        if asked.dynamic is not None:
-            rows += [Contestant(f"dynamic {asked.dynamic.source}", k, None) for k in result.selected]
-        everything = tuple(range(asked.num_lines))
-        return [*rows, Contestant(ALL, None, (everything,)), Contestant(NONE, None, ((),))]
+        return contestants(self.known(), self.settings)
 
     def measure(
         self, frame: Frame, contestants: Sequence[Contestant], own: dict[int, list[int]] | None = None
@@ -454,42 +357,6 @@ class LineStudy:
         self.rounds = [Round(**one) for one in state["rounds"]]
         self.selection = None if state["selection"] is None else LineSelection.from_dict(state["selection"])
         self.predictor = None if state["predictor"] is None else ValuePredictor.from_state(state["predictor"])
-
-
-class PassGame:
-    """v of sets of candidates, a mean over calibration frames that are read again at every call.
-
-    Args:
-        study: the network and the candidates.
-        frames: reads the frames of this process.
-
-    Attributes:
-        n_players: `n`.
-        forwards: of the network, over all processes.
-    """
-
-    def __init__(self, study: LineStudy, frames: Frames) -> None:
-        self._study, self._frames = study, frames
-        self.n_players, self.forwards = len(study.lines), 0
-
-    def __call__(self, coalitions: Tensor) -> Tensor:
-        """As `lightning_eff.shapley.Game.__call__`."""
-        study = self._study
-        found: dict[FrameId, tuple[Tensor, int]] = {}
-        for frame in self._frames():
-            if frame.id not in found and study.completion.options.has_truth(frame):
-                game = study.frame_game(frame)
-                shown = coalitions[:, game.present]
-                found[frame.id] = game(shown), len(torch.unique(shown, dim=0))
-        every = {id_: one for part in study.gather(found) for id_, one in part.items()}
-        self.forwards += sum(count for _, count in every.values())
-        return torch.stack([every[id_][0] for id_ in in_order(every)]).mean(0)
-
-    def without_one(self) -> Tensor:
-        """What leaving out each candidate alone costs, `[n]`."""
-        n = self.n_players
-        values = self(torch.cat([torch.ones(1, n, dtype=torch.bool), ~torch.eye(n, dtype=torch.bool)]))
-        return values[0] - values[1:]
 
 
 def model_hash(model: nn.Module) -> str:
