@@ -179,6 +179,16 @@ def test_a_network_that_writes_into_its_input_spoils_nothing() -> None:
         torch.testing.assert_close(game(kept), game_of(toy_frame("a"))(kept))
 
 
+@pytest.mark.parametrize(("scale", "batch"), [(8, 4), (4, 2), (2, 1)])
+def test_small_frames_share_a_forward(scale: int, batch: int) -> None:
+    size = (1, 352 // scale, 1216 // scale)
+    frame = Frame(torch.zeros(3, *size[1:]), torch.ones(size), torch.ones(size), torch.zeros(size, dtype=torch.uint8))
+    model = Counting()
+    completion = Completion(model)
+    FrameGame(frame, [0], completion).errors(torch.ones(1, 1, dtype=torch.bool))
+    assert completion.batch == batch
+
+
 @pytest.mark.parametrize("limit", [1, 3])
 def test_out_of_memory_halves_the_batch_and_goes_on(limit: int) -> None:
     class Small(Counting):
