@@ -4,8 +4,8 @@ A small network learns to complete depth while LineDropout takes random lines aw
 subset. Then the selector estimates what every line is worth to it, selects 32, 16, 8 and 4 and measures them on streets
 that neither training nor selection saw, beside evenly spread, random, most valuable and best interpolated lines.
 
-Run: python examples/synthetic_lidar_lines.py           (about five minutes on one core)
-     python examples/synthetic_lidar_lines.py --fast    (half a minute: few frames, to see that it works)
+Run: python examples/synthetic_lidar_lines.py           (about two minutes on one core)
+     python examples/synthetic_lidar_lines.py --fast    (a quarter of a minute: few frames, to see that it works)
 """
 
 from __future__ import annotations

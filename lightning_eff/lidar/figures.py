@@ -125,28 +125,37 @@ def draw_elevations(selection: LineSelection, k: int | None = None, reach: float
     return figure
 
 
-def draw_points(frame: Frame, kept: Iterable[int], *, size: float = 3.0) -> Figure:
-    """The image with the points of the kept lines, coloured by depth, and those of all others in grey.
+def draw_points(frame: Frame, kept: Iterable[int], *, size: float | None = None) -> Figure:
+    """The image in pale grey with the points of the kept lines, coloured by depth, and those of all others in grey.
 
     Args:
         frame: the frame.
         kept: lines of the sensor.
-        size: area of a point, in square points.
+        size: area of a point, in square points; by default a pixel's or a little more.
     """
     depth, line = frame.sparse[0].cpu(), frame.line_idx[0].long().cpu()
     stays = torch.isin(line, torch.tensor(list(kept), dtype=torch.int64)) & (depth > 0)
     height, width = depth.shape
     figure, axes = new_figure(width=9.0, height=8.4 * height / width + 0.35)
     axis = axes[0, 0]
-    axis.imshow(_image(frame.rgb).numpy(), interpolation="nearest", alpha=0.85)
+    size = max(1.0, (500 / width) ** 2) if size is None else size
+    far = float(depth[stays].quantile(0.98)) if bool(stays.any()) else 1.0
+    axis.imshow(_image(frame.rgb).mean(2).numpy(), cmap="gray", vmin=-1.2, vmax=1.0, interpolation="nearest")
     rows, columns = ((depth > 0) & ~stays).nonzero(as_tuple=True)
-    axis.scatter(columns.numpy(), rows.numpy(), s=size, color="#9A9A9A", alpha=0.55, linewidths=0)
+    axis.scatter(columns.numpy(), rows.numpy(), s=0.5 * size, color="#808080", linewidths=0)
     rows, columns = stays.nonzero(as_tuple=True)
     points = axis.scatter(
-        columns.numpy(), rows.numpy(), s=1.6 * size, c=depth[stays].numpy(), cmap=_DEPTHS, linewidths=0
+        columns.numpy(),
+        rows.numpy(),
+        s=1.6 * size,
+        c=depth[stays].numpy(),
+        cmap=_DEPTHS,
+        vmin=0,
+        vmax=far,
+        linewidths=0,
     )
     if bool(stays.any()):
-        figure.colorbar(points, ax=axis, label="depth [m]", pad=0.01, aspect=12)
+        figure.colorbar(points, ax=axis, label="depth [m]", pad=0.01, aspect=12, extend="max")
     dropped = int((depth > 0).sum() - stays.sum())
     axis.set_title(f"frame {frame.id}: {int(stays.sum()):,} points kept, {dropped:,} dropped (grey)")
     axis.set_axis_off()

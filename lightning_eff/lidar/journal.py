@@ -1,7 +1,7 @@
 """A file that keeps the value of every coalition as soon as it is known, so that a run that dies loses next to nothing.
 
-One JSON object a line: the first says what the values are of; the others have `sample`, the frame's id, `frame`, a digest
-of what it shows, `coalition`, the bits of its own lines in hexadecimal, and `error`.
+One JSON object a line: the first says what the values are of; the others have `sample`, the frame's id, `frame`, a
+digest of what it shows, `coalition`, the bits of its own lines in hexadecimal, and `error`.
 """
 
 from __future__ import annotations

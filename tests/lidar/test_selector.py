@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from adding import EMPTY, LINES, SEEN, Adding, loader, sample, trainer, values
 from helpers import run_ddp
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_eff.lidar.batches import LidarKeys
 from lightning_eff.lidar.completion.hole_filling import PullPushCompletion
 from lightning_eff.lidar.data import SyntheticLidarDataModule
+from lightning_eff.lidar.datasets import KittiScanDataset
 from lightning_eff.lidar.frames import frames_of
 from lightning_eff.lidar.lines import KITTI_HDL64E, LaserTable, LidarWarning
 from lightning_eff.lidar.report import LineSelection
@@ -391,6 +394,33 @@ def test_prediction_by_the_oracle_asks_for_frames_it_knows() -> None:
     run.predict(made, loader(shuffle=False))  # the calibration frames
     with pytest.raises(ValueError, match="no values of frame 'frame 9'"):
         run.predict(made, loader([sample(9)], shuffle=False))
+
+
+# real frames
+
+
+def test_on_two_real_frames_spread_beats_value_alone_and_auto_beats_even_spread() -> None:
+    frames = Path(os.environ.get("LIGHTNING_EFF_DATA", "/nowhere")) / "kitti"
+    if not frames.is_dir():
+        pytest.skip("no KITTI frames: LIGHTNING_EFF_DATA does not name a folder that holds kitti/")
+    data = DataLoader(KittiScanDataset(frames, scale=4), 1)
+    made = LidarSaSSelector(
+        PullPushCompletion(), [16, 8], estimation=EstimationOptions(budget=300), spread=Spread("auto")
+    )
+    run = fitted(made, data, max_epochs=1)
+    run.test(made, data, verbose=False)
+    found = made.evaluations["test"]
+
+    def rmse(rule: str, k: int) -> float:
+        return found.row(rule, k).errors["rmse"]
+
+    assert made.result.lines == list(range(46))  # what the camera sees of 64
+    for k in (16, 8):
+        assert rmse("auto", k) <= rmse("uniform", k) < rmse("random", k)
+        assert rmse("auto", k) < rmse("top", k)
+    assert rmse("top", 8) > 1.5 * rmse("random", 8)
+    values = made.result.values  # far range takes most of the RMSE
+    assert float(values[:15].mean()) > float(values[-15:].mean())
 
 
 # bad input
