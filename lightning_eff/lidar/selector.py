@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -415,13 +415,15 @@ class LidarSaSSelector(LightningModule):
     def _open_journal(self) -> None:
         if self.dirpath is None or self.study.journal is not None:
             return
-        options = asdict(self.study.settings.game)
         header = {
             "format": 1,
             "model": model_hash(self.model),
             "lines": self.study.lines,
-            **{name: str(options[name]) for name in ("metric", "empty_value", "unassigned", "min_depth", "min_gt")},
-            "precision": options["precision"],
+            **{
+                name: entry
+                for name, entry in self.study.told_game().items()
+                if name not in ("candidates", "min_pixels")
+            },
         }
         self.study.journal = ValueJournal(self.dirpath / "values.jsonl", header, self.trainer.global_rank)
 

@@ -327,6 +327,7 @@ class LineStudy:
     def state_dict(self) -> dict[str, Any]:
         """Plain Python and tensors, fit for checkpoints with `weights_only=True`."""
         return {
+            "game": self.told_game(),
             "lines": None if self.estimation is None else self.lines,
             "expected": self.expected,
             "skipped": self.skipped,
@@ -346,6 +347,13 @@ class LineStudy:
         Raises:
             ValueError: it was made with other settings; the message names them.
         """
+        for name, own in self.told_game().items():
+            if state["game"][name] != own:
+                there = state["game"][name]
+                raise ValueError(
+                    f"these values were estimated with other settings ({name}: {there} there, {own} here): resume with "
+                    "the same"
+                )
         self.expected, self.skipped = state["expected"], state["skipped"]
         self.pixels = LinePixels(torch.tensor(state["pixels"], dtype=torch.int64), state["unassigned"])
         if state["lines"] is not None:
@@ -357,6 +365,12 @@ class LineStudy:
         self.rounds = [Round(**one) for one in state["rounds"]]
         self.selection = None if state["selection"] is None else LineSelection.from_dict(state["selection"])
         self.predictor = None if state["predictor"] is None else ValuePredictor.from_state(state["predictor"])
+
+    def told_game(self) -> dict[str, str]:
+        """What is played for, in words for checkpoints and files."""
+        asked = self.settings
+        written = {name: str(entry) for name, entry in vars(asked.game).items() if name != "coalition_batch"}
+        return {**written, "metric": self.completion.metric, "num_lines": str(asked.num_lines)}
 
 
 def model_hash(model: nn.Module) -> str:

@@ -164,6 +164,8 @@ def test_a_resumed_fit_ends_with_the_same_bits(tmp_path: Path) -> None:
         ({"seed": 5}, "seed"),
         ({"game": LineGameOptions(metric="rmse")}, "metric"),
         ({"estimation": EstimationOptions(budget=44, rounds=2)}, "budget"),
+        ({"game": LineGameOptions(metric="mae", candidates=[0, 1, 2, 3])}, "candidates"),
+        ({"num_lines": 16}, "num_lines"),
     ],
 )
 def test_a_fit_resumed_with_other_settings_names_them(options: dict[str, Any], field: str, tmp_path: Path) -> None:
@@ -245,6 +247,14 @@ def test_a_run_that_dies_goes_on_from_the_file_of_values(tmp_path: Path) -> None
     fitted(whole, loader(batch_size=1))
     assert torch.equal(whole.result.values, made.result.values)
     assert whole.result.forwards == made.result.forwards
+
+
+def test_a_run_that_dies_has_a_partial_result() -> None:
+    made = selector(Dying(4 * 20 + 30))  # in the second round
+    with pytest.raises(RuntimeError, match="out of order"):
+        fitted(made, loader(batch_size=1))
+    assert made.result.partial
+    torch.testing.assert_close(made.result.values, values(), rtol=1e-5, atol=0)
 
 
 def test_a_file_of_values_of_another_metric_is_refused(tmp_path: Path) -> None:
