@@ -32,6 +32,27 @@ _DROPOUTS = {
     _aten.alpha_dropout_.default,
 }
 
+# A traced operator is called through its schema, which costs a small layer as much again as its work; the functions
+# Python programs call take the same arguments and do not.
+_BINDINGS: dict[Any, Callable[..., Any]] = {
+    _aten.conv1d.default: torch.conv1d,
+    _aten.conv2d.default: torch.conv2d,
+    _aten.linear.default: nn.functional.linear,
+    _aten.batch_norm.default: torch.batch_norm,
+    _aten.layer_norm.default: torch.layer_norm,
+    _aten.group_norm.default: torch.group_norm,
+    _aten.relu.default: torch.relu,
+    _aten.relu_.default: torch.relu_,
+    _aten.gelu.default: nn.functional.gelu,
+    _aten.add.Tensor: torch.add,
+    _aten.add_.Tensor: torch.Tensor.add_,
+    _aten.mul.Tensor: torch.mul,
+    _aten.mean.dim: torch.mean,
+    _aten.flatten.using_ints: torch.flatten,
+    _aten.max_pool2d.default: torch.max_pool2d,
+    _aten.adaptive_avg_pool2d.default: nn.functional.adaptive_avg_pool2d,
+}
+
 
 class CutError(ValueError):
     """The backbone cannot be cut, or its stages do not fit the inputs; the message tells why and what to do."""
@@ -281,6 +302,7 @@ class _Writer:
         self.graph.output(tuple(self._value(one) if isinstance(one, fx.Node) else one for one in results))
         for node in self.graph.nodes:
             node.meta.clear()  # sizes of the trace, which no copy or file should hold
+            node.target = _BINDINGS.get(node.target, node.target)
         self.graph.lint()
         return fx.GraphModule(self.cut.program.graph_module, self.graph, "Stage")
 

@@ -77,7 +77,8 @@ class Leaving:
     """
 
     def __init__(self, rule: Rule, heads: nn.ModuleList, batch: int) -> None:
-        self.rule, self.heads, self.batch = rule, heads, batch
+        self.rule, self.batch = rule, batch
+        self.heads = [*heads._modules.values()]  # a ModuleList looks its members up by text
         self.rows: Tensor | None = None  # sample of each row; None while all are there
         self.done: Tensor | None = None  # rows that have left but are still carried along
         self.state: State = None
@@ -96,7 +97,9 @@ class Leaving:
         Raises:
             AllLeft: none does.
         """
-        logits = self.heads[exit_index](feature)
+        head = self.heads[exit_index]
+        assert head is not None
+        logits = head(feature)
         scores, self.state = self.rule.score(logits, exit_index, self.state)
         return self.leave(exit_index, logits, scores)
 

@@ -32,13 +32,12 @@ def predict_staged(
     Raises:
         CutError: the stages were cut for other inputs.
     """
-    rule = network.rule
     live: Sequence[Tensor] = stages.inputs(args, kwargs)
-    leaving = Leaving(rule, network.heads, batch_size((args, kwargs)))
+    leaving = Leaving(network.rule, network.heads, batch_size((args, kwargs)))
     try:
         for k in range(len(stages) - 1):
             feature, live = stages[k](*live)
-            if rule.enabled(k) and (stay := leaving.at(k, feature)) is not None:
+            if leaving.rule.enabled(k) and (stay := leaving.at(k, feature)) is not None:
                 live = stages.select(k + 1, live, stay)
     except AllLeft:
         return leaving.finish(None)

@@ -52,6 +52,12 @@ class Stages:
     inputs_spec: pytree.TreeSpec
     output_spec: pytree.TreeSpec
     _bound: list[Callable[..., Any]] = field(default_factory=list, repr=False)
+    _one_tensor: bool = field(init=False, repr=False)  # the usual inputs, whose structure needs no look
+
+    def __post_init__(self) -> None:
+        """Look at the structure of the inputs."""
+        alone: Any = pytree.tree_structure(((torch.empty(0),), {}))
+        self._one_tensor = bool(self.inputs_spec == alone)
 
     @property
     def batch_dims(self) -> list[Layout]:
@@ -90,6 +96,8 @@ class Stages:
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
         """Return the leaves of the inputs, None if their structure is another one."""
+        if self._one_tensor and not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
+            return [args[0]]
         names = self.inputs_spec.child(1).context
         if set(names) != set(kwargs):
             return None
