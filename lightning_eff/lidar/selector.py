@@ -7,6 +7,8 @@ Spatially-Aware Shapley Value for Cost-Efficient Depth Completion" (arXiv 2303.1
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -65,8 +67,8 @@ class LidarSaSSelector(LightningModule):
             is asked, `"gap_greedy"` and the optimum `"gap_dp"`.
         split_batch: `batch -> (inputs, target)`; a `LidarKeys` renames keys.
         forward: how the network is called, see `DepthForward`.
-        dirpath: folder for `lines.json`, tables, figures, and `values.jsonl`, which keeps every value at once so that a
-            run that dies goes on where it was; None writes nothing.
+        dirpath: folder for `lines.json`, tables, figures, and `values-*.jsonl`, which keeps every value at once so that
+            a run that dies goes on where it was; None writes nothing.
         checkpoint_path: weights of the model: a state dict, or a checkpoint that has one under `state_dict` or `model`.
         seed: of coalitions and draws; 0 leaves that of `estimation`.
 
@@ -425,7 +427,9 @@ class LidarSaSSelector(LightningModule):
                 if name not in ("candidates", "min_pixels")
             },
         }
-        self.study.journal = ValueJournal(self.dirpath / "values.jsonl", header, self.trainer.global_rank)
+        # another network or game has a file of its own
+        name = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=4).hexdigest()
+        self.study.journal = ValueJournal(self.dirpath / f"values-{name}.jsonl", header, self.trainer.global_rank)
 
     def _announcement(self) -> str:
         study = self.study

@@ -21,6 +21,7 @@ from lightning_eff.lidar.completion.hole_filling import PullPushCompletion
 from lightning_eff.lidar.data import SyntheticLidarDataModule
 from lightning_eff.lidar.datasets import KittiScanDataset
 from lightning_eff.lidar.frames import frames_of
+from lightning_eff.lidar.journal import ValueJournal
 from lightning_eff.lidar.lines import KITTI_HDL64E, LaserTable, LidarWarning
 from lightning_eff.lidar.report import LineSelection
 from lightning_eff.lidar.selector import LidarSaSSelector
@@ -222,6 +223,12 @@ def test_two_processes_give_the_values_of_one_to_the_bit_though_samplers_repeat_
     assert found == json.loads(json.dumps(made.evaluations["test"].to_dict()))
 
 
+def the_file(folder: Path) -> Path:
+    """The file of values of a folder."""
+    (path,) = folder.glob("values-*.jsonl")
+    return path
+
+
 class Dying(Adding):
     """Breaks down after so many calls."""
 
@@ -241,7 +248,7 @@ def test_a_run_that_dies_goes_on_from_the_file_of_values(tmp_path: Path) -> None
     model = Dying(10_000)
     made = selector(model, dirpath=tmp_path)
     fitted(made, loader(batch_size=1))
-    assert len((tmp_path / "values.jsonl").read_text().splitlines()) == 1 + 4 * 40
+    assert len(the_file(tmp_path).read_text().splitlines()) == 1 + 4 * 40
     assert model.calls < 4 * 40 - 20
     whole = selector(Dying(10_000))
     fitted(whole, loader(batch_size=1))
@@ -257,15 +264,24 @@ def test_a_run_that_dies_has_a_partial_result() -> None:
     torch.testing.assert_close(made.result.values, values(), rtol=1e-5, atol=0)
 
 
-def test_a_file_of_values_of_another_metric_is_refused(tmp_path: Path) -> None:
+def test_values_of_another_metric_or_other_frames_are_not_taken(tmp_path: Path) -> None:
     fitted(selector(dirpath=tmp_path))
+    models = Adding(), Adding()
+    fitted(selector(models[0], dirpath=tmp_path, game=LineGameOptions(metric="rmse")))
+    fitted(selector(models[1], dirpath=tmp_path), loader([{**sample(i), "rgb": torch.ones(3, 2, 4)} for i in range(4)]))
+    assert [model.calls for model in models] == [4 * 40, 4 * 40]
+    assert len(list(tmp_path.glob("values-*.jsonl"))) == 2
+
+
+def test_a_file_of_values_of_something_else_is_refused(tmp_path: Path) -> None:
+    ValueJournal(tmp_path / "values.jsonl", {"format": 1, "metric": "mae"})
     with pytest.raises(ValueError, match="metric is 'mae' there and 'rmse' here"):
-        fitted(selector(dirpath=tmp_path, game=LineGameOptions(metric="rmse")))
+        ValueJournal(tmp_path / "values.jsonl", {"format": 1, "metric": "rmse"})
 
 
 def test_a_file_of_values_that_was_cut_off_is_read_up_to_there(tmp_path: Path) -> None:
     fitted(selector(dirpath=tmp_path))
-    path = tmp_path / "values.jsonl"
+    path = the_file(tmp_path)
     path.write_text(path.read_text()[:-5])
     model = Adding()
     fitted(selector(model, dirpath=tmp_path))
