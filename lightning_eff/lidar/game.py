@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from lightning_eff.lidar.batches import NO_LINE
 from lightning_eff.lidar.completion.forwarding import DepthForward, Forward
 from lightning_eff.lidar.frames import Candidates, Frame, LinePixels, Unassigned
-from lightning_eff.lidar.metrics import depth_errors
 from lightning_eff.surgery.state import quiet_model
 
 Metric = Literal["rmse", "mae", "irmse", "imae", "mse"]
@@ -165,7 +164,7 @@ class FrameGame:
         if options.unassigned == "always_keep":
             self._base = torch.where(frame.line_idx == NO_LINE, frame.sparse, 0.0)
         self._valid = (frame.gt.flatten() > options.min_gt).nonzero().flatten()
-        self._truth = frame.gt.flatten()[self._valid]
+        self._truth = frame.gt.flatten()[self._valid].double()
         self.n_players = len(self.present)
         self.evaluations = 0
 
@@ -253,8 +252,8 @@ class FrameGame:
                 f"for frame {self.id!r}, {len(coalitions)} coalition(s) of {coalitions.sum(1).tolist()} lines"
             )
             raise
-        found = dense.flatten(1)[:, self._valid.to(device)].float()
-        finite = torch.isfinite(found).all(1).cpu()
+        found = dense.flatten(1).index_select(1, self._valid.to(device)).double()
+        finite = torch.isfinite(found.sum(1)).cpu()  # a sum is where all its terms are
         if not bool(finite.all()):
             players = coalitions[~finite][0].nonzero().flatten()
             raise ValueError(
@@ -267,18 +266,27 @@ class FrameGame:
         """Sparse depth of every one of `coalitions` (bool `[B, p]`): `[B, 1, H, W]` in metres."""
         # never a buffer that is used again: networks may write into what they are given
         sparse = self._base.repeat(len(coalitions), 1, 1, 1)
-        kept = coalitions.to(self._depth.device, self._depth.dtype)[:, self._player] * self._depth
-        sparse.view(len(coalitions), -1).index_copy_(1, self._pixels, kept)
+        kept = coalitions.to(self._depth.device, self._depth.dtype).index_select(1, self._player)
+        sparse.view(len(coalitions), -1).index_copy_(1, self._pixels, kept.mul_(self._depth))
         return sparse
 
     def _measure(self, depth: Tensor) -> Tensor:
-        """Errors of depth `[B, N]` at the valid pixels: float64 `[B]`."""
+        """Errors of depth `[B, N]`, float64, at the valid pixels: float64 `[B]`."""
         options = self._completion.options
+        depth = torch.where(depth > 0, depth, options.min_depth)
         if callable(options.metric):
-            depth = torch.where(depth > 0, depth, options.min_depth)
             return options.metric(depth, self._truth.expand_as(depth)).detach().double()
-        errors = depth_errors(depth, self._truth, [options.metric], min_depth=options.min_depth)
-        return errors[options.metric]
+        return _ERRORS[options.metric](depth, self._truth)
+
+
+# What `metrics.depth_errors` measures, without looking for the valid pixels again in every coalition.
+_ERRORS: dict[Metric, Callable[[Tensor, Tensor], Tensor]] = {
+    "rmse": lambda p, g: 1000 * (p - g).square().mean(1).sqrt(),
+    "mae": lambda p, g: 1000 * (p - g).abs().mean(1),
+    "irmse": lambda p, g: 1000 * (1 / p - 1 / g).square().mean(1).sqrt(),
+    "imae": lambda p, g: 1000 * (1 / p - 1 / g).abs().mean(1),
+    "mse": lambda p, g: 1e6 * (p - g).square().mean(1),
+}
 
 
 class LineGame:

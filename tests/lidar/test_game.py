@@ -248,12 +248,20 @@ def test_errors_without_any_line_are_asked_for_estimated_or_given() -> None:
     torch.testing.assert_close(given(kept) - 11315, model(kept) - model.empty_error)
 
 
-@pytest.mark.parametrize("metric", ["mae", "irmse", "imae", "mse"])
-def test_other_errors_can_be_played_for(metric: str) -> None:
+@pytest.mark.parametrize("metric", ["rmse", "mae", "irmse", "imae", "mse"])
+def test_errors_are_those_of_the_metrics_room(metric: str) -> None:
+    class Sunken(nn.Module):
+        """Some predictions are below zero, which counts as the least depth."""
+
+        def forward(self, rgb: Tensor, sparse: Tensor) -> Tensor:
+            return PullPushCompletion()(None, sparse) - 4
+
     frame, kept = toy_frame("a"), torch.ones(1, 8, dtype=torch.bool)
-    dense = PullPushCompletion()(None, frame.sparse[None])
-    expected = depth_errors(dense, frame.gt[None], [metric])[metric]
-    torch.testing.assert_close(game_of(frame, metric=metric).errors(kept), expected)
+    frame.gt[0, :, 5] = 0
+    dense = Sunken()(frame.rgb[None], frame.sparse[None])
+    assert bool((dense < 0).any())
+    expected = depth_errors(dense, frame.gt[None], [metric], min_depth=0.5)[metric]
+    torch.testing.assert_close(game_of(frame, Sunken(), metric=metric, min_depth=0.5).errors(kept), expected)
 
 
 def test_an_error_of_ones_own_can_be_played_for() -> None:
