@@ -129,7 +129,7 @@ class LidarSaSSelector(LightningModule):
         self._measured: dict[FrameId, Tensor | None] = {}
         self._own: dict[FrameId, dict[int, list[int]]] = {}
         self._modes: list[tuple[nn.Module, bool]] = []
-        self._finished = False
+        self._finished = self._loaded = False
         self._clock = 0.0
 
     @property
@@ -193,12 +193,15 @@ class LidarSaSSelector(LightningModule):
             )
 
     def on_fit_start(self) -> None:
-        """Look which lines there are, in one pass over the calibration frames."""
+        """Begin anew, unless a checkpoint was loaded."""
+        if not self._loaded and self.study.estimation is not None:
+            self.study = LineStudy(self.model, self.study.settings, gathered)
+        self._loaded = False
         self._modes = [(module, module.training) for module in self.modules()]
         self.train()  # Lightning warns of modules in evaluation mode, which are no mistake here
 
     def on_train_start(self) -> None:
-        """Settle the candidates, unless a checkpoint has."""
+        """Settle the candidates in one pass over the calibration frames, unless a checkpoint has."""
         for module, mode in self._modes:
             module.training = mode
         study = self.study
@@ -461,6 +464,7 @@ class LidarSaSSelector(LightningModule):
                 f"{own}; load the same weights before resuming"
             )
         self.study.load_state_dict(state)
+        self._loaded = True
 
 
 def _ranges(lines: Sequence[int]) -> str:

@@ -110,6 +110,14 @@ def test_a_fit_ends_after_its_rounds_whatever_epochs_it_may_have() -> None:
     assert run.current_epoch == 2
 
 
+def test_a_second_fit_begins_anew() -> None:
+    made = selector()
+    fitted(made, loader(2))
+    fitted(made, loader(4))
+    torch.testing.assert_close(made.result.values, values(4), rtol=1e-5, atol=0)
+    assert len(made.result.per_frame) == 4
+
+
 def test_early_stopping_ends_a_fit_whose_values_are_sure_enough() -> None:
     stop = EarlyStopping("sas/max_se", stopping_threshold=1.0)
     made = selector(estimation=EstimationOptions(budget=60, rounds=3))
