@@ -220,15 +220,12 @@ class LidarSaSSelector(LightningModule):
         self._clock = time.perf_counter()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Evaluate the coalitions of this round."""
+        """Evaluate the coalitions of this round, and end it with its last batch."""
         rounds = min(self.trainer.current_epoch + 1, self.study.settings.estimation.rounds)
         for frame in self._frames(batch):
             self.study.advance(frame, rounds)
         self.optimizers().step()  # type: ignore[union-attr]
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """End the round behind its last batch: before a validation, which may write the checkpoint of the epoch."""
-        if self.trainer.is_last_batch:
+        if self.trainer.is_last_batch:  # before any hook that may write a checkpoint
             self._end_round()
 
     def _end_round(self) -> None:

@@ -160,11 +160,16 @@ def each_epoch(folder: Path) -> ModelCheckpoint:
 
 
 def test_a_resumed_fit_ends_with_the_same_bits(tmp_path: Path) -> None:
+    class EachBatch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"step={trainer.global_step}.ckpt")
+
     whole = street_selector(spread=Spread("auto"))
-    fitted(whole, streets(), each_epoch(tmp_path))
-    resumed = street_selector(spread=Spread("auto"))
-    trainer().fit(resumed, streets(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
-    assert resumed.result.to_dict() == whole.result.to_dict()
+    fitted(whole, streets(), each_epoch(tmp_path), EachBatch())
+    for name in ("epoch=0", "step=2", "step=3", "step=4"):  # three batches an epoch
+        resumed = street_selector(spread=Spread("auto"))
+        trainer().fit(resumed, streets(), ckpt_path=tmp_path / f"{name}.ckpt", weights_only=True)
+        assert resumed.result.to_dict() == whole.result.to_dict()
 
 
 @pytest.mark.parametrize(
