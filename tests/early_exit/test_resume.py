@@ -10,10 +10,10 @@ import pytest
 import torch
 from exits_on_digits import EXITS, Diary, backbone, data, images, module, same, state, trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_eff.early_exit.attaching.heads import Head
-from lightning_eff.early_exit.inference.policies import Entropy
+from lightning_eff.early_exit.inference.policies import Custom, Entropy, MaxProb, Policy
 from lightning_eff.early_exit.module import EarlyExitModule
 from lightning_eff.early_exit.training.losses import ExitLosses
 from lightning_eff.early_exit.training.phases import Phase
@@ -181,6 +181,27 @@ def test_kinds_of_heads_and_named_policies_are_written_by_name() -> None:
     assert "head" not in module(head=Head("mlp", layers=2)).hparams
     assert module(policy=Entropy(normalized=True)).hparams["policy"] == "normalized_entropy"
     assert "policy" not in module(policy=lambda logits, k, state: (logits.amax(1), state)).hparams
+
+
+def highest_logit(logits: Tensor, exit_index: int, state: Any) -> tuple[Tensor, Any]:
+    return logits.amax(1), state
+
+
+class Squared(MaxProb):
+    """Thresholds are squares of probabilities."""
+
+    name = "squared"
+
+    def __call__(self, logits: Tensor, exit_index: int, state: Any) -> tuple[Tensor, Any]:
+        return logits.softmax(-1).amax(-1) ** 2, state
+
+
+@pytest.mark.parametrize("policy", [Squared(), Custom(highest_logit, low=-5.0, high=5.0)])
+def test_a_policy_of_ones_own_is_taken(policy: Policy) -> None:
+    net = module(regime="joint", policy=policy)
+    assert net.network.policy is policy
+    assert "policy" not in net.hparams
+    trainer(max_epochs=1).fit(net, data())
 
 
 @pytest.mark.parametrize("exits", [["layers.pool2", "layers.relu5"], ["layers.pool2"]])

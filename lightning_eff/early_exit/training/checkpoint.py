@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -123,8 +124,10 @@ def _plain(value: Any) -> Any:
         return plain_hyperparameters({field.name: getattr(value, field.name) for field in fields(value)})
     if isinstance(value, Head) and Head(value.kind) == value:
         return value.kind
-    if isinstance(value, Policy) and policy_from(value.name) == value:
-        return value.name
+    if isinstance(value, Policy):
+        with suppress(ValueError):  # no policy of ours has this name
+            if policy_from(value.name) == value:
+                return value.name
     raise TypeError(f"{type(value).__name__} is not plain")
 
 
