@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eff.batch import SplitBatch, batch_size
-from lightning_eff.early_exit.attaching.attachment import Engine, attach, hooks_from_dict
+from lightning_eff.early_exit.attaching.attachment import Engine, attach, given_inputs, hooks_from_dict
 from lightning_eff.early_exit.attaching.costs import ExitCosts, exit_costs
 from lightning_eff.early_exit.attaching.features import feature_of
 from lightning_eff.early_exit.attaching.heads import Head, HeadBuilder, head_from
 from lightning_eff.early_exit.attaching.placement import Exits, named_exits, number_of_exits
 from lightning_eff.early_exit.attaching.probe import probe
 from lightning_eff.early_exit.attaching.self_check import SelfCheck, check_exits
+from lightning_eff.early_exit.calibration import Calibration
 from lightning_eff.early_exit.inference.evaluation_mode import Evaluation
 from lightning_eff.early_exit.inference.hooks import Collect, Compact, LastExit, Tape, place, running
 from lightning_eff.early_exit.inference.leaving import AllLeft, ExitOutput, Leaving, Rule, select_from_all
@@ -52,6 +53,8 @@ class MultiExitNetwork(nn.Module):
             a self-check passes, stages elsewhere.
         clone_features: copy features before heads read them, needed where something later writes into them;
             ``"auto"`` finds out.
+        compact_min_fraction: where fewer samples than this fraction leave, in [0, 1], they stay in the batch until a
+            later exit, which saves a copy of the features; answers are the same.
         output_fn: takes the logits out of what the backbone returns; by default the first tensor, or ``.logits``.
 
     Attributes:
@@ -80,6 +83,7 @@ class MultiExitNetwork(nn.Module):
         thresholds: float | Sequence[float | None] | None = None,
         engine: Engine = "auto",
         clone_features: bool | Literal["auto"] = "auto",
+        compact_min_fraction: float = 0.0,
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -87,6 +91,8 @@ class MultiExitNetwork(nn.Module):
             raise ValueError(f"expected num_classes >= 1, got {num_classes}")
         if engine not in ENGINES:
             raise ValueError(f"expected engine to be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+        if not 0 <= compact_min_fraction <= 1:
+            raise ValueError(f"expected compact_min_fraction to lie in [0, 1], got {compact_min_fraction}")
         if clone_features not in (True, False, "auto"):
             raise ValueError(f"expected clone_features to be True, False or 'auto', got {clone_features!r}")
         self.num_exits = number_of_exits(exits)
@@ -96,7 +102,7 @@ class MultiExitNetwork(nn.Module):
         self.policy = policy_from(policy)
         self.engine: Engine = engine
         self.gradient_scaling: Literal["none", "equilibrium"] = "none"
-        self.compact_min_fraction = 0.0
+        self.compact_min_fraction = compact_min_fraction
         self.exits: tuple[str, ...] = ()
         self.checked: SelfCheck | None = None
         self.tape = Tape()
@@ -109,8 +115,8 @@ class MultiExitNetwork(nn.Module):
         self._costs: ExitCosts | None = None
         self._stages: Any = None
         self._evaluation = Evaluation(self)
-        self.register_buffer("score_thresholds", torch.full((self.num_exits,), math.inf))
-        self.register_buffer("temperatures", torch.ones(self.num_exits + 1))
+        self.register_buffer("score_thresholds", torch.full((self.num_exits,), math.inf, dtype=torch.float32))
+        self.register_buffer("temperatures", torch.ones(self.num_exits + 1, dtype=torch.float32))
         self._rule: tuple[Any, Rule] | None = None
         if thresholds is not None:
             self.set_thresholds(thresholds)
@@ -141,6 +147,11 @@ class MultiExitNetwork(nn.Module):
         """
         if self.built:
             raise ValueError("the exits of this network are built already")
+        with torch.inference_mode(False):  # weights of heads that can be trained
+            self._build(example_input)
+        return self
+
+    def _build(self, example_input: Any) -> None:
         attached = attach(
             self.backbone,
             self._asked,
@@ -162,7 +173,6 @@ class MultiExitNetwork(nn.Module):
                     f"nothing is computed behind exit {self.exits[-1]!r}: samples that leave there save no work",
                     stacklevel=2,
                 )
-        return self
 
     def structure(self) -> dict[str, Any]:
         """Return where the exits are and what they read, plain Python, for checkpoints."""
@@ -180,7 +190,7 @@ class MultiExitNetwork(nn.Module):
         own = set(self.exits)
         if not self.built and not isinstance(self._asked, int):
             own = {one for one in self._asked if isinstance(one, str)}
-        if (own and own != set(names)) or len(names) != self.num_exits:
+        if (own and {*map(_first_call, own)} != {*map(_first_call, names)}) or len(names) != self.num_exits:
             raise ValueError(
                 f"the exits differ: missing here are {sorted(set(names) - own)}, only here are "
                 f"{sorted(own - set(names))}; {len(names)} exits were saved, this network has {self.num_exits}"
@@ -188,7 +198,7 @@ class MultiExitNetwork(nn.Module):
         if structure["num_classes"] != self.num_classes:
             raise ValueError(f"{structure['num_classes']} classes were saved, this network has {self.num_classes}")
         if not self.built:
-            self._attach({key: structure[key] for key in ("exits", "hooks", "engine")})
+            self._attach({key: structure[key] for key in ("exits", "hooks", "inputs", "engine")})
             self._costs = None if structure["costs"] is None else ExitCosts.from_dict(structure["costs"])
         return self
 
@@ -207,15 +217,18 @@ class MultiExitNetwork(nn.Module):
         """Threshold of each exit in the policy's unit, None where it is disabled."""
         return [self.policy.to_threshold(score) for score in self.score_thresholds.tolist()]
 
-    def set_thresholds(self, thresholds: float | Sequence[float | None] | None) -> None:
+    def set_thresholds(self, thresholds: float | Sequence[float | None] | Calibration | None) -> None:
         """Set when samples leave.
 
         Args:
-            thresholds: one for all exits or a list of ``E``, in the policy's unit; None disables.
+            thresholds: one for all exits or a list of ``E``, in the policy's unit; None disables. Or what
+                :func:`~lightning_eff.early_exit.calibrate` found.
 
         Raises:
             ValueError: another number of thresholds, or one that is not a number.
         """
+        if isinstance(thresholds, Calibration):
+            thresholds = [self.policy.to_threshold(score) for score in thresholds.thresholds]
         listed = list(thresholds) if isinstance(thresholds, Sequence) else [thresholds] * self.num_exits
         if len(listed) != self.num_exits:
             raise ValueError(f"expected {self.num_exits} thresholds, one an exit, got {len(listed)}")
@@ -302,6 +315,7 @@ class MultiExitNetwork(nn.Module):
         output = self._run(run, args, kwargs)
         return [*self._in_order(run), self.output_of(output)]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.inference_mode()
     def predict(self, *args: Any, **kwargs: Any) -> ExitOutput:
         """Answer a batch; each sample is computed only until it leaves.
@@ -317,17 +331,20 @@ class MultiExitNetwork(nn.Module):
             if self.engine == "off":
                 return select_from_all(rule, self.forward(*args, **kwargs))
             if not any(map(rule.enabled, range(self.num_exits))):
-                return Leaving(rule, self.heads, 0).finish(self.output_of(self.backbone(*args, **kwargs)))
+                return Leaving(rule, self.heads, batch).finish(self.output_of(self.backbone(*args, **kwargs)))
             if self.engine == "staged":
                 from lightning_eff.early_exit.inference.staged import predict_staged
 
                 return predict_staged(self, self.stages((args, kwargs)), args, kwargs)
+            self._check_inputs(args, kwargs)
             leaving = Leaving(rule, self.heads, batch)
+            run = Compact(self.tape, leaving)
             try:
-                with running(Compact(self.tape, leaving)):
+                with running(run):
                     logits = self.output_of(self.backbone(*args, **kwargs))
             except AllLeft:
                 return leaving.finish(None)
+            self._check_visited(k for k in range(self.num_exits) if rule.enabled(k) and k not in run.visited)
             return leaving.finish(logits)
 
     def stream(
@@ -360,12 +377,26 @@ class MultiExitNetwork(nn.Module):
         return output
 
     def _in_order(self, run: Collect) -> list[Any]:
-        if len(run.results) < self.num_exits:
-            missing = [name for k, name in enumerate(self.exits) if k not in run.results]
-            raise RuntimeError(
-                f"the layers {missing} did not run, or were compiled alone: compile the whole network, not its backbone"
-            )
+        self._check_visited(k for k in range(self.num_exits) if k not in run.results)
         return [run.results[k] for k in range(self.num_exits)]
+
+    def _check_visited(self, missing: Iterable[int]) -> None:
+        if names := [self.exits[k] for k in missing]:
+            raise RuntimeError(
+                f"the layers {', '.join(names)} did not run, or were compiled alone: compile the whole network for "
+                "training, not its backbone; predict is not compiled"
+            )
+
+    def _check_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise where there are inputs that the example had not: how they go around exits is not known."""
+        known = self._structure["inputs"]
+        if len(args) + len(kwargs) == len(known) == 1:
+            return
+        if new := [name for name in given_inputs(self.backbone, args, kwargs) if name not in known]:
+            raise ValueError(
+                f"predict got {', '.join(new)}, which the example had not that the exits were built with "
+                f"({', '.join(known)}): build them with an example that has all inputs of the backbone"
+            )
 
     def _classify(self, index: int, feature: Tensor) -> Tensor:
         logits: Tensor = self.heads[index](feature)
@@ -380,8 +411,9 @@ class MultiExitNetwork(nn.Module):
         self.exits = tuple(one["name"] for one in structure["exits"])
         self.engine = structure["engine"]
         self._clone = {k for k, one in enumerate(structure["exits"]) if one["clone"]}
+        heads = {_first_call(name): head for name, head in self._heads_by_name.items()}
         for one in structure["exits"]:
-            head = head_from(self._heads_by_name.get(one["name"], self._head))
+            head = head_from(heads.get(_first_call(one["name"]), self._head))
             if isinstance(head, Head):
                 head = head.on(self.backbone, one["channels"])
             self.heads.append(head if isinstance(head, nn.Module) else head(one["shape"], self.num_classes))
@@ -398,6 +430,16 @@ class MultiExitNetwork(nn.Module):
             torch.zeros(0, device=device),
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiExitNetwork:
+        """Move as any module; thresholds and temperatures stay float32, in bfloat16 0.999 would be 1."""
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != torch.float32:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made again on use."""
         return {**self.__dict__, "_stages": None, "_rule": None, "_evaluation": None}
@@ -406,3 +448,8 @@ class MultiExitNetwork(nn.Module):
         """Take on what was saved or copied."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._evaluation = Evaluation(self)
+
+
+def _first_call(name: str) -> str:
+    """One name for the first call of a layer, which may be told as ``layer`` and as ``layer@1``."""
+    return name.removesuffix("@1")

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_eff.batch import call_model, take
+from lightning_eff.early_exit.calibration import Calibration
 from lightning_eff.early_exit.inference.leaving import ExitOutput, select_from_all
 from lightning_eff.early_exit.network import MultiExitNetwork
 
@@ -635,3 +637,165 @@ def test_engine_off_computes_everything_and_answers_the_same():
     assert rows == [64]
     assert torch.equal(ours.exit_index, reference.exit_index)
     torch.testing.assert_close(ours.logits, reference.logits)
+
+
+# What lies around
+
+
+class OptionalMask(nn.Module):
+    """Blocks that multiply by a mask if there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b1, self.b2, self.out = MaskedBlock(), MaskedBlock(), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.out(self.b2(self.b1(x, mask), mask).mean(1))
+
+
+class MaskedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = torch.tanh(self.linear(h))
+        return h if mask is None else h * mask[..., None]
+
+
+def test_inputs_the_example_had_not_are_refused_and_optional_ones_may_be_left_out():
+    torch.manual_seed(0)
+    x, mask = torch.randn(8, 3, 4), (torch.rand(8, 3) > 0.3).float()
+    without = MultiExitNetwork(OptionalMask(), ["b1"], CLASSES, example_input=x, thresholds=0.25)
+    with pytest.raises(ValueError, match=r"predict got mask, which the example had not .*\(x\)"):
+        without.predict(x, mask)
+    both = MultiExitNetwork(OptionalMask(), ["b1"], CLASSES, example_input=(x, mask))
+    for inputs in ((x, mask), (x,)):
+        full = [logits.detach() for logits in both.eval()(*inputs)]
+        both.set_thresholds(float(full[0].softmax(-1).amax(-1).mean()))
+        expected = select_from_all(both.rule, full)
+        assert set(expected.exit_index.tolist()) == {0, 1}
+        got = both.predict(*inputs)
+        assert torch.equal(got.exit_index, expected.exit_index)
+        torch.testing.assert_close(got.logits, expected.logits)
+
+
+def test_rows_that_met_a_tensor_of_the_whole_batch_are_an_error():
+    network = small()
+    leave_some(network, INPUTS)
+    whole = torch.zeros(64, 8)
+    network.backbone[2].register_forward_hook(lambda m, a, out: out[:1] + whole)
+    with pytest.raises(RuntimeError, match="64 rows came where 32 samples are left"):
+        network.predict(INPUTS)
+
+
+@pytest.mark.parametrize("part", ["", "1"])
+def test_a_compiled_part_that_hides_an_exit_is_an_error_and_not_a_full_pass(part):
+    network = small(thresholds=0.25)
+    network.backbone.get_submodule(part).compile(backend="eager")
+    with pytest.raises(RuntimeError, match="compiled alone"):
+        network.predict(INPUTS)
+
+
+def test_compiled_predict_answers_as_it_is():
+    network = small(thresholds=0.25)
+    expected = network.predict(INPUTS)
+    assert torch.equal(torch.compile(network.predict, backend="eager")(INPUTS).exit_index, expected.exit_index)
+
+
+@pytest.mark.parametrize(
+    "move", [lambda n: n.bfloat16(), lambda n: n.half().float(), lambda n: nn.Sequential(n).double()]
+)
+def test_thresholds_and_temperatures_stay_float32_whatever_the_precision(move):
+    network = small(thresholds=0.999)
+    network.temperatures.fill_(1.001)
+    move(network)
+    assert network.score_thresholds.dtype == network.temperatures.dtype == torch.float32
+    assert network.thresholds == [pytest.approx(0.999, abs=1e-7)] * 2
+    assert network.rule.temperatures == [pytest.approx(1.001, abs=1e-7)] * 3
+
+
+@pytest.mark.parametrize("policy", ["max_prob", "entropy"])
+def test_what_calibration_found_is_put_in_as_it_is(policy):
+    network = small(policy=policy)
+    found = Calibration(
+        (-1.2, math.inf) if policy == "entropy" else (0.4, math.inf), 1.0, 0.5, True, (1.0, 0, 0), "uniform"
+    )
+    network.set_thresholds(found)
+    assert network.score_thresholds.tolist() == [pytest.approx(found.thresholds[0]), math.inf]
+    assert network.thresholds[1] is None
+
+
+def test_a_plain_object_with_logits_is_a_fine_output():
+    @dataclass
+    class Answer:
+        logits: Tensor
+
+    class Says(nn.Sequential):
+        def forward(self, x: Tensor) -> Answer:
+            return Answer(super().forward(x))
+
+    network = MultiExitNetwork(Says(*chain()), ["1"], CLASSES, example_input=INPUTS)
+    leave_some(network, INPUTS)
+    assert_answers_are_those_of_the_full_network(network, INPUTS, (1, 64))
+
+
+def test_names_of_first_calls_are_one_name():
+    head = nn.Linear(8, CLASSES)
+    network = MultiExitNetwork(chain(), {"1@1": head}, CLASSES, example_input=INPUTS)
+    assert network.heads[0] is head
+    again = MultiExitNetwork(chain(), ["1@1"], CLASSES).build_from(network.structure())
+    assert again.exits == ("1",)
+    with pytest.raises(ValueError, match="two names of one call"):
+        MultiExitNetwork(chain(), ["1", "1@1"], CLASSES, example_input=INPUTS)
+    with pytest.raises(ValueError, match="map names of layers to heads"):
+        MultiExitNetwork(chain(), {0.5: "mlp"}, CLASSES, example_input=INPUTS)
+
+
+def test_a_network_inside_of_another_leaves_the_exits_of_both_alone():
+    class Last(nn.Module):
+        def __init__(self, inner: MultiExitNetwork) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)[-1]
+
+    inner = small()
+    outer = MultiExitNetwork(Last(inner), ["inner.backbone.1"], CLASSES, example_input=INPUTS, engine="off")
+    first, last = outer(INPUTS)
+    torch.testing.assert_close(first, outer.heads[0](chain()[:2](INPUTS)))
+    torch.testing.assert_close(last, chain()(INPUTS))
+
+
+def test_heads_built_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        network = small()
+    sum(logits.sum() for logits in network(INPUTS)).backward()
+    assert all(p.grad is not None for p in network.heads.parameters())
+
+
+def test_state_of_a_policy_may_hold_more_than_tensors():
+    def counted(logits: Tensor, exit_index: int, state: Any) -> tuple[Tensor, Any]:
+        seen = 0 if state is None else state["seen"]
+        return logits.softmax(-1).amax(-1), {"seen": seen + 1, "rows": logits[:, 0]}
+
+    network = small(policy=counted)
+    network.set_thresholds(0.3)
+    expected = select_from_all(network.rule, outputs(network, INPUTS))
+    assert torch.equal(network.predict(INPUTS).exit_index, expected.exit_index)
+
+
+@pytest.mark.parametrize("example", [torch.zeros(8, 1, 6, 6), torch.ones(3, 1, 6, 6)])
+def test_an_example_of_equal_samples_hides_no_mixing_of_samples(example):
+    backbone = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(64, CLASSES)
+    )
+    with pytest.raises(ValueError, match="exit '0'"):
+        MultiExitNetwork(backbone, ["0"], CLASSES, example_input=example, engine="hooks")
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1])
+def test_fraction_of_deferred_copies_is_checked(fraction):
+    with pytest.raises(ValueError, match=r"compact_min_fraction to lie in \[0, 1\]"):
+        small(compact_min_fraction=fraction)

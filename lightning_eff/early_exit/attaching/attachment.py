@@ -5,8 +5,10 @@ The result is plain Python: a checkpoint carries it, and a network is put togeth
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,6 +78,7 @@ def attach(
             for name, call in zip(names, calls, strict=True)
         ],
         "hooks": _hooks_to_dict(hooks_for(Tape(), calls, seen)),
+        "inputs": given_inputs(backbone, *as_arguments(example)),
         "engine": chosen,
     }
     return Attachment(structure, checked, stages)
@@ -177,6 +180,14 @@ def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, dict):
         return (), inputs
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
+def given_inputs(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Names of the arguments of a call that are given and not None; numbers where they have none."""
+    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    with suppress(TypeError, ValueError):  # a forward without a signature, or one that does not take them
+        given = inspect.signature(backbone.forward).bind(*args, **kwargs).arguments
+    return [str(name) for name, value in given.items() if value is not None]
 
 
 def _channels(backbone: nn.Module, call: Call) -> str | None:

@@ -34,7 +34,9 @@ def feature_index(output: Any) -> int:
     for name in ("last_hidden_state", "logits"):
         named = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         if isinstance(named, Tensor):
-            return next(i for i, leaf in enumerate(leaves) if leaf is named)
+            for i, leaf in enumerate(leaves):
+                if leaf is named:
+                    return i
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             return i
@@ -45,6 +47,10 @@ def feature_of(output: Any) -> Tensor:
     """Tensor that heads read: ``last_hidden_state`` or ``logits`` where there is one, else the first tensor."""
     if isinstance(output, Tensor):
         return output
+    for name in ("last_hidden_state", "logits"):
+        named = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(named, Tensor):
+            return named
     feature: Tensor = pytree.tree_leaves(output)[feature_index(output)]
     return feature
 

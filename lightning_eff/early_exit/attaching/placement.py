@@ -29,6 +29,8 @@ def number_of_exits(exits: Exits) -> int:
             f"expected names of layers, fractions of the cost, a dict name -> head, or a number of exits, got {exits!r}"
         )
     listed: list[Any] = list(exits)
+    if isinstance(exits, Mapping) and not all(isinstance(one, str) for one in listed):
+        raise ValueError(f"expected a dict of exits to map names of layers to heads, got the keys {listed}")
     if all(isinstance(one, str) for one in listed):
         if len(set(listed)) < len(listed):
             twice = sorted({str(one) for one in listed if listed.count(one) > 1})
@@ -48,7 +50,13 @@ def named_exits(backbone: nn.Module, names: Sequence[str], seen: Probe) -> list[
         ValueError: an unknown layer, one that does not run or runs more than once, or whose output no head can read.
     """
     calls = [_named(backbone, name, seen) for name in names]
-    return sorted(calls, key=seen.calls.index)
+    if len({id(call) for call in calls}) < len(calls):
+        raise ValueError(f"expected every exit once, got two names of one call in {', '.join(names)}")
+    return sorted(calls, key=lambda call: _position(call, seen))
+
+
+def _position(call: Call, seen: Probe) -> int:
+    return next(i for i, one in enumerate(seen.calls) if one is call)
 
 
 def exit_name(call: Call, seen: Probe) -> str:

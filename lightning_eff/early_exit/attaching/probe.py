@@ -104,8 +104,8 @@ def probe(backbone: nn.Module, example: Any) -> Probe:
 def samples(example: Any, size: int, distinct: bool = False) -> Any:
     """Build inputs of ``size`` samples out of ``example``, repeating them where it has fewer.
 
-    Tensors whose dimension 0 is not as long as the batch stay. With ``distinct`` repeated samples are made to differ:
-    floating point values are scaled, integers are rolled along the last dimension.
+    Tensors whose dimension 0 is not as long as the batch stay. With ``distinct`` samples are made to differ, whatever
+    the example: floating point values are scaled and shifted, integers are rolled along the last dimension.
     """
     count = batch_size(example)
 
@@ -117,11 +117,10 @@ def samples(example: Any, size: int, distinct: bool = False) -> Any:
             return rows
         parts = []
         for i, row in enumerate(rows):
-            again = i // count
-            if again and row.is_floating_point():
-                row = row * (1 + 0.37 * again) + 0.1 * again
-            elif again and row.ndim and row.dtype != torch.bool:
-                row = row.roll(again, -1)
+            if i and row.is_floating_point():
+                row = row * (1 + 0.1 * i) + 0.1 * i
+            elif i and row.ndim and row.dtype != torch.bool:
+                row = row.roll(i, -1)
             parts.append(row)
         return torch.stack(parts)
 

@@ -30,6 +30,7 @@ class Run(Protocol):
     """One forward pass and what is done at its exits."""
 
     tape: Tape
+    outer: Run | None
 
     def at_exit(self, hook: ExitHook, output: Any) -> Any:
         """Return what the layer shall return instead, or None."""
@@ -56,6 +57,7 @@ class running:
 
     def __enter__(self) -> None:
         """Make it the current run of this thread."""
+        self._run.outer = _CURRENT.get()
         self._token = _CURRENT.set(self._run)
 
     def __exit__(self, *_: object) -> None:
@@ -64,8 +66,12 @@ class running:
 
 
 def _current(tape: Tape) -> Run | None:
-    run = tape.run if is_compiling() else _CURRENT.get()
-    return run if run is not None and run.tape is tape else None
+    if is_compiling():
+        return tape.run
+    run = _CURRENT.get()
+    while run is not None and run.tape is not tape:  # a network in a network
+        run = run.outer
+    return run
 
 
 class ExitHook:
@@ -129,6 +135,7 @@ class _Counting:
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
+        self.outer: Run | None = None
         self._calls: dict[int, int] = {}
 
     def _is_it(self, hook: ExitHook) -> bool:
@@ -197,6 +204,7 @@ class Compact(_Counting):
     def __init__(self, tape: Tape, leaving: Leaving) -> None:
         super().__init__(tape)
         self.leaving = leaving
+        self.visited: set[int] = set()
         self._live = leaving.batch
         # number of rows before a cut -> which of them are still there; numbers only fall, so each names one moment
         self._since: dict[int, Tensor] = {}
@@ -205,6 +213,7 @@ class Compact(_Counting):
         """Let rows leave."""
         if not self.leaving.rule.enabled(hook.index) or not self._is_it(hook):
             return None
+        self.visited.add(hook.index)
         stay = self.leaving.at(hook.index, hook.feature(output))
         if stay is None:
             return None
@@ -220,7 +229,10 @@ class Compact(_Counting):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if len(leaves) != len(hook.inputs):
             return None
-        cut = [leaf if at is None else self._cut(leaf, at) for leaf, at in zip(leaves, hook.inputs, strict=True)]
+        cut = [
+            self._cut(leaf, at) if at is not None and isinstance(leaf, Tensor) else leaf  # optional ones may be absent
+            for leaf, at in zip(leaves, hook.inputs, strict=True)
+        ]
         return pytree.tree_unflatten(cut, spec)
 
     def _cut(self, tensor: Tensor, where: BatchDim) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from lightning_eff.batch import take
 from lightning_eff.early_exit.inference.policies import Policy, State, score
 
 
@@ -105,6 +105,7 @@ class Leaving:
 
     def leave(self, exit_index: int, logits: Tensor, scores: Tensor) -> Tensor | None:
         """Let rows leave whose scores ``[n]`` reach the threshold; as :meth:`at`."""
+        self._check(logits)
         threshold = self.rule.thresholds[exit_index]
         if self.batch == 1:  # one number is read, no index is made
             if scores.item() < threshold:
@@ -137,7 +138,16 @@ class Leaving:
         self.done = None
         self.rows = stay if self.rows is None else self.rows[stay]
         if self.state is not None:
-            self.state = pytree.tree_map(lambda leaf: leaf[stay], self.state)
+            self.state = take(self.state, stay)
+
+    def _check(self, logits: Tensor) -> None:
+        """Raise where something of the whole batch went around an exit and met the samples that are left."""
+        expected = self.batch if self.rows is None else len(self.rows)
+        if len(logits) != expected:
+            raise RuntimeError(
+                f"{len(logits)} rows came where {expected} samples are left: a tensor of the whole batch went around "
+                "an exit. Build the exits with an example that has all inputs of the backbone"
+            )
 
     def finish(self, logits: Tensor | None) -> ExitOutput:
         """Put the answers together.
@@ -147,6 +157,7 @@ class Leaving:
         """
         last = len(self.heads)
         if logits is not None:
+            self._check(logits)
             scores, _ = self.rule.score(logits, last, self.state)
             rows = self.rows
             if self.done is not None:

@@ -141,7 +141,7 @@ class Margin(_Bounded):
 
 @dataclass(frozen=True)
 class Entropy(Policy):
-    """Entropy of the probabilities: a sample leaves if it is at most the threshold; below 0 disables the exit.
+    """Entropy of the probabilities: a sample leaves if it is at most the threshold. Scores are minus the entropy.
 
     Args:
         normalized: thresholds are shares of ``ln C``, in [0, 1], instead of nats.
@@ -160,9 +160,18 @@ class Entropy(Policy):
         return -(entropy / math.log(logits.shape[-1]) if self.normalized else entropy), state
 
     def to_score(self, threshold: float | None) -> float:
-        """Minus the entropy; ``None`` and below 0 are +inf."""
+        """Minus the entropy; ``None`` is +inf."""
         score = super().to_score(threshold)
-        return math.inf if score < 0 or threshold is None else -score
+        return math.inf if threshold is None else -score
+
+    def check(self, threshold: float | None) -> None:
+        """Raise ValueError unless ``threshold`` is an entropy >= 0 or ``None``."""
+        super().check(threshold)
+        if threshold is not None and threshold < 0:
+            raise ValueError(
+                f"expected an entropy >= 0, or None to disable the exit, got {threshold!r}; what calibrate() found is "
+                "handed over as it is: network.set_thresholds(calibration)"
+            )
 
     def to_threshold(self, score: float) -> float | None:
         """Entropy; +inf is ``None``."""
