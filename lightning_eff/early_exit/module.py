@@ -6,7 +6,7 @@ Shapes: ``B`` batch, ``C`` classes, ``E`` exits, ``K = E + 1`` outputs, the last
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -22,6 +22,7 @@ from lightning_eff.early_exit.inference.policies import Policy, ScoreFunction
 from lightning_eff.early_exit.network import MultiExitNetwork
 from lightning_eff.early_exit.training.checkpoint import (
     load_phases,
+    names_not_held,
     plain_hyperparameters,
     save_phases,
     without_foreign_heads,
@@ -46,8 +47,9 @@ class EarlyExitModule(PhasedModule):
     A subclass may override ``configure_optimizers``, which is called again when a phase begins; ``phase`` tells which.
 
     A backbone handed over as an object is not written into checkpoints' hyperparameters, so a new one is handed over
-    again: ``EarlyExitModule.load_from_checkpoint(path, backbone=resnet18())``. One described in a YAML for the command
-    line is plain data, is written, and ``load_from_checkpoint(path)`` is enough.
+    again: ``EarlyExitModule.load_from_checkpoint(path, backbone=resnet18())``. So is all else that is not plain data
+    (optimizers, a criterion, a policy of one's own). One described in a YAML for the command line is plain data, is
+    written, and ``load_from_checkpoint(path)`` is enough.
 
     Args:
         backbone: maps inputs to logits ``[B, C]``; it is not rewritten.
@@ -107,10 +109,15 @@ class EarlyExitModule(PhasedModule):
         )
         super().__init__(network, phases_from(regime), phase_split, start_phase, optimizer, lr_scheduler)
         self.save_hyperparameters(ignore=list(given))
+        self._not_plain: list[str] = []  # arguments that checkpoints cannot hold
         if "_instantiator" in self.hparams:  # built by LightningCLI, which gives everything as plain data
             self.save_hyperparameters()
         else:
-            self.save_hyperparameters(plain_hyperparameters(given))
+            plain, rest = plain_hyperparameters(given)
+            self.save_hyperparameters(plain)
+            self._not_plain = [name for name in rest if name not in ("backbone", "example_input")]
+            if optimizer is torch.optim.AdamW:
+                self._not_plain.remove("optimizer")  # the default
         if not all(budget > 0 for budget in budgets):
             raise ValueError(f"expected budgets > 0, got {list(budgets)}")
         # hyperparameters of a checkpoint come as a dict
@@ -122,6 +129,7 @@ class EarlyExitModule(PhasedModule):
         self._split = split_batch
         self._metrics: ExitMetrics | None = None
         self._finite: Tensor | None = None  # whether the losses of this epoch were, until one was not
+        self._not_held: list[str] = []  # arguments that were not in the checkpoint that was loaded
         self._foreign_heads: str | None = None  # why the heads of a checkpoint are not ours
         if isinstance(cost, list):
             network.costs = ExitCosts(tuple(cost), (0.0,) * network.num_exits, "given")
@@ -308,13 +316,35 @@ class EarlyExitModule(PhasedModule):
 
     # Checkpoints
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Build a module from a checkpoint; see Lightning's method of this name.
+
+        Args:
+            checkpoint_path: of the checkpoint.
+            *args: of Lightning's method.
+            **kwargs: of Lightning's method and of the module. What is not plain data is not in the checkpoint and is
+                handed over again; a warning lists what is not, which becomes what it is by default.
+
+        Raises:
+            ValueError: thresholds of another policy, other exits or heads.
+        """
+        loaded = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        if forgotten := [name for name in loaded._not_held if name.split(".")[0] not in kwargs]:
+            rank_zero_warn(
+                f"{', '.join(forgotten)}: not plain data, so not in the checkpoint, and not handed over to "
+                "load_from_checkpoint; this module has the default"
+            )
+        return loaded
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the phase and where the exits are."""
-        save_phases(checkpoint, self.network, self._clock)
+        save_phases(checkpoint, self.network, self._clock, self._not_plain)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the exits where they were, before their weights are loaded, and take up the phase."""
         self._foreign_heads = load_phases(checkpoint, self.network, self._clock, fitting=self.is_fitting)
+        self._not_held = names_not_held(checkpoint)
         self.freeze_phase()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

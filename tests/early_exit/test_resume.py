@@ -204,6 +204,48 @@ def test_a_policy_of_ones_own_is_taken(policy: Policy) -> None:
     trainer(max_epochs=1).fit(net, data())
 
 
+def saved(net: EarlyExitModule, path: Path) -> Path:
+    running = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    running.fit(net, data())
+    running.save_checkpoint(path)
+    return path
+
+
+def test_thresholds_of_another_policy_are_refused(tmp_path: Path) -> None:
+    path = saved(module(regime="joint", policy=highest_logit, thresholds=3.0), tmp_path / "own.ckpt")
+    told = "thresholds of the policy 'highest_logit', this module has the policy 'max_prob'"
+    with pytest.raises(ValueError, match=told):
+        EarlyExitModule.load_from_checkpoint(path, backbone=backbone())
+    with pytest.raises(ValueError, match=told):
+        trainer().test(module(regime="joint"), data(), ckpt_path=path)
+    loaded = EarlyExitModule.load_from_checkpoint(path, backbone=backbone(), policy=highest_logit)
+    assert loaded.network.thresholds == [3.0, 3.0]
+
+
+def test_disabled_exits_can_be_given_another_policy(tmp_path: Path) -> None:
+    path = saved(module(regime="joint"), tmp_path / "off.ckpt")
+    loaded = EarlyExitModule.load_from_checkpoint(path, backbone=backbone(), policy="entropy")
+    assert loaded.network.thresholds == [None, None]
+
+
+def test_what_a_checkpoint_cannot_hold_and_nobody_hands_over_is_told(tmp_path: Path) -> None:
+    given = {
+        "regime": [Phase("all", optimizer=torch.optim.SGD)],
+        "optimizer": torch.optim.Adam,
+        "losses": ExitLosses(criterion=nn.CrossEntropyLoss()),
+        "policy": highest_logit,
+    }
+    path = saved(module(**given), tmp_path / "own.ckpt")
+    told = "policy, optimizer, losses.criterion: not plain data"
+    with pytest.warns(UserWarning, match=rf"regime\.0\.optimizer, {told}") as warned:
+        EarlyExitModule.load_from_checkpoint(path, backbone=backbone())
+    assert len(warned) == 1
+    rest = {name: value for name, value in given.items() if name != "optimizer"}
+    with pytest.warns(UserWarning, match="^optimizer: not plain data"):
+        EarlyExitModule.load_from_checkpoint(path, backbone=backbone(), **rest)
+    EarlyExitModule.load_from_checkpoint(path, backbone=backbone(), **given)
+
+
 @pytest.mark.parametrize("exits", [["layers.pool2", "layers.relu5"], ["layers.pool2"]])
 @pytest.mark.parametrize("built", [True, False])
 def test_other_exits_are_told_and_the_backbone_can_be_loaded_alone(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any
@@ -20,13 +21,17 @@ VERSION = 1
 _OF_EXITS = ("network.heads.", "network.score_thresholds", "network.temperatures")
 
 
-def save_phases(checkpoint: dict[str, Any], network: MultiExitNetwork, clock: PhaseClock) -> None:
-    """Write the phase and where the exits are into a checkpoint."""
+def save_phases(
+    checkpoint: dict[str, Any], network: MultiExitNetwork, clock: PhaseClock, not_plain: Sequence[str]
+) -> None:
+    """Write the phase, where the exits are, and what cannot be written into a checkpoint."""
     checkpoint[KEY] = {
         "version": VERSION,
         "regime": [phase.to_dict() for phase in clock.phases],
         "clock": clock.state_dict(),
         "structure": network.structure() if network.built else None,
+        "policy": network.policy.name,
+        "not_plain": list(not_plain),
     }
 
 
@@ -45,13 +50,15 @@ def load_phases(
         Why the exits are not those of the checkpoint, None if they are.
 
     Raises:
-        ValueError: another version, or training would go on in another regime; nothing has changed then.
+        ValueError: another version, thresholds of another policy, or training would go on in another regime; nothing
+            has changed then.
     """
     saved = checkpoint.get(KEY)
     if saved is None:
         return None
     if saved["version"] != VERSION:
         raise ValueError(f"expected a checkpoint of early exits in version {VERSION}, got {saved['version']!r}")
+    _check_policy(saved.get("policy"), checkpoint, network)
     regime = [phase.to_dict() for phase in clock.phases]
     if fitting and regime != saved["regime"]:
         raise ValueError(
@@ -67,6 +74,23 @@ def load_phases(
     except ValueError as error:
         return str(error)
     return None
+
+
+def _check_policy(saved: str | None, checkpoint: Mapping[str, Any], network: MultiExitNetwork) -> None:
+    """Raise where thresholds of one policy would be compared with scores of another; disabled exits compare nothing."""
+    thresholds = checkpoint.get("state_dict", {}).get("network.score_thresholds")
+    enabled = thresholds is not None and bool((thresholds < math.inf).any())
+    if saved is not None and saved != network.policy.name and enabled:
+        raise ValueError(
+            f"the checkpoint has thresholds of the policy {saved!r}, this module has the policy "
+            f"{network.policy.name!r}: give it the same policy; once loaded, network.policy and its thresholds can be "
+            "changed"
+        )
+
+
+def names_not_held(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Names of the arguments that were no plain data when the checkpoint was written."""
+    return list(checkpoint.get(KEY, {}).get("not_plain", ()))
 
 
 def without_foreign_heads(
@@ -98,30 +122,33 @@ def without_foreign_heads(
     return {name: value for name, value in state.items() if not name.startswith(_OF_EXITS)}
 
 
-def plain_hyperparameters(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What can be written as plain Python of the arguments of a module; the rest is left out.
+def plain_hyperparameters(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What can be written as plain Python of the arguments of a module, and the names of the rest.
 
     Objects that are made of plain parts (losses, phases, kinds of heads, policies) become dicts and names, which the
-    module takes as well.
+    module takes as well. Parts that are left out of them have names with dots, ``losses.criterion``.
     """
-    plain = {}
+    plain: dict[str, Any] = {}
+    rest: list[str] = []
     for name, value in given.items():
         try:
-            plain[name] = _plain(value)
+            plain[name] = _plain(value, name, rest)
         except TypeError:
-            continue
-    return plain
+            rest.append(name)
+    return plain, rest
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, name: str, rest: list[str]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, f"{name}.{key}", rest) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, f"{name}.{i}", rest) for i, item in enumerate(value)]
     if isinstance(value, Phase | ExitLosses):
-        return plain_hyperparameters({field.name: getattr(value, field.name) for field in fields(value)})
+        plain, parts = plain_hyperparameters({field.name: getattr(value, field.name) for field in fields(value)})
+        rest += [f"{name}.{part}" for part in parts]
+        return plain
     if isinstance(value, Head) and Head(value.kind) == value:
         return value.kind
     if isinstance(value, Policy):
