@@ -18,7 +18,7 @@ from lightning_eff.early_exit.evaluation.tables import compare_table, to_latex
 from lightning_eff.early_exit.inference.export import export_early_exit
 from lightning_eff.early_exit.inference.exported import load_early_exit
 from lightning_eff.early_exit.inference.leaving import ExitOutput, Rule, select_from_all
-from lightning_eff.early_exit.inference.policies import Entropy, Margin, MaxProb, Patience, Policy
+from lightning_eff.early_exit.inference.policies import Custom, Entropy, Margin, MaxProb, Patience, Policy
 from lightning_eff.early_exit.module import EarlyExitModule
 from lightning_eff.early_exit.network import MultiExitNetwork
 from lightning_eff.early_exit.report import ExitReport, ThresholdCalibration
@@ -28,6 +28,7 @@ from lightning_eff.early_exit.training.phases import Phase
 __all__ = [
     "Calibration",
     "CurveResult",
+    "Custom",
     "EarlyExitCurve",
     "EarlyExitModule",
     "Entropy",
