@@ -5,6 +5,7 @@ Shapes: ``B`` batch, ``C`` classes, ``E`` exits, ``K = E + 1`` outputs, the last
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self, cast
 
@@ -70,7 +71,8 @@ class EarlyExitModule(PhasedModule):
         losses: how outputs are judged in training.
         split_batch: ``batch -> (inputs, target)``, for batches that are not ``(inputs, target)``.
         budgets: costs, as fractions of the plain backbone, at which the best accuracy is logged, > 0.
-        cost: ``"flops"``, ``"latency"``, or a list of the costs of the ``K`` outputs, the last being the backbone's.
+        cost: ``"flops"``, ``"latency"``, or a list of the costs of the ``K`` outputs, each > 0, the last being the
+            backbone's.
         engine: how ``predict`` stops, see :class:`MultiExitNetwork`.
         example_input: a batch of inputs; None takes the first batch of the trainer's data.
 
@@ -132,6 +134,10 @@ class EarlyExitModule(PhasedModule):
         self._not_held: list[str] = []  # arguments that were not in the checkpoint that was loaded
         self._foreign_heads: str | None = None  # why the heads of a checkpoint are not ours
         if isinstance(cost, list):
+            if len(cost) != network.num_outputs or not all(0 < one < math.inf for one in cost):
+                raise ValueError(
+                    f"expected {network.num_outputs} costs that are finite and > 0, one an output, got {cost}"
+                )
             network.costs = ExitCosts(tuple(cost), (0.0,) * network.num_exits, "given")
         elif cost not in ("flops", "latency"):
             raise ValueError(f"expected cost to be 'flops', 'latency' or a list, got {cost!r}")

@@ -343,6 +343,13 @@ def test_costs_may_be_given_or_measured_in_time() -> None:
     assert isinstance(timed.network.costs, ExitCosts)
 
 
+def test_costs_that_cannot_be_are_told_and_not_passed_over() -> None:
+    net = module(regime="joint", example_input=images())
+    net.network.costs = ExitCosts((0.0, 0.5, 1.0), (0.0, 0.0), "given")
+    with pytest.raises(ValueError, match="expected a cost > 0"):
+        trainer(max_epochs=1).fit(net, data())
+
+
 # Batches
 
 
@@ -485,7 +492,11 @@ def test_a_loss_that_is_no_number_is_told_with_its_head_and_phase() -> None:
         ({"start_phase": 2}, "start_phase to be one of 2 phases"),
         ({"budgets": (0.0,)}, "budgets > 0"),
         ({"cost": "joules"}, "'flops', 'latency' or a list"),
-        ({"cost": [1.0, 2.0]}, "costs of 2 heads"),
+        ({"cost": [1.0, 2.0]}, r"3 costs that are finite and > 0, one an output, got \[1.0, 2.0\]"),
+        ({"cost": [0.0, 0.5, 1.0]}, "3 costs that are finite and > 0"),
+        ({"cost": [0.5, -1.0, 1.0]}, "3 costs that are finite and > 0"),
+        ({"cost": [0.5, math.nan, 1.0]}, "3 costs that are finite and > 0"),
+        ({"cost": [0.5, 1.0, math.inf]}, "3 costs that are finite and > 0"),
         ({"lr_scheduler": {"class_path": "NoSuchLR"}}, "no schedule 'NoSuchLR'"),
         ({"exits": []}, "number of exits"),
         ({"engine": "none"}, "engine"),

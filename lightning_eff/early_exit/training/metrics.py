@@ -89,8 +89,10 @@ class ExitMetrics:
         names = ["loss", *(f"accuracy_{name}" for name in self._outputs)]
         if not alone:
             names += ["accuracy", *(f"exit_rate{k}" for k in range(network.num_exits)), "exit_rate_final"]
+            costs = None
             with suppress(ValueError):  # the network has warned that nothing could be counted
                 costs = network.costs
+            if costs is not None:
                 self.curve = EarlyExitCurve(costs.fractions(), policy=network.policy).to(device)
                 enabled = [self.rule.enabled(k) for k in range(network.num_exits)]
                 self._fractions = torch.tensor(costs.fractions(enabled), device=device)
