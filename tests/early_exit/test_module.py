@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -106,6 +108,36 @@ def test_what_the_user_froze_stays_frozen_and_is_given_back_as_found() -> None:
     assert flags == [parameter.requires_grad for parameter in net.network.backbone.parameters()]
     assert all(parameter.requires_grad for parameter in net.network.heads.parameters())
     assert modes == [one.training for one in net.network.backbone.modules()]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_what_was_frozen_is_given_back_when_a_fit_breaks_off(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Lightning switches Ctrl-C off for good
+
+    class Fail(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            if pl_module.phase.train == "heads":
+                assert not any(parameter.requires_grad for parameter in pl_module.network.backbone.parameters())
+                raise error
+
+    net = module(regime="disjoint")
+    net.network.backbone.layers.conv1.weight.requires_grad_(False)
+    modes = [one.training for one in net.network.backbone.modules()]
+    running = trainer(Fail(), ModelCheckpoint(tmp_path, save_last=True))
+    callbacks = list(running.callbacks)
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+        running.fit(net, data())
+    still = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
+    assert still == {"network.backbone.layers.conv1.weight"}
+    assert modes == [one.training for one in net.network.backbone.modules()]
+    assert running.callbacks == callbacks
+    held = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    assert [name.split("{")[0] for name in held] == ["ModelCheckpoint"]
+    again = Diary()
+    trainer(again, limit_train_batches=1).fit(net, data())
+    assert [trained for _, trained, *_ in again.batches] == ["b", "b", "h", "h"]
 
 
 def test_a_phase_without_anything_to_train_is_refused() -> None:

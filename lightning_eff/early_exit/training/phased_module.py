@@ -137,6 +137,7 @@ class PhasedModule(L.LightningModule):
         """Freeze what the first phase does not train; after :meth:`prepare_phases`, when the exits are built."""
         if self._trainable is None:
             self._trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            self.trainer.callbacks.append(_ThawOnException())  # type: ignore[attr-defined]
         self.freeze_phase()
 
     def freeze_phase(self) -> None:
@@ -236,8 +237,24 @@ class PhasedModule(L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Give back what was frozen."""
-        if stage == "fit" and self._trainable is not None:
-            for name, parameter in self.named_parameters():
-                parameter.requires_grad_(name in self._trainable)
-            self._trainable = None
-            self._release_backbone()
+        if stage == "fit":
+            self._thaw()
+
+    def _thaw(self) -> None:
+        if self._trainable is None:
+            return
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in self._trainable)
+        self._trainable = None
+        self._release_backbone()
+        trainer: Any = self.trainer
+        # another list: the trainer may be going through this one
+        trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, _ThawOnException)]
+
+
+class _ThawOnException(L.Callback):
+    """Gives back what was frozen where Lightning does not call ``teardown``; in the trainer only while it fits."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        assert isinstance(pl_module, PhasedModule)
+        pl_module._thaw()
