@@ -345,11 +345,13 @@ class EarlyExitModule(PhasedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the phase and where the exits are."""
-        save_phases(checkpoint, self.network, self._clock, self._not_plain)
+        save_phases(checkpoint, self.network, self._clock, self.phase_split, self._not_plain)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the exits where they were, before their weights are loaded, and take up the phase."""
-        self._foreign_heads = load_phases(checkpoint, self.network, self._clock, fitting=self.is_fitting)
+        self._foreign_heads = load_phases(
+            checkpoint, self.network, self._clock, self.phase_split, fitting=self.is_fitting
+        )
         self._not_held = names_not_held(checkpoint)
         self.freeze_phase()
 

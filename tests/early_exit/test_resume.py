@@ -112,6 +112,20 @@ def test_another_regime_is_refused_and_changes_nothing(tmp_path: Path) -> None:
         trainer().fit(module(regime=[Phase("backbone", 2), Phase("all")]), data(), ckpt_path=tmp_path / "epoch=1.ckpt")
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"phase_split": 0.25}, "with phase_split=0.5, this module has 0.25"),
+        ({"start_phase": 1}, "with start_phase=0, this module has 1"),
+    ],
+)
+def test_other_beginnings_and_shares_of_phases_are_refused(options: Any, told: str, tmp_path: Path) -> None:
+    trainer(each_epoch(tmp_path), max_epochs=2).fit(module(), short_set())
+    with pytest.raises(ValueError, match=told):
+        trainer().fit(module(**options), short_set(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    trainer().test(module(**options), short_set(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+
+
 def test_averaged_weights_are_resumed_over_the_change_of_phases(tmp_path: Path) -> None:
     def ema() -> EMAWeightAveraging:
         return EMAWeightAveraging(decay=0.5)

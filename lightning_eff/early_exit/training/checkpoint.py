@@ -22,12 +22,18 @@ _OF_EXITS = ("network.heads.", "network.score_thresholds", "network.temperatures
 
 
 def save_phases(
-    checkpoint: dict[str, Any], network: MultiExitNetwork, clock: PhaseClock, not_plain: Sequence[str]
+    checkpoint: dict[str, Any],
+    network: MultiExitNetwork,
+    clock: PhaseClock,
+    phase_split: float,
+    not_plain: Sequence[str],
 ) -> None:
     """Write the phase, where the exits are, and what cannot be written into a checkpoint."""
     checkpoint[KEY] = {
         "version": VERSION,
         "regime": [phase.to_dict() for phase in clock.phases],
+        "start_phase": clock.start,
+        "phase_split": phase_split,
         "clock": clock.state_dict(),
         "structure": network.structure() if network.built else None,
         "policy": network.policy.name,
@@ -36,7 +42,7 @@ def save_phases(
 
 
 def load_phases(
-    checkpoint: Mapping[str, Any], network: MultiExitNetwork, clock: PhaseClock, *, fitting: bool
+    checkpoint: Mapping[str, Any], network: MultiExitNetwork, clock: PhaseClock, phase_split: float, *, fitting: bool
 ) -> str | None:
     """Put exits where they were and take up the phase; a checkpoint of other origin changes nothing.
 
@@ -44,7 +50,8 @@ def load_phases(
         checkpoint: as Lightning hands it over.
         network: built or not.
         clock: of the phases.
-        fitting: whether training goes on, for which the regime must be the same.
+        phase_split: share of the first of two phases.
+        fitting: whether training goes on, for which the regime, its start and its split must be the same.
 
     Returns:
         Why the exits are not those of the checkpoint, None if they are.
@@ -65,6 +72,12 @@ def load_phases(
             f"the checkpoint was trained in the phases {_told(saved['regime'])}, this module has {_told(regime)}: give "
             "it the same regime, or load the weights alone and begin anew, with start_phase where you want to"
         )
+    for name, own in (("start_phase", clock.start), ("phase_split", phase_split)):
+        if fitting and saved.get(name, own) != own:
+            raise ValueError(
+                f"the checkpoint was trained with {name}={saved[name]}, this module has {own}: give it the same, or "
+                "load the weights alone and begin anew"
+            )
     if regime == saved["regime"]:
         clock.load_state_dict(saved["clock"])
     if saved["structure"] is None:
