@@ -19,7 +19,7 @@ from harness import compare, machine, main, one_thread
 from torch import Tensor
 
 from lightning_eff.early_exit import MultiExitNetwork, calibrate
-from lightning_eff.early_exit.leaving import select_from_all
+from lightning_eff.early_exit.inference.leaving import select_from_all
 from lightning_eff.models import SmallResNet
 from lightning_eff.reporting import Column, Table
 
