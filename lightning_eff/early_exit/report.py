@@ -38,10 +38,12 @@ CHANGE_WEIGHTS = (PhaseEarlyStopping, StochasticWeightAveraging, WeightAveraging
 class ThresholdCalibration(Callback):
     """Set the thresholds of an :class:`EarlyExitModule` at the end of a fit, on its validation data.
 
-    All processes end with the same thresholds. Checkpoints that were written before the end of the fit hold the
-    thresholds of then: where a test or prediction begins with all exits disabled, thresholds are looked for once more,
-    on the validation data of the fit before or of the datamodule. Samples that a sampler repeats, to give all processes
-    equally many, count as often. Put it behind callbacks that change weights at the end of training.
+    All processes end with the same thresholds. Checkpoints that are written during the fit, by ``ModelCheckpoint`` too,
+    hold the thresholds from before it: give ``dirpath`` for one that holds what was found. Where a test or prediction
+    begins with all exits disabled or with the thresholds from before the fit, thresholds are looked for once more, on
+    the validation data of the fit before or of the datamodule; others are left as somebody has set them. Samples that a
+    sampler repeats, to give all processes equally many, count as often. Put it behind callbacks that change weights at
+    the end of training.
 
     Args:
         budget: mean cost of a sample, as a fraction of the plain backbone's, > 0.
@@ -50,6 +52,8 @@ class ThresholdCalibration(Callback):
         method: see :func:`~lightning_eff.early_exit.calibrate`.
         temperature: whether a temperature is fitted for each output first, on the same data.
         min_exit_samples: an exit takes none or at least that many samples, >= 0.
+        dirpath: where ``calibrated.ckpt`` is written at the end of a fit, final weights and thresholds without the
+            state of the training, for ``load_from_checkpoint``; None writes nothing.
 
     Attributes:
         calibration: what was found, None before.
@@ -68,55 +72,64 @@ class ThresholdCalibration(Callback):
         method: Method = "lagrangian",
         temperature: bool = False,
         min_exit_samples: int = 0,
+        dirpath: str | Path | None = None,
     ) -> None:
         check_goal(budget, target_accuracy, max_drop)
         check_method(method, min_exit_samples)
         self.goal = {"budget": budget, "target_accuracy": target_accuracy, "max_drop": max_drop}
         self.method, self.temperature, self.min_exit_samples = method, temperature, min_exit_samples
+        self.dirpath = None if dirpath is None else Path(dirpath)
         self.calibration: Calibration | None = None
+        self._before: list[float] | None = None  # thresholds, as scores, from before the fit
         self._loaders: Loaders = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what could not be calibrated, before training."""
-        exits_of(pl_module, type(self).__name__)
+        module = exits_of(pl_module, type(self).__name__)
         if not has_validation(trainer):
             raise ValueError(
                 f"{type(self).__name__} needs validation data: give the trainer a validation loader, and no "
                 "limit_val_batches=0"
             )
         _must_be_last(trainer, self, CHANGE_WEIGHTS)
+        self.calibration, self._before = None, module.network.score_thresholds.tolist()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find and set thresholds."""
         self._loaders = loaders_of(trainer, "val")
         self._calibrate(trainer, exits_of(pl_module, type(self).__name__))
+        if self.dirpath is not None:
+            trainer.save_checkpoint(self.dirpath / "calibrated.ckpt", weights_only=True)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find thresholds where the weights came without any."""
+        """Find thresholds where the weights came without any, or with those from before the fit."""
         module = exits_of(pl_module, type(self).__name__)
-        own = None if self.calibration is None else torch.tensor(self.calibration.thresholds)
-        now = module.network.score_thresholds.cpu()
-        if bool((now < math.inf).any()) or (own is not None and torch.equal(own, now)):
+        now = module.network.score_thresholds.tolist()
+        found = self.calibration is not None and now == torch.tensor(self.calibration.thresholds).tolist()
+        if found or (min(now, default=math.inf) < math.inf and now != self._before):
             return
         self._loaders = self._loaders or loaders_of(trainer, "val")
         if self._loaders:
             self._calibrate(trainer, module)
         else:
             rank_zero_warn(
-                f"all exits are disabled and {type(self).__name__} has no validation data to calibrate them on: fit "
-                "before, give a datamodule, or test a checkpoint that was saved after the fit"
+                f"all exits are disabled, or as they were before the fit, and {type(self).__name__} has no validation "
+                "data to calibrate them on: fit before, give a datamodule, or test a checkpoint that was saved after "
+                "the fit"
             )
 
     on_predict_start = on_test_start
 
     def state_dict(self) -> dict[str, Any]:
         """What was found, plain Python."""
-        return {"calibration": None if self.calibration is None else self.calibration.to_dict()}
+        found = None if self.calibration is None else self.calibration.to_dict()
+        return {"calibration": found, "before": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote."""
         found = state_dict["calibration"]
         self.calibration = None if found is None else Calibration.from_dict(found)
+        self._before = state_dict.get("before")
 
     def _calibrate(self, trainer: Trainer, module: EarlyExitModule) -> None:
         network = module.network

@@ -238,7 +238,7 @@ def test_results_travel_in_checkpoints(tmp_path: Path) -> None:
     other = ThresholdCalibration(budget=0.7)
     other.load_state_dict(saved)
     assert other.calibration == callback.calibration
-    again = EarlyExitModule.load_from_checkpoint(tmp_path / "end.ckpt", backbone=SmallCNN(width=4))
+    again = EarlyExitModule.load_from_checkpoint(tmp_path / "end.ckpt", backbone=SmallCNN(width=4), optimizer=FAST)
     assert again.network.thresholds == net.network.thresholds
 
 
@@ -254,6 +254,31 @@ def test_weights_that_come_without_thresholds_are_calibrated_before_the_test(tmp
     assert callback.calibration.exit_rate == tuple((left_at == k).sum().item() / 32 for k in range(3))
     assert net.network.thresholds != at_the_end
     assert run.callback_metrics["test/exit_rate0"] + run.callback_metrics["test/exit_rate1"] > 0
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_thresholds_from_before_the_fit_are_calibrated_before_the_test_too(again: bool, tmp_path: Path) -> None:
+    net, callback = joint(thresholds=0.9), ThresholdCalibration(budget=0.7)
+    run = trainer(callback, ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1), max_epochs=2)
+    run.fit(net, data())
+    if not again:
+        net, callback = joint(), ThresholdCalibration(budget=0.7)
+        run = quick(callback)
+    run.test(net, data(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert callback.calibration is not None
+    assert net.network.score_thresholds.tolist() == pytest.approx(callback.calibration.thresholds)
+    assert net.network.thresholds != pytest.approx([0.9, 0.9])
+
+
+def test_a_checkpoint_with_the_thresholds_found_is_written_at_the_end(tmp_path: Path) -> None:
+    net, callback = joint(), ThresholdCalibration(budget=0.7, dirpath=tmp_path / "run")
+    quick(callback, ModelCheckpoint(tmp_path)).fit(net, fixed_loader(), fixed_loader())
+    path = tmp_path / "run" / "calibrated.ckpt"
+    assert "optimizer_states" not in torch.load(path, weights_only=True)
+    loaded = EarlyExitModule.load_from_checkpoint(path, backbone=backbone(), optimizer=FAST)
+    assert callback.calibration is not None
+    assert loaded.network.score_thresholds.tolist() == list(callback.calibration.thresholds)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in state(net).items())
 
 
 def test_a_test_calibrates_on_the_validation_data_of_its_datamodule() -> None:
