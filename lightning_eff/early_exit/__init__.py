@@ -21,6 +21,7 @@ from lightning_eff.early_exit.inference.leaving import ExitOutput, Rule, select_
 from lightning_eff.early_exit.inference.policies import Custom, Entropy, Margin, MaxProb, Patience, Policy
 from lightning_eff.early_exit.module import EarlyExitModule
 from lightning_eff.early_exit.network import MultiExitNetwork
+from lightning_eff.early_exit.options import NetworkOptions
 from lightning_eff.early_exit.report import ExitReport, ThresholdCalibration
 from lightning_eff.early_exit.training.losses import ExitLosses
 from lightning_eff.early_exit.training.phases import Phase
@@ -41,6 +42,7 @@ __all__ = [
     "Margin",
     "MaxProb",
     "MultiExitNetwork",
+    "NetworkOptions",
     "Patience",
     "Phase",
     "PhaseEarlyStopping",

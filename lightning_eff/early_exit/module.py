@@ -21,6 +21,7 @@ from lightning_eff.early_exit.evaluation.curve import CurveResult
 from lightning_eff.early_exit.inference.leaving import ExitOutput, select_from_all
 from lightning_eff.early_exit.inference.policies import Policy, ScoreFunction
 from lightning_eff.early_exit.network import MultiExitNetwork
+from lightning_eff.early_exit.options import NetworkOptions
 from lightning_eff.early_exit.training.checkpoint import (
     load_phases,
     names_not_held,
@@ -74,6 +75,7 @@ class EarlyExitModule(PhasedModule):
         cost: ``"flops"``, ``"latency"``, or a list of the costs of the ``K`` outputs, each > 0, the last being the
             backbone's.
         engine: how ``predict`` stops, see :class:`MultiExitNetwork`.
+        network_options: rarely needed, what of the backbone's output is the logits for example.
         example_input: a batch of inputs; None takes the first batch of the trainer's data.
 
     Attributes:
@@ -103,11 +105,23 @@ class EarlyExitModule(PhasedModule):
         budgets: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
         cost: Literal["flops", "latency"] | list[float] = "flops",
         engine: Literal["auto", "hooks", "staged", "off"] = "auto",
+        network_options: NetworkOptions = NetworkOptions(),  # noqa: B008 (frozen)
         example_input: Any = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        # hyperparameters of a checkpoint come as a dict
+        options = NetworkOptions(**network_options) if isinstance(network_options, Mapping) else network_options
         network = MultiExitNetwork(
-            backbone, exits, num_classes, head=head, policy=policy, thresholds=thresholds, engine=engine
+            backbone,
+            exits,
+            num_classes,
+            head=head,
+            policy=policy,
+            thresholds=thresholds,
+            engine=engine,
+            clone_features=options.clone_features,
+            compact_min_fraction=options.compact_min_fraction,
+            output_fn=options.output_fn,
         )
         super().__init__(network, phases_from(regime), phase_split, start_phase, optimizer, lr_scheduler)
         self.save_hyperparameters(ignore=list(given))
@@ -122,7 +136,6 @@ class EarlyExitModule(PhasedModule):
                 self._not_plain.remove("optimizer")  # the default
         if not all(budget > 0 for budget in budgets):
             raise ValueError(f"expected budgets > 0, got {list(budgets)}")
-        # hyperparameters of a checkpoint come as a dict
         self.losses = ExitLosses(**losses) if isinstance(losses, Mapping) else losses
         network.gradient_scaling = self.losses.gradient_scaling
         self.criterion = self.losses.criterion  # a submodule, so that it moves between devices

@@ -22,6 +22,7 @@ from lightning_eff.batch import BatchKeys
 from lightning_eff.early_exit.attaching.costs import ExitCosts
 from lightning_eff.early_exit.evaluation.curve import EarlyExitCurve
 from lightning_eff.early_exit.module import EarlyExitModule
+from lightning_eff.early_exit.options import NetworkOptions
 from lightning_eff.early_exit.training.in_trainer import first_batch
 from lightning_eff.early_exit.training.losses import ExitLosses
 from lightning_eff.early_exit.training.phases import Phase
@@ -373,6 +374,31 @@ def test_costs_may_be_given_or_measured_in_time() -> None:
     assert timed.network.costs.unit == "s"
     trainer(max_epochs=1).fit(timed, data())
     assert isinstance(timed.network.costs, ExitCosts)
+
+
+def test_rare_options_reach_the_network_and_its_checkpoints(tmp_path: Path) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = backbone()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"input": x, "answer": self.inner(x)}
+
+    def answer(output: dict[str, Tensor]) -> Tensor:
+        return output["answer"]
+
+    exits = [f"inner.{name}" for name in EXITS]
+    options = NetworkOptions(clone_features=True, compact_min_fraction=0.25, output_fn=answer)
+    net = module(backbone=Wrapped(), exits=exits, regime="joint", network_options=options)
+    running = trainer(max_epochs=1)
+    running.fit(net, data())
+    running.save_checkpoint(tmp_path / "last.ckpt")
+    assert net.network._clone == {0, 1}
+    with pytest.warns(UserWarning, match="^network_options.output_fn: not plain data"):
+        loaded = EarlyExitModule.load_from_checkpoint(tmp_path / "last.ckpt", backbone=Wrapped())
+    assert net.network.compact_min_fraction == loaded.network.compact_min_fraction == 0.25
+    assert loaded.network._clone == {0, 1}
 
 
 def test_costs_that_cannot_be_are_told_and_not_passed_over() -> None:

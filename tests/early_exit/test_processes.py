@@ -197,6 +197,26 @@ def test_short_names_and_options_of_the_shell(at_home: Path) -> None:
     assert loaded.losses.distill == "last"
 
 
+def test_rare_options_of_the_network_are_at_hand_in_yaml(at_home: Path) -> None:
+    config = {
+        "trainer": {"fast_dev_run": True, "accelerator": "cpu", "enable_progress_bar": False},
+        "model": {
+            "class_path": "EarlyExitModule",
+            "init_args": {
+                "backbone": {"class_path": "SmallCNN"},
+                "exits": ["layers.pool2"],
+                "num_classes": 10,
+                "regime": "joint",
+                "network_options": {"clone_features": True, "compact_min_fraction": 0.5, "output_fn": "torch.neg"},
+            },
+        },
+        "data": {"class_path": "DigitsDataModule"},
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    network = cli.main(["fit", "--config", "run.yaml"]).model.network
+    assert (network._clone, network.compact_min_fraction, network.output_of) == ({0}, 0.5, torch.neg)
+
+
 @pytest.mark.parametrize(
     "exits",
     [

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_eff.early_exit.attaching.heads import Head
 from lightning_eff.early_exit.inference.policies import Policy, policy_from
 from lightning_eff.early_exit.network import MultiExitNetwork
+from lightning_eff.early_exit.options import NetworkOptions
 from lightning_eff.early_exit.training.losses import ExitLosses
 from lightning_eff.early_exit.training.phases import Phase, PhaseClock
 
@@ -138,8 +139,8 @@ def without_foreign_heads(
 def plain_hyperparameters(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What can be written as plain Python of the arguments of a module, and the names of the rest.
 
-    Objects that are made of plain parts (losses, phases, kinds of heads, policies) become dicts and names, which the
-    module takes as well. Parts that are left out of them have names with dots, ``losses.criterion``.
+    Objects that are made of plain parts (losses, phases, options, kinds of heads, policies) become dicts and names,
+    which the module takes as well. Parts that are left out of them have names with dots, ``losses.criterion``.
     """
     plain: dict[str, Any] = {}
     rest: list[str] = []
@@ -158,7 +159,7 @@ def _plain(value: Any, name: str, rest: list[str]) -> Any:
         return {str(key): _plain(item, f"{name}.{key}", rest) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{name}.{i}", rest) for i, item in enumerate(value)]
-    if isinstance(value, Phase | ExitLosses):
+    if isinstance(value, Phase | ExitLosses | NetworkOptions):
         plain, parts = plain_hyperparameters({field.name: getattr(value, field.name) for field in fields(value)})
         rest += [f"{name}.{part}" for part in parts]
         return plain

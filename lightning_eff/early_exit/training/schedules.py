@@ -22,6 +22,7 @@ Schedule = dict | Callable[[Optimizer], Any]  # type: ignore[type-arg]
 * a callable ``optimizer -> scheduler``, for example ``partial(CosineAnnealingLR, T_max=None)``,
 * a Lightning configuration ``{"scheduler": one of these, "interval": "step", ...}``, or a callable that returns one.
 
+In Python the last name of a ``class_path`` in ``torch.optim.lr_scheduler`` is enough, YAML needs all of it.
 ``T_max``, ``total_iters`` and ``total_steps`` that are None become the length of the phase.
 """
 
