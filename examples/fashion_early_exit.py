@@ -4,8 +4,8 @@ A residual network of 15 MFLOP gets exits behind three of its four stages and is
 the same number of epochs in all. Tables: accuracy of every output, accuracy at a budget, calibrated thresholds on
 held-out data, and the time of real predictions.
 
-Run: python examples/fashion_early_exit.py                    (about 12 minutes on one core)
-     python examples/fashion_early_exit.py --epochs 2 --fast  (a minute: few images, to see that it works)
+Run: python examples/fashion_early_exit.py                    (about 13 minutes on one core)
+     python examples/fashion_early_exit.py --epochs 2 --fast  (half a minute: few images, to see that it works)
 """
 
 from __future__ import annotations
