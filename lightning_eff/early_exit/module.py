@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_eff.batch import SplitBatch, batch_size, call_model
@@ -168,6 +168,7 @@ class EarlyExitModule(PhasedModule):
     def _build(self, example: Any) -> None:
         network, given = self.network, self.network.costs if isinstance(self.cost, list) else None
         network.build(example)
+        rank_zero_info(network.summary())
         if given is not None:
             network.costs = given
         elif self.cost == "latency":

@@ -30,6 +30,7 @@ from lightning_eff.early_exit.inference.evaluation_mode import Evaluation
 from lightning_eff.early_exit.inference.hooks import Collect, Compact, LastExit, Tape, place, running
 from lightning_eff.early_exit.inference.leaving import AllLeft, ExitOutput, Leaving, Rule, select_from_all
 from lightning_eff.early_exit.inference.policies import Policy, ScoreFunction, policy_from
+from lightning_eff.reporting import human
 
 ENGINES = ("auto", "hooks", "staged", "off")
 log = logging.getLogger(__name__)
@@ -209,6 +210,16 @@ class MultiExitNetwork(nn.Module):
         self._handles, self._structure, self._stages, self.exits = [], {}, None, ()
         self.heads = nn.ModuleList()
         return self.backbone
+
+    def summary(self) -> str:
+        """Return one line: layers, shapes and costs of the exits, parameters of the heads, engine and why."""
+        self._need_built()
+        told = [f"{one['name']} {tuple(one['shape'])}" for one in self._structure["exits"]]
+        if self._costs is not None:
+            told = [f"{one} at {share:.0%}" for one, share in zip(told, self._costs.fractions(), strict=False)]
+        weights = human(sum(p.numel() for p in self.heads.parameters()), "parameters")
+        why = f" (with hooks {self.checked.problem})" if self.checked is not None and self.checked.problem else ""
+        return f"{self.num_exits} exits: {', '.join(told)} of the cost; heads {weights}; engine {self.engine}{why}"
 
     # Thresholds and costs
 

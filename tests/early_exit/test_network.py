@@ -800,3 +800,8 @@ def test_an_example_of_equal_samples_hides_no_mixing_of_samples(example):
 def test_fraction_of_deferred_copies_is_checked(fraction):
     with pytest.raises(ValueError, match=r"compact_min_fraction to lie in \[0, 1\]"):
         small(compact_min_fraction=fraction)
+
+
+def test_summary_tells_where_exits_are_what_they_cost_and_how_samples_leave():
+    line = small().summary()
+    assert line == "2 exits: 1 (8,) at 36%, 3 (8,) at 88% of the cost; heads 90 parameters; engine hooks"
