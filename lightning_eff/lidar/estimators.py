@@ -31,10 +31,14 @@ EstimatorName = Literal[
     "regression", "stratified", "unbiased_kernel", "permutation", "exact", "leave_one_out", "official", "gap"
 ]
 
-# Rows of a regression per unknown, from measurements on real and synthetic frames: with fewer, a frame is better pooled
-# with others; a frame with more is better off with singles first; pooled frames with more together with the kernel's
-# sizes.
-_ROWS_ALONE, _ROWS_SINGLES, _ROWS_KERNEL = 2, 4, 6
+# Rows of a regression per unknown, from measurements on real and synthetic frames. With fewer, a frame is better pooled
+# with others.
+_ROWS_ALONE = 2
+# With more, a frame is better off with single lines first. They stretch the values by some percent, which falls with the
+# rows and does not average out: the second number holds for more than a few frames.
+_ROWS_SINGLES, _ROWS_SINGLES_MANY, _FEW_FRAMES = 4, 10, 8
+# With more in all, pooled frames are better off with sizes drawn by the Shapley kernel.
+_ROWS_KERNEL = 6
 
 
 @dataclass(frozen=True)
@@ -120,15 +124,16 @@ class EstimationOptions:
         return named.get(self.estimator)
 
 
-def regression_alone(n: int, evaluations: int) -> RegressionShapley:
-    """The regression for a frame with `n` lines that is solved alone.
+def regression_alone(n: int, evaluations: int, n_frames: int) -> RegressionShapley:
+    """The regression for a frame with `n` lines, one of `n_frames`, that is solved alone.
 
     Single lines come first unless rows are few, or so many that sizes taken in turn reach all single lines too; those
     draw without replacement.
     """
     regression = RegressionShapley(evaluations)
     units = (evaluations - 2) // regression.unit_cost
-    if _ROWS_SINGLES * regression.least_units(n) <= units < n**2 / 2:
+    rows = _ROWS_SINGLES if n_frames <= _FEW_FRAMES else _ROWS_SINGLES_MANY
+    if rows * regression.least_units(n) <= units < n**2 / 2:
         return SinglesFirstRegression(evaluations)
     return regression
 

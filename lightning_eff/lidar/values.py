@@ -130,6 +130,7 @@ class LineEstimation:
     ) -> None:
         self.lines, self.options, self.metric = list(lines), options or EstimationOptions(), metric
         self.records: dict[FrameId, FrameRecord] = {}
+        self._n_frames = n_frames
         self.budget = self.options.evaluations(n_frames)
         self.estimator = estimator = self.options.build(self.budget)
         n = len(self.lines)
@@ -221,6 +222,7 @@ class LineEstimation:
             "metric": self.metric,
             "estimator": named,
             "budget": self.budget,
+            "frames": self._n_frames,
             "rounds": self.options.rounds,
             "control_variate": self.controlled,
             "seed": self.options.seed,
@@ -252,7 +254,7 @@ class LineEstimation:
 
     def _estimator(self, players: int) -> ShapleyEstimator | None:
         if self.options.estimator == "regression" and not self.pooled:
-            return regression_alone(players, self.budget)
+            return regression_alone(players, self.budget, self._n_frames)
         return self.estimator
 
     def _record(self, game: FrameGame) -> FrameRecord:

@@ -165,8 +165,12 @@ def test_error_bars_hold_what_they_promise() -> None:
 
 
 def test_single_lines_come_first_where_the_budget_is_neither_small_nor_large() -> None:
-    single = [isinstance(regression_alone(46, budget), SinglesFirstRegression) for budget in (300, 600, 1200, 2400)]
-    assert single == [False, True, True, False]
+    def single(n_frames: int) -> list[bool]:
+        chosen = [regression_alone(46, budget, n_frames) for budget in (300, 600, 1200, 2400)]
+        return [isinstance(estimator, SinglesFirstRegression) for estimator in chosen]
+
+    assert single(8) == [False, True, True, False]
+    assert single(9) == [False, False, True, False]
     units = SinglesFirstRegression().sequence(46, 0, 0).take(500)
     assert torch.equal(units[:46], torch.eye(46, dtype=torch.bool))
     assert 2 <= int(units[46:].sum(1).min()) <= int(units[46:].sum(1).max()) <= 23
