@@ -34,8 +34,8 @@ EstimatorName = Literal[
 # Rows of a regression per unknown, from measurements on real and synthetic frames. With fewer, a frame is better pooled
 # with others.
 _ROWS_ALONE = 2
-# With more, a frame is better off with single lines first. They stretch the values by some percent, which falls with the
-# rows and does not average out: the second number holds for more than a few frames.
+# With more, a frame is better off with single lines first. They stretch the values by some percent, which falls with
+# the rows and does not average out: the second number holds for more than a few frames.
 _ROWS_SINGLES, _ROWS_SINGLES_MANY, _FEW_FRAMES = 4, 10, 8
 # With more in all, pooled frames are better off with sizes drawn by the Shapley kernel.
 _ROWS_KERNEL = 6
