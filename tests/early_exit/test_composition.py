@@ -128,9 +128,22 @@ def test_one_batch_of_everything_runs() -> None:
     )
 
 
-def test_gradients_are_clipped_and_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    running = trainer(gradient_clip_val=1.0, enable_progress_bar=True, max_epochs=2)
-    running.fit(module(), data())
+def test_gradients_of_every_phase_are_clipped() -> None:
+    class Norms(pl.Callback):
+        of_phase: dict[str, list[float]] = {}
+
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            grads = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+            norm = nn.utils.get_total_norm(grads).item()
+            self.of_phase.setdefault(pl_module.phase.train, []).append(norm)
+
+    norms = Norms()
+    trainer(norms, gradient_clip_val=0.01, max_epochs=2).fit(module(regime="disjoint"), data())
+    assert norms.of_phase == {part: pytest.approx([0.01] * 3, rel=1e-3) for part in ("backbone", "heads")}
+
+
+def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(enable_progress_bar=True, max_epochs=2).fit(module(), data())
     shown = capsys.readouterr()
     assert "val/accuracy@50" in shown.out + shown.err
 
