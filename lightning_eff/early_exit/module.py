@@ -271,6 +271,22 @@ class EarlyExitModule(PhasedModule):
 
     # Validation, test, prediction
 
+    def on_test_start(self) -> None:
+        """Tell what would surprise."""
+        self._tell_of_idle_exits()
+
+    def on_predict_start(self) -> None:
+        """Tell what would surprise."""
+        self._tell_of_idle_exits()
+
+    def _tell_of_idle_exits(self) -> None:
+        network = self.network
+        if not any(map(network.rule.enabled, range(network.num_exits))):
+            rank_zero_info(
+                "All exits are disabled, no sample leaves early: set thresholds, or let ThresholdCalibration find "
+                "them. Checkpoints of before the end of a fit hold none, ThresholdCalibration(dirpath=...) writes one"
+            )
+
     def on_validation_epoch_start(self) -> None:
         """Begin to collect."""
         self._begin_pass()
@@ -367,6 +383,11 @@ class EarlyExitModule(PhasedModule):
             checkpoint, self.network, self._clock, self.phase_split, fitting=self.is_fitting
         )
         self._not_held = names_not_held(checkpoint)
+        if self.phase.train == "backbone" and not (self.is_last_phase or self.is_fitting):
+            rank_zero_warn(
+                f"the checkpoint is of phase {self.phase_index + 1} of {len(self.phases)}, which trains the backbone "
+                "alone: its heads are not trained"
+            )
         self.freeze_phase()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

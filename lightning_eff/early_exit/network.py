@@ -17,13 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.batch import SplitBatch, batch_size
+from lightning_eff.batch import SplitBatch, batch_size, call_model
 from lightning_eff.early_exit.attaching.attachment import Engine, attach, given_inputs, hooks_from_dict
 from lightning_eff.early_exit.attaching.costs import ExitCosts, exit_costs
 from lightning_eff.early_exit.attaching.features import feature_of
 from lightning_eff.early_exit.attaching.heads import Head, HeadBuilder, head_from
 from lightning_eff.early_exit.attaching.placement import Exits, named_exits, number_of_exits
-from lightning_eff.early_exit.attaching.probe import probe
+from lightning_eff.early_exit.attaching.probe import probe, samples
 from lightning_eff.early_exit.attaching.self_check import SelfCheck, check_exits
 from lightning_eff.early_exit.calibration import Calibration
 from lightning_eff.early_exit.inference.evaluation_mode import Evaluation
@@ -31,6 +31,7 @@ from lightning_eff.early_exit.inference.hooks import Collect, Compact, LastExit,
 from lightning_eff.early_exit.inference.leaving import AllLeft, ExitOutput, Leaving, Rule, select_from_all
 from lightning_eff.early_exit.inference.policies import Policy, ScoreFunction, policy_from
 from lightning_eff.reporting import human
+from lightning_eff.surgery.state import quiet_model
 
 ENGINES = ("auto", "hooks", "staged", "off")
 log = logging.getLogger(__name__)
@@ -164,6 +165,7 @@ class MultiExitNetwork(nn.Module):
         )
         self._attach(attached.structure)
         self.checked, self._stages = attached.checked, attached.stages
+        self._check_heads(example_input)
         try:
             self.measure_costs(example_input)
         except ValueError as error:
@@ -412,6 +414,17 @@ class MultiExitNetwork(nn.Module):
     def _classify(self, index: int, feature: Tensor) -> Tensor:
         logits: Tensor = self.heads[index](feature)
         return logits
+
+    def _check_heads(self, example_input: Any) -> None:
+        with quiet_model(self), torch.no_grad():
+            shapes = [tuple(logits.shape) for logits in call_model(self, samples(example_input, 2))]
+        for layer, shape in zip(self.exits, shapes, strict=False):
+            if shape != (2, self.num_classes):
+                self.remove()
+                raise ValueError(
+                    f"the head on {layer!r} returned {shape} for a batch of two, expected (2, {self.num_classes}), one "
+                    "logit a class"
+                )
 
     def _need_built(self) -> None:
         if not self._structure:

@@ -72,11 +72,18 @@ def assert_answers_are_those_of_the_full_network(network: MultiExitNetwork, inpu
 # Attaching
 
 
+class FixedHead(nn.Module):
+    """A head that draws no random weights."""
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return feature[:, :CLASSES]
+
+
 def test_backbone_keeps_identity_keys_and_values():
     backbone = chain()
     before = copy.deepcopy(backbone.state_dict())
     generator = torch.random.get_rng_state()
-    network = MultiExitNetwork(backbone, ["1", "3"], CLASSES, head=lambda shape, classes: nn.Identity())
+    network = MultiExitNetwork(backbone, ["1", "3"], CLASSES, head=lambda shape, classes: FixedHead())
     network.build(INPUTS)
     assert network.backbone is backbone
     assert torch.equal(torch.random.get_rng_state(), generator)
@@ -805,3 +812,8 @@ def test_fraction_of_deferred_copies_is_checked(fraction):
 def test_summary_tells_where_exits_are_what_they_cost_and_how_samples_leave():
     line = small().summary()
     assert line == "2 exits: 1 (8,) at 36%, 3 (8,) at 88% of the cost; heads 90 parameters; engine hooks"
+
+
+def test_a_head_of_another_width_than_the_classes_is_refused():
+    with pytest.raises(ValueError, match=r"the head on '1' returned \(2, 8\) for a batch of two, expected \(2, 5\)"):
+        small(head=lambda shape, classes: nn.Flatten())

@@ -123,7 +123,8 @@ def test_other_beginnings_and_shares_of_phases_are_refused(options: Any, told: s
     trainer(each_epoch(tmp_path), max_epochs=2).fit(module(), short_set())
     with pytest.raises(ValueError, match=told):
         trainer().fit(module(**options), short_set(), ckpt_path=tmp_path / "epoch=0.ckpt")
-    trainer().test(module(**options), short_set(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    with pytest.warns(UserWarning, match="of phase 1 of 2, which trains the backbone alone: its heads are not trained"):
+        trainer().test(module(**options), short_set(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
 
 
 def test_averaged_weights_are_resumed_over_the_change_of_phases(tmp_path: Path) -> None:

@@ -70,6 +70,10 @@ def export_early_exit(
         ValueError: another ending or mode; as :class:`CutError`, the backbone cannot be exported at all.
         RuntimeError: what was written answers otherwise than the network.
     """
+    if not hasattr(network, "stages"):
+        raise TypeError(
+            f"expected a MultiExitNetwork, got {type(network).__name__}; of an EarlyExitModule, its .network"
+        )
     path = Path(path)
     endings = {"single": ".pt2", "stages": ".zip"}
     if mode not in endings:

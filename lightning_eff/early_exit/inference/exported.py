@@ -36,13 +36,15 @@ def load_early_exit(path: str | Path) -> ExportedNetwork:
     Raises:
         ValueError: the file holds something else.
     """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"expected a file that export_early_exit has written, got {path}: it is no archive")
     with zipfile.ZipFile(path) as archive:
         if MANIFEST in archive.namelist():
             return _InStages(json.loads(archive.read(MANIFEST)), archive)
+        if not any(name.endswith(MANIFEST) for name in archive.namelist()):  # a checkpoint, another program
+            raise ValueError(f"expected a file that export_early_exit has written, got {path}: it has no {MANIFEST}")
     extra = {MANIFEST: ""}
     program = torch.export.load(path, extra_files=extra)
-    if not extra[MANIFEST]:
-        raise ValueError(f"expected a file that export_early_exit has written, got {path}: it has no {MANIFEST}")
     return _InOne(json.loads(extra[MANIFEST]), program)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -121,6 +121,12 @@ def check_trainer(
             late = ", ".join(repr(phase.train) for phase in phases if phase.train != "backbone") or "none here"
             raise ValueError(
                 f"{type(callback).__name__} monitors {monitored!r}, which is logged in phases that train heads "
-                f'({late}) and not in phase "backbone": monitor "val/accuracy_final" or "val/loss", or train the '
-                "phases one after the other with start_phase"
+                f'({late}) and not in phase "backbone": keep the last weights, ModelCheckpoint(save_last=True), or '
+                "train the phases in fits of their own with start_phase"
+            )
+        if early and len(early) < len(phases) and monitored is not None and isinstance(callback, ModelCheckpoint):
+            rank_zero_warn(
+                f"ModelCheckpoint monitors {monitored!r} over phases whose numbers mean different things: the best may "
+                "be weights whose heads were never trained. Keep the last ones (save_last=True), or train the phases "
+                "in fits of their own with start_phase"
             )
