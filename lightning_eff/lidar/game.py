@@ -275,8 +275,19 @@ class FrameGame:
         options = self._completion.options
         depth = torch.where(depth > 0, depth, options.min_depth)
         if callable(options.metric):
-            return options.metric(depth, self._truth.expand_as(depth)).detach().double()
+            return self._checked(options.metric(depth, self._truth.expand_as(depth)), len(depth))
         return _ERRORS[options.metric](depth, self._truth)
+
+    def _checked(self, found: Any, count: int) -> Tensor:
+        """What a callable metric returned, float64 `[count]`."""
+        metric = f"the metric {self._completion.metric!r} must return [B] finite numbers for depth [B, N], truth [B, N]"
+        if not isinstance(found, Tensor) or list(found.shape) != [count]:
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"{metric}: expected {[count]}, got {shape} for frame {self.id!r}")
+        errors = found.detach().double()
+        if not bool(errors.isfinite().all()):
+            raise ValueError(f"{metric}: got {errors.tolist()} for frame {self.id!r}")
+        return errors
 
 
 # What `metrics.depth_errors` measures, without looking for the valid pixels again in every coalition.

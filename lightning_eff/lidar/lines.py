@@ -148,7 +148,7 @@ def assign_lines(
         ring_column: by `"ring"`, the column of ring numbers.
 
     Returns:
-        Lines and, by `"laser_table"`, residuals.
+        Lines and, by `"laser_table"`, residuals. Points with a coordinate that is not finite have line 255.
 
     Raises:
         ValueError: shape of `points`, an unknown method, a number of rings other than `num_lines`, or ring numbers
@@ -161,9 +161,12 @@ def assign_lines(
         raise ValueError(f"expected points [N, 3] or more columns, got {list(points.shape)}")
     if not 1 <= num_lines <= NO_LINE:
         raise ValueError(f"expected num_lines to lie in 1 to {NO_LINE}, got {num_lines}")
+    finite = points[:, :3].isfinite().all(dim=1)
+    points = points[finite]  # an angle of NaN is near to no laser, and hides where a line begins
+    residuals = torch.full((len(points),), torch.nan)
     if method == "laser_table":
-        return _by_laser_table(points, table, max_residual)
-    if method == "scan_order":
+        lines, residuals = _by_laser_table(points, table, max_residual)
+    elif method == "scan_order":
         lines = _by_scan_order(points, num_lines)
     elif method == "ring":
         lines = _by_ring(points, num_lines, ring_column)
@@ -173,10 +176,14 @@ def assign_lines(
         lines = _by_official_bins(points, num_lines)
     else:
         raise ValueError(f"expected method to be one of {', '.join(get_args(LineMethod))}, got {method!r}")
-    return LineAssignment(lines.to(torch.uint8), torch.full((len(points),), torch.nan))
+    every_line = torch.full((len(finite),), NO_LINE, dtype=torch.uint8)
+    every_line[finite] = lines.to(torch.uint8)
+    every_residual = torch.full((len(finite),), torch.nan)
+    every_residual[finite] = residuals
+    return LineAssignment(every_line, every_residual)
 
 
-def _by_laser_table(points: Tensor, table: LaserTable, max_residual: float | None) -> LineAssignment:
+def _by_laser_table(points: Tensor, table: LaserTable, max_residual: float | None) -> tuple[Tensor, Tensor]:
     xyz = points[:, :3].float()
     angles, heights = torch.tensor(table.elevations).deg2rad(), torch.tensor(table.heights)
     nearest = torch.empty(len(xyz), dtype=torch.int64)
@@ -187,18 +194,18 @@ def _by_laser_table(points: Tensor, table: LaserTable, max_residual: float | Non
         residual, line = (torch.atan2(part[:, 2:] - heights, rho) - angles).abs().min(dim=1)
         nearest[start : start + 8192], residuals[start : start + 8192] = line, residual.rad2deg()
     lines = nearest if max_residual is None else torch.where(residuals <= max_residual, nearest, NO_LINE)
-    assignment = LineAssignment(lines.to(torch.uint8), residuals)
     share = (residuals / (table.gaps[nearest] / 2)).median().item() if len(xyz) else 0.0
-    if share > LARGE_SHARE or assignment.median_residual > LARGE_RESIDUAL:
+    half = residuals.median().item() if len(xyz) else 0.0
+    if share > LARGE_SHARE or half > LARGE_RESIDUAL:
         warnings.warn(
-            f"half of the points lie {assignment.median_residual:.3f} degrees or more from every laser of the table, "
+            f"half of the points lie {half:.3f} degrees or more from every laser of the table, "
             f"{share:.2f} of the way to where the next laser takes over: lines are probably wrong. Image cropped "
             "or from another camera than the calibration's, another sensor, or a motion-compensated scan, for which "
             "method='scan_order' works",
             LidarWarning,
             stacklevel=3,
         )
-    return assignment
+    return lines, residuals
 
 
 def _by_scan_order(points: Tensor, num_lines: int) -> Tensor:

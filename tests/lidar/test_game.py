@@ -275,6 +275,21 @@ def test_an_error_of_ones_own_can_be_played_for() -> None:
     assert Completion(PullPushCompletion(), CompletionOptions(metric=worst)).metric == "worst"
 
 
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [
+        (lambda depth, truth: (depth - truth).abs().mean(), r"expected \[3\], got \[\] for frame 'a'"),
+        (lambda depth, truth: (depth - truth).abs(), r"expected \[3\], got \[3, \d+\] for frame 'a'"),
+        (lambda depth, truth: 1.0, r"expected \[3\], got float for frame 'a'"),
+        (lambda depth, truth: (depth - truth).mean(1).abs().neg().sqrt(), r"got \[nan, nan, nan\] for frame 'a'"),
+    ],
+)
+def test_a_callable_metric_must_return_a_finite_number_for_every_coalition(metric: object, told: str) -> None:
+    game = game_of(toy_frame("a"), metric=metric, coalition_batch=3)
+    with pytest.raises(ValueError, match=r"must return \[B\] finite numbers for depth \[B, N\], truth.*" + told):
+        game.errors(some_coalitions(count=3))
+
+
 def test_truth_counts_above_a_least_depth() -> None:
     frame = toy_frame("a")
     frame.gt[0, :, :12] = 0.05

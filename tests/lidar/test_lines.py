@@ -29,6 +29,17 @@ def scan(request, kitti):
     return read_velodyne(kitti / f"{request.param}.bin")
 
 
+@pytest.mark.parametrize("method", ["laser_table", "elevation", "scan_order", "official", "ring"])
+def test_points_that_are_not_finite_have_no_line_and_leave_the_others_alone(method, noisy):
+    points, lines = noisy
+    points = torch.cat([points[:, :3], torch.zeros(len(points), 1), 63.0 - lines[:, None]], dim=1)
+    begins = 1 + int((lines.diff() != 0).nonzero()[0])  # where a new line begins, two are inserted
+    broken = torch.tensor([[torch.nan, 1, 1, 0, 0], [1, 1, torch.inf, 0, 0]])
+    found = assign_lines(torch.cat([points[:begins], broken, points[begins:]]), method).lines
+    assert found[begins : begins + 2].tolist() == [255, 255]
+    assert torch.equal(torch.cat([found[:begins], found[begins + 2 :]]), assign_lines(points, method).lines)
+
+
 @pytest.mark.parametrize("method", ["scan_order", "laser_table"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_line_of_a_synthetic_scan_is_found(method, seed):
