@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_eff.lidar.frames import Frame
+from lightning_eff.lidar.frames import Frame, LinePixels
 from lightning_eff.lidar.game import Completion, FrameGame
 from lightning_eff.lidar.metrics import DEVKIT, depth_errors
 from lightning_eff.lidar.records import FrameId
@@ -61,10 +61,11 @@ def measure_sets(
         `QUANTITIES` of every set, float64 `[S, 5]`, and the number of forwards; None without valid ground truth.
 
     Raises:
-        ValueError: depth that is not finite; the message names the frame and the lines.
+        ValueError: depth that is not finite, the message names the frame and the lines; lines that the sensor has not.
     """
     if not completion.options.has_truth(frame):
         return None
+    LinePixels.count([frame], num_lines)  # refuses lines beyond the sensor's, which no set could hold
     game = FrameGame(frame, range(num_lines), completion)
     kept = torch.zeros(len(sets), num_lines, dtype=torch.bool)
     for row, lines in zip(kept, sets, strict=True):
@@ -112,7 +113,8 @@ def complete(completion: Completion, rgb: Tensor, sparse: Tensor) -> Tensor:
     """
     device = completion.device(sparse.device)
     with quiet_model(completion.model), torch.no_grad(), completion.autocast(device):
-        dense = completion.forward.of_image(rgb[None].to(device))(sparse.to(device))
+        # copies: a network may write into its input, and tensors made in Lightning's inference mode refuse that here
+        dense = completion.forward.of_image(rgb[None].to(device).clone())(sparse.to(device).clone())
     return dense.float().to(sparse.device)
 
 

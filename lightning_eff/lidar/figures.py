@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 _LEFT = "#BFBFBF"  # of lines and points that go: the eye is to rest on those that stay
 _DEPTHS = "viridis"  # near is dark: it stands out
 _MARKERS = "osD^vPX<>*h"
+_UNSEEN, _NO_CANDIDATE = "not in the image", "no candidates"
+_HATCHES = {_UNSEEN: "///", _NO_CANDIDATE: "..."}
+_FAINT: dict[str, dict[str, Any]] = {
+    _UNSEEN: {"color": "#DDDDDD", "linewidth": 0.6, "linestyle": ":"},
+    _NO_CANDIDATE: {"color": "#DDDDDD", "linewidth": 0.7, "linestyle": "--"},
+}
 _WIDE = 5  # times the smallest error, beyond which errors are drawn on a logarithmic scale
 _SENSOR = 1.73  # metres above the ground, of KITTI's car
 
@@ -61,9 +67,7 @@ def draw_values(selection: LineSelection, k: int | None = None) -> Figure:
         Patch(color=KEPT, label=f"selected, k = {k} ({selection.rules.get(k, 'given')})"),
         Patch(color=_LEFT, label="others"),
     ]
-    null = _shade_others(bars, selection)
-    if null:
-        handles.append(Patch(facecolor="#EEEEEE", hatch="///", edgecolor="#CCCCCC", label="not in the image"))
+    handles += [Patch(**style) for style in _shade_others(bars, selection)]
     bars.legend(handles=handles, fontsize=8, loc="upper right", framealpha=0.9, edgecolor="none")
     for row, size in enumerate(reversed(sizes)):
         lines = selection.selected[size]
@@ -95,7 +99,7 @@ def draw_elevations(selection: LineSelection, k: int | None = None, reach: float
 
     sizes = sorted(selection.selected)
     k = sizes[0] if k is None else k
-    kept, players = set(selection.selected[k]), set(selection.lines)
+    kept, others = set(selection.selected[k]), _others(selection)
     figure, axes = new_figure(width=8.0, height=3.0)
     axis = axes[0, 0]
     for line, elevation in enumerate(selection.elevations):
@@ -104,8 +108,9 @@ def draw_elevations(selection: LineSelection, k: int | None = None, reach: float
         style: dict[str, Any] = {"color": _LEFT, "linewidth": 0.7, "zorder": 2}
         if line in kept:
             style = {"color": KEPT, "linewidth": 1.3, "zorder": 3}
-        elif line not in players:
-            style = {"color": "#DDDDDD", "linewidth": 0.6, "linestyle": ":", "zorder": 1}
+        for label, lines in others.items():
+            if line in lines and line not in kept:
+                style = {**_FAINT[label], "zorder": 1}
         axis.plot([0, end], [_SENSOR, _SENSOR + end * slope], **style)
     axis.axhline(0, color="black", linewidth=1.0)
     axis.plot(0, _SENSOR, "o", color="black", markersize=5, zorder=4, clip_on=False)
@@ -118,7 +123,7 @@ def draw_elevations(selection: LineSelection, k: int | None = None, reach: float
     handles = [
         Line2D([], [], color=KEPT, linewidth=1.3, label=f"selected, k = {k}"),
         Line2D([], [], color=_LEFT, linewidth=0.7, label="other candidates"),
-        Line2D([], [], color="#DDDDDD", linestyle=":", label="not in the image"),
+        *(Line2D([], [], label=label, **_FAINT[label]) for label, lines in others.items() if lines),
     ]
     axis.legend(handles=handles, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.02, 1.0))
     axis.grid(False)
@@ -316,12 +321,26 @@ def draw_completion(frame: Frame, sparse: Tensor, dense: Tensor, *, max_depth: f
     return figure
 
 
-def _shade_others(axis: Axes, selection: LineSelection) -> bool:
-    """Grey out the lines that are no candidates; whether there are any."""
-    others = sorted(set(range(selection.num_lines)) - set(selection.lines))
-    for line in others:
-        axis.axvspan(line - 0.5, line + 0.5, facecolor="#EEEEEE", hatch="///", edgecolor="#CCCCCC", linewidth=0)
-    return bool(others)
+def _others(selection: LineSelection) -> dict[str, list[int]]:
+    """The lines that are no candidates: those that no frame shows, and those left out though frames show them."""
+    null = set(selection.null_lines)
+    others = [line for line in range(selection.num_lines) if line not in set(selection.lines)]
+    return {
+        _UNSEEN: [line for line in others if line in null],
+        _NO_CANDIDATE: [line for line in others if line not in null],
+    }
+
+
+def _shade_others(axis: Axes, selection: LineSelection) -> list[dict[str, Any]]:
+    """Grey out the lines that are no candidates; how each kind of them there is looks in a legend."""
+    styles = []
+    for label, lines in _others(selection).items():
+        style: dict[str, Any] = {"facecolor": "#EEEEEE", "hatch": _HATCHES[label], "edgecolor": "#CCCCCC"}
+        for line in lines:
+            axis.axvspan(line - 0.5, line + 0.5, linewidth=0, **style)
+        if lines:
+            styles.append({**style, "label": label})
+    return styles
 
 
 def _elevation_note(selection: LineSelection) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from lightning_eff.reporting import Column, Table, save_figure
 VERSION = 1
 UNITS = {"rmse": "mm", "mae": "mm", "mse": "mm^2", "irmse": "1/km", "imae": "1/km"}
 
+_RANKED = ("none", "region")  # rules by which two values alone tell which line stays
 _BY_SIZE = ("selected", "rules", "scores")
 
 
@@ -134,7 +136,7 @@ class LineSelection:
         return Table("Lines to keep", ["k", "lines", "rule", "which"], rows, self.caption())
 
     def caption(self) -> str:
-        """What the values are of, and the notes."""
+        """What the values are of, how sure the lines are where no value tells it, and the notes."""
         metric = self.settings.get("metric", "rmse")
         words = [
             f"{len(self.lines)} candidates of {self.num_lines} lines; value: share of the drop in {metric} from "
@@ -143,19 +145,26 @@ class LineSelection:
         ]
         if self.partial:
             words.append("Partial: the run ended before all coalitions were evaluated.")
+        unranked = {rule for rule in self.rules.values() if rule not in _RANKED}
+        if unranked and bool((self.se > 0).any()):
+            words.append(
+                f"Lines by {'; '.join(sorted(unranked))} follow no ranking of values: errors of the values do not tell "
+                "how sure they are."
+            )
         return " ".join([*words, *self.notes])
 
     def unresolved(self, k: int) -> str | None:
         """Say so where values do not tell the lines of set k from those left out; None where they do.
 
         Two lines are told apart when their values differ by two standard errors of the difference. Compared are, for
-        the rule `region`, the two most valuable lines of every region, else the k-th and the next of all.
+        the rule `region`, the two most valuable lines of every region, for `none` the k-th and the next of all. Other
+        rules weigh distances or the network's answers too, so that no pair of values decides: None.
 
         Args:
             k: one of `selected`.
         """
         n, rule = len(self.lines), self.rules.get(k, "none")
-        if k <= 0 or k >= n or not self.rounds:
+        if k <= 0 or k >= n or not self.rounds or rule not in _RANKED:
             return None
         order = self.values.argsort(descending=True, stable=True).tolist()
         if rule == "region":
@@ -205,23 +214,26 @@ class LineSelection:
         if version != VERSION:
             raise ValueError(f"expected lines of version {VERSION}, got {version!r}: written by another version")
         entries = {name: entry for name, entry in data.items() if name != "version"}
-        for name in ("values", "se"):
-            entries[name] = torch.tensor(entries[name], dtype=torch.float64)
+        for name, unknown in (("values", math.nan), ("se", math.inf)):
+            entries[name] = _numbers(entries[name], unknown)
         entries["pixels"] = torch.tensor(entries["pixels"], dtype=torch.int64)
         for name in _BY_SIZE:
             entries[name] = dict(entries[name])
         entries["baselines"] = {name: dict(sets) for name, sets in entries["baselines"].items()}
-        entries["per_frame"] = {
-            frame: torch.tensor(values, dtype=torch.float64) for frame, values in entries["per_frame"]
-        }
-        entries["rounds"] = [Round(**one) for one in entries["rounds"]]
+        entries["per_frame"] = {frame: _numbers(values, math.nan) for frame, values in entries["per_frame"]}
+        for name in ("error_empty", "error_full"):
+            entries[name] = math.nan if entries[name] is None else entries[name]
+        entries["rounds"] = [
+            Round(**{**one, "max_se": math.inf if one["max_se"] is None else one["max_se"]})
+            for one in entries["rounds"]
+        ]
         return cls(**entries)
 
     def save(self, path: str | Path) -> Path:
-        """Write `lines.json`, or another name; folders are made. Infinite standard errors are written as `Infinity`."""
+        """Write `lines.json`, or another name; folders are made. JSON has no infinity and no NaN: null is written."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=1))
+        path.write_text(json.dumps(_strict(self.to_dict()), indent=1, allow_nan=False))
         return path
 
     @classmethod
@@ -244,7 +256,7 @@ class LineSelection:
         return [save_figure(figure, directory / f"{name}.png") for name, figure in drawn.items()]
 
     def write(self, directory: str | Path) -> list[Path]:
-        """Write `lines.json`, the tables `lines` and `selection` as Markdown, CSV and JSON, and the figures."""
+        """Write `lines.json`, the tables `values` and `selection` as Markdown, CSV and JSON, and the figures."""
         directory = Path(directory)
         written = [self.save(directory / "lines.json")]
         for stem, table in (("values", self.table()), ("selection", self.selection_table())):
@@ -253,6 +265,19 @@ class LineSelection:
 
     def __str__(self) -> str:
         return str(self.selection_table())
+
+
+def _strict(entry: Any) -> Any:
+    """Plain Python with None for every number that is not finite."""
+    if isinstance(entry, Mapping):
+        return {name: _strict(one) for name, one in entry.items()}
+    if isinstance(entry, list | tuple):
+        return [_strict(one) for one in entry]
+    return None if isinstance(entry, float) and not math.isfinite(entry) else entry
+
+
+def _numbers(entries: Iterable[float | None], unknown: float) -> Tensor:
+    return torch.tensor([unknown if one is None else one for one in entries], dtype=torch.float64)
 
 
 def _pairs(by_size: Mapping[int, Any]) -> list[list[Any]]:
@@ -266,5 +291,15 @@ def overlap(before: Mapping[int, Sequence[int]], now: Mapping[int, Sequence[int]
 
 
 def in_order(ids: Iterable[FrameId]) -> list[FrameId]:
-    """Ids of frames in an order of their own, numbers before strings, whatever order they were loaded in."""
-    return sorted(ids, key=lambda frame: (isinstance(frame, str), frame))
+    """Ids of frames in an order of their own, whatever order they were loaded in.
+
+    Numbers come before strings; digits within strings count as numbers, so that `"f9"` comes before `"f10"`.
+    """
+    return sorted(ids, key=_place)
+
+
+def _place(frame: FrameId) -> tuple[bool, list[str | int], FrameId]:
+    parts = re.split(r"(\d+)", frame) if isinstance(frame, str) else ["", str(frame)]
+    # odd places hold the digits; the id itself tells "f01" from "f1"
+    natural = [int(part) if place % 2 else part for place, part in enumerate(parts)]
+    return isinstance(frame, str), natural, frame

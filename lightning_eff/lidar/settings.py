@@ -118,8 +118,9 @@ class Dynamic:
 
     Attributes:
         source: whose values select the lines of a frame: `"oracle"` its own, measured with its ground truth, a bound
-            and no method; `"previous"` those of the frame before in the same sequence, the mean values for the first;
-            `"predictor"` those that a small network, trained on the calibration frames, tells from the image alone.
+            and no method; `"previous"` those of the frame before in the same sequence, in the order of
+            `sample_id` (digits count as numbers), the mean values for the first; `"predictor"` those that a small
+            network, trained on the calibration frames, tells from the image alone.
         steps: of training the predictor, >= 1.
     """
 

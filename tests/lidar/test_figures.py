@@ -13,6 +13,7 @@ from test_report import evaluation, selection
 from lightning_eff.lidar import figures
 from lightning_eff.lidar.completion.hole_filling import pull_push
 from lightning_eff.lidar.frames import Frame, frames_of
+from lightning_eff.lidar.report import LineSelection
 from lightning_eff.lidar.synthetic import SyntheticLidarDataset
 from lightning_eff.reporting import KEPT, save_figure
 
@@ -47,6 +48,21 @@ def test_lines_meet_the_ground_where_their_elevation_says() -> None:
     assert [same_color(ray.get_color(), KEPT) for ray in rays] == [line in (0, 2, 6) for line in range(8)]
     with pytest.raises(ValueError, match="elevations"):
         figures.draw_elevations(selection(elevations=None))
+
+
+def test_lines_left_out_of_the_candidates_are_not_said_to_be_unseen() -> None:
+    def legends(made: LineSelection) -> list[set[str]]:
+        drawn = (figures.draw_values(made), figures.draw_elevations(made))
+        return [{text.get_text() for text in figure.axes[0].get_legend().get_texts()} for figure in drawn]
+
+    for labels in legends(selection()):  # lines 3 and 7 have no pixel
+        assert "not in the image" in labels
+        assert "no candidates" not in labels
+    for labels in legends(selection(pixels=torch.tensor([9, 8, 7, 3, 6, 5, 4, 0]))):
+        assert {"not in the image", "no candidates"} <= labels
+    for labels in legends(selection(pixels=torch.full((8,), 5))):
+        assert "not in the image" not in labels
+        assert "no candidates" in labels
 
 
 def test_kept_and_dropped_points_add_up_to_all(frame: Frame) -> None:

@@ -96,6 +96,31 @@ def test_a_selection_whose_lines_are_not_told_apart_says_what_it_would_take() ->
     assert selection().unresolved(6) is None
 
 
+def test_rules_that_follow_no_ranking_name_no_lines_but_say_so() -> None:
+    unsure = {"values": torch.tensor([300.0, 90.0, 90.0, 0, 0, 0], dtype=torch.float64), "selected": {2: [0, 6]}}
+    for rule in ("separation", "mmr", "greedy", "region, swapped"):
+        made = selection(rules={2: rule}, **unsure)
+        assert made.unresolved(2) is None
+        assert f"Lines by {rule} follow no ranking" in made.caption()
+    assert "no ranking" not in selection(rules={2: "none"}, **unsure).caption()
+    exact = selection(rules={2: "mmr"}, se=torch.zeros(6, dtype=torch.float64), **unsure)
+    assert "no ranking" not in exact.caption()
+
+
+def test_the_file_is_strict_json_and_gives_back_what_is_not_finite(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    infinite = torch.full((6,), math.inf, dtype=torch.float64)
+    made = selection(se=infinite, error_empty=math.nan)
+    path = made.save(tmp_path / "lines.json")
+    assert json.loads(path.read_text(), parse_constant=refuse)["se"] == [None] * 6
+    loaded = LineSelection.load(path)
+    assert torch.equal(loaded.se, infinite)
+    assert math.isnan(loaded.error_empty)
+    assert [one.max_se for one in loaded.rounds] == [math.inf, 10.0]
+
+
 def test_a_folder_holds_tables_figures_and_the_selection(tmp_path: Path) -> None:
     written = selection().write(tmp_path)
     assert {path.name for path in written} == {
@@ -118,6 +143,15 @@ def test_overlap_is_the_smallest_over_all_numbers_of_lines() -> None:
 
 def test_frames_have_an_order_of_their_own() -> None:
     assert in_order(["b", 10, "a", 2]) == [2, 10, "a", "b"]
+    assert in_order(["f10", "f9", "9", "f1/20", "f1/3", "f01/3", "f"]) == [
+        "9",
+        "f",
+        "f01/3",
+        "f1/3",
+        "f1/20",
+        "f9",
+        "f10",
+    ]
 
 
 CONTESTANTS = [
