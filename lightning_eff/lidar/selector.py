@@ -26,7 +26,7 @@ from lightning_eff.lidar.batches import LidarKeys
 from lightning_eff.lidar.choosing import choose, kept_pixels
 from lightning_eff.lidar.completion.forwarding import Forward
 from lightning_eff.lidar.evaluation import Contestant, LineEvaluation
-from lightning_eff.lidar.frames import Frame
+from lightning_eff.lidar.frames import Frame, LinePixels
 from lightning_eff.lidar.hyperparameters import built, load_weights, plain_hyperparameters
 from lightning_eff.lidar.in_trainer import Reader, frames_in, gathered
 from lightning_eff.lidar.journal import ValueJournal
@@ -128,6 +128,7 @@ class LidarSaSSelector(LightningModule):
         self._contestants: list[Contestant] = []
         self._measured: dict[FrameId, Tensor | None] = {}
         self._own: dict[FrameId, dict[int, list[int]]] = {}
+        self._pixels: dict[FrameId, LinePixels] = {}
         self._modes: list[tuple[nn.Module, bool]] = []
         self._finished = self._loaded = False
         self._clock = 0.0
@@ -322,7 +323,7 @@ class LidarSaSSelector(LightningModule):
 
     def _prepare_to_measure(self, stage: Literal["validate", "test"]) -> None:
         self.study.selection = self.result
-        self._contestants, self._measured, self._own = self.study.contestants(), {}, {}
+        self._contestants, self._measured, self._own, self._pixels = self.study.contestants(), {}, {}, {}
         dynamic = self.study.settings.dynamic
         if dynamic is not None:
             self._own = self._lines_by_frame(stage, dynamic)
@@ -330,10 +331,18 @@ class LidarSaSSelector(LightningModule):
     def _measure(self, batch: Any) -> None:
         for frame in self._frames(batch):
             if frame.id not in self._measured:
-                self._measured[frame.id] = self.study.measure(frame, self._contestants, self._own.get(frame.id))
+                found = self.study.measure(frame, self._contestants, self._own.get(frame.id))
+                self._measured[frame.id] = found
+                if found is not None:
+                    self._pixels[frame.id] = LinePixels.count([frame], self.study.settings.num_lines)
 
     def _tell(self, stage: str) -> None:
         found = self.study.evaluation(stage, self._contestants, self._measured)
+        counted = {id_: one for part in gathered(self._pixels) for id_, one in part.items()}
+        pixels = sum(counted.values(), LinePixels(torch.zeros(self.study.settings.num_lines, dtype=torch.int64)))
+        pixels.check(self.study.settings.game.unassigned)
+        if pixels.unassigned:
+            found.notes.append(f"{100 * pixels.share_unassigned:.1f} % of the pixels belong to no line.")
         self.evaluations[stage] = found
         self.log_dict({f"sas/{stage}/{name}": value for name, value in found.logged().items()}, sync_dist=True)
         if self.trainer.is_global_zero:
@@ -388,6 +397,11 @@ class LidarSaSSelector(LightningModule):
         values: dict[FrameId, tuple[str | None, Tensor | None]] = {}
         known = study.known().per_frame
         for frame in frames:
+            if dynamic.source == "previous" and frame.sequence is None:
+                raise ValueError(
+                    f'Dynamic("previous") needs to know which frames follow each other, frame {frame.id!r} has no '
+                    "sequence: add `sequence` (and `sample_id`s in the drive's order) to the batches"
+                )
             if frame.id not in values:
                 own = known.get(frame.id)
                 values[frame.id] = frame.sequence, study.values_of(frame) if own is None else own
@@ -435,9 +449,12 @@ class LidarSaSSelector(LightningModule):
         study = self.study
         assert study.estimation is not None
         missing = [line for line in range(study.settings.num_lines) if line not in study.lines]
+        null = [line for line in missing if not study.pixels.per_line[line]]
+        left_out = [line for line in missing if line not in null]
+        told = [f"{name}: {_ranges(lines)}" for name, lines in (("null", null), ("left out", left_out)) if lines]
         return (
             f"{type(self).__name__}: {len(study.lines)} of {study.settings.num_lines} lines are candidates"
-            + (f" (null: {_ranges(missing)})" if missing else "")
+            + (f" ({'; '.join(told)})" if told else "")
             + f"; {study.estimation.budget:,} coalitions of each of {study.expected} frames in "
             f"{study.settings.estimation.rounds} rounds"
         )
