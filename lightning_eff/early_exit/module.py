@@ -17,7 +17,7 @@ from lightning_eff.batch import SplitBatch, batch_size, call_model
 from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.early_exit.attaching.costs import ExitCosts
 from lightning_eff.early_exit.attaching.heads import Head
-from lightning_eff.early_exit.evaluation.curve import CurveResult
+from lightning_eff.early_exit.evaluation.curve import CurveResult, check_budgets
 from lightning_eff.early_exit.inference.leaving import ExitOutput, select_from_all
 from lightning_eff.early_exit.inference.policies import Policy, ScoreFunction
 from lightning_eff.early_exit.network import MultiExitNetwork
@@ -134,8 +134,7 @@ class EarlyExitModule(PhasedModule):
             self._not_plain = [name for name in rest if name not in ("backbone", "example_input")]
             if optimizer is torch.optim.AdamW:
                 self._not_plain.remove("optimizer")  # the default
-        if not all(budget > 0 for budget in budgets):
-            raise ValueError(f"expected budgets > 0, got {list(budgets)}")
+        check_budgets(budgets)
         self.losses = ExitLosses(**losses) if isinstance(losses, Mapping) else losses
         network.gradient_scaling = self.losses.gradient_scaling
         self.criterion = self.losses.criterion  # a submodule, so that it moves between devices

@@ -19,7 +19,7 @@ from lightning_eff.early_exit.calibration import Calibration, Method, calibrate,
 from lightning_eff.early_exit.calibration.calibrate import check_goal, check_method
 from lightning_eff.early_exit.callbacks import PhaseEarlyStopping
 from lightning_eff.early_exit.evaluation.answers import outputs_table, record_answers, write_answers
-from lightning_eff.early_exit.evaluation.curve import BUDGETS, EarlyExitCurve, Record
+from lightning_eff.early_exit.evaluation.curve import BUDGETS, EarlyExitCurve, Record, check_budgets
 from lightning_eff.early_exit.evaluation.recording import (
     Data,
     Loaders,
@@ -75,6 +75,7 @@ class ThresholdCalibration(Callback):
         dirpath: str | Path | None = None,
     ) -> None:
         check_goal(budget, target_accuracy, max_drop)
+        check_budgets([] if budget is None else [budget])
         check_method(method, min_exit_samples)
         self.goal = {"budget": budget, "target_accuracy": target_accuracy, "max_drop": max_drop}
         self.method, self.temperature, self.min_exit_samples = method, temperature, min_exit_samples
@@ -106,7 +107,12 @@ class ThresholdCalibration(Callback):
         module = exits_of(pl_module, type(self).__name__)
         now = module.network.score_thresholds.tolist()
         found = self.calibration is not None and now == torch.tensor(self.calibration.thresholds).tolist()
-        if found or (min(now, default=math.inf) < math.inf and now != self._before):
+        if found:
+            return
+        if min(now, default=math.inf) < math.inf and now != self._before:
+            rank_zero_info(
+                f"{type(self).__name__} keeps the thresholds that are set; after network.set_thresholds(None) it looks anew"
+            )
             return
         self._loaders = self._loaders or loaders_of(trainer, "val")
         if self._loaders:
@@ -222,8 +228,7 @@ class ExitReport(Callback):
     """
 
     def __init__(self, dirpath: str | Path, budgets: Sequence[float] = BUDGETS, verbose: bool = True) -> None:
-        if not all(budget > 0 for budget in budgets):
-            raise ValueError(f"expected budgets > 0, got {list(budgets)}")
+        check_budgets(budgets)
         self.dirpath, self.budgets, self.verbose = Path(dirpath), tuple(budgets), verbose
         self._history: list[dict[str, float]] = []
         self._phases: list[str] = []

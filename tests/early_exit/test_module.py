@@ -549,7 +549,7 @@ def test_a_loss_that_is_no_number_is_told_with_its_head_and_phase() -> None:
         ({"regime": "half"}, "'mixed', 'joint', 'disjoint'"),
         ({"phase_split": 1.5}, r"phase_split to lie in \[0, 1\]"),
         ({"start_phase": 2}, "start_phase to be one of 2 phases"),
-        ({"budgets": (0.0,)}, "budgets > 0"),
+        ({"budgets": (0.0,)}, "expected budgets in"),
         ({"cost": "joules"}, "'flops', 'latency' or a list"),
         ({"cost": [1.0, 2.0]}, r"3 costs that are finite and > 0, one an output, got \[1.0, 2.0\]"),
         ({"cost": [0.0, 0.5, 1.0]}, "3 costs that are finite and > 0"),

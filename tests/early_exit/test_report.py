@@ -448,3 +448,12 @@ def test_reports_without_validation_data_are_warned_about(tmp_path: Path) -> Non
 def test_budgets_of_reports_are_checked() -> None:
     with pytest.raises(ValueError, match=r"budgets > 0, got \[0\]"):
         ExitReport("unused", budgets=[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: ThresholdCalibration(budget=50), lambda: ExitReport("unused", [50.0]), lambda: joint(budgets=[0.0])],
+)
+def test_percent_are_not_taken_for_fractions(make: Any) -> None:
+    with pytest.raises(ValueError, match="not 50"):
+        make()

@@ -27,9 +27,18 @@ Rule = Literal["max", "last"]
 Weights = Literal["uniform", "log"] | Callable[[float], float]
 
 BUDGETS = (0.25, 0.5, 0.75, 1.0)
+MOST = 10  # heads can carry the cost above that of the backbone, but not as far as this
 SCHEMA = 1
 # relative; a mean cost is a sum of rounded terms
 TOLERANCE = 1e-9
+
+
+def check_budgets(budgets: Sequence[float]) -> None:
+    """Raise ValueError unless all are fractions of the plain backbone's cost; percent taken for fractions are told."""
+    if not all(0 < budget <= MOST for budget in budgets):
+        raise ValueError(
+            f"expected budgets in (0, {MOST}], fractions of the backbone's cost (0.5, not 50), got {list(budgets)}"
+        )
 
 
 @dataclass  # not frozen: torchmetrics sets the fields of what compute returns anew
