@@ -110,9 +110,7 @@ class ThresholdCalibration(Callback):
         if found:
             return
         if min(now, default=math.inf) < math.inf and now != self._before:
-            rank_zero_info(
-                f"{type(self).__name__} keeps the thresholds that are set; after network.set_thresholds(None) it looks anew"
-            )
+            rank_zero_info(f"{type(self).__name__} keeps the thresholds that are set; without any it looks anew")
             return
         self._loaders = self._loaders or loaders_of(trainer, "val")
         if self._loaders:
