@@ -49,6 +49,7 @@ class FrameRecord:
         proxy_ends: its values of no line and of all, float64 `[2]`; likewise.
         proxy_values: its Shapley values, float64 `[p]`; likewise.
         solved: values and standard errors of an estimator that does everything in the first round, float64 `[2, p]`.
+        fingerprint: digest of what the frame shows; empty where it is not known.
     """
 
     present: Tensor
@@ -63,6 +64,7 @@ class FrameRecord:
     proxy_ends: Tensor = field(default_factory=_nothing)
     proxy_values: Tensor = field(default_factory=_nothing)
     solved: Tensor = field(default_factory=_nothing)
+    fingerprint: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors and numbers, fit for checkpoints with `weights_only=True`; `FrameRecord(**entries)` takes them."""

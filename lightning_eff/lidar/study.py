@@ -24,13 +24,15 @@ from lightning_eff.lidar.evaluation import Contestant, LineEvaluation, measure_s
 from lightning_eff.lidar.frames import Frame, LinePixels
 from lightning_eff.lidar.game import Completion, FrameGame
 from lightning_eff.lidar.gap import GapGame, mean_gap_game
-from lightning_eff.lidar.journal import ValueJournal
+from lightning_eff.lidar.journal import ValueJournal, agree, frame_fingerprint
 from lightning_eff.lidar.lines import LidarWarning
 from lightning_eff.lidar.predictor import ValuePredictor, thumbnail
-from lightning_eff.lidar.records import FrameId
+from lightning_eff.lidar.records import FrameId, FrameRecord
 from lightning_eff.lidar.report import LineSelection, Round, in_order, overlap
 from lightning_eff.lidar.settings import Settings
 from lightning_eff.lidar.values import LineEstimation, LineValues
+
+_TOLERANCE = 1e-3  # relative, of a frame's errors when a run goes on, maybe on another device
 
 
 class LineStudy:
@@ -58,6 +60,7 @@ class LineStudy:
         self.journal: ValueJournal | None = None
         self.notes: list[str] = []
         self.skipped = self.expected = 0
+        self._resumed = False  # whether the network is still to be asked for what a checkpoint says
         self.pixels = LinePixels(torch.zeros(settings.num_lines, dtype=torch.int64))
         self._counted: dict[FrameId, tuple[list[int], int, bool]] = {}
         self._costs: dict[FrameId, Tensor] = {}
@@ -122,7 +125,12 @@ class LineStudy:
         return self.frame_game(frame) if self.completion.options.has_truth(frame) else None
 
     def advance(self, frame: Frame, rounds: int) -> int:
-        """Evaluate coalitions of a frame until it has done `rounds` rounds; the number of forwards it took."""
+        """Evaluate coalitions of a frame until it has done `rounds` rounds; the number of forwards it took.
+
+        Raises:
+            ValueError: what is known already is of another frame with this id, or of a network that answered
+                otherwise.
+        """
         assert self.estimation is not None
         if not self.completion.options.has_truth(frame):
             return 0
@@ -130,13 +138,37 @@ class LineStudy:
         missing = rounds - (0 if record is None else record.rounds)
         if missing < 1:
             return 0
-        game = self.frame_game(frame)
-        if record is None:
+        game, shown = self.frame_game(frame), frame_fingerprint(frame)
+        if record is not None:
+            self._check(game, record, shown)
+        else:
             if {"gap_dp", "gap_greedy"} & {*self.settings.baselines} and game.n_players:
                 self._costs[frame.id] = GapGame.of_frame(frame, self.lines).costs
             if self.settings.dynamic is not None and self.settings.dynamic.source == "predictor":
                 self._thumbnails[frame.id] = thumbnail(frame.rgb)
-        return sum(self.estimation.advance(game) for _ in range(missing))
+        forwards = sum(self.estimation.advance(game) for _ in range(missing))
+        self.estimation.records[frame.id].fingerprint = shown
+        return forwards
+
+    def _check(self, game: FrameGame, record: FrameRecord, shown: str) -> None:
+        if record.fingerprint and record.fingerprint != shown:
+            raise ValueError(
+                f"frame {game.id!r} shows something else than when it was evaluated before: go on with the same data "
+                "(folder, seed, crop, size, no random augmentation), give frames distinct ids, or begin anew without "
+                "the checkpoint"
+            )
+        assert self.estimation is not None
+        if not self._resumed or self.estimation.estimator is None:  # the gap game asks no network
+            return
+        self._resumed = False
+        ends = {"error_full": (record.full, game.full_error), "error_empty": (record.empty, game.empty_error)}
+        for name, (then, now) in ends.items():
+            if not agree(then, now, self.completion.options.precision, _TOLERANCE):
+                raise ValueError(
+                    f"the network answers otherwise than when this run began ({name} of frame {game.id!r}: {then:g} "
+                    f"then, {now:g} now): resume with the same network, forward and metric, or begin anew without the "
+                    "checkpoint"
+                )
 
     def share(self) -> None:
         """Let all processes know what each has evaluated."""
@@ -271,7 +303,9 @@ class LineStudy:
         if not self.completion.options.has_truth(frame):
             return None
         asked = self.settings
-        single = LineEstimation(self.lines, self.expected, replace(asked.estimation, rounds=1), self.estimation.metric)
+        options = replace(asked.estimation, rounds=1, budget=self.estimation.budget)
+        count = 1 if self.estimation.pooled else self.expected  # one frame has nothing to be pooled with
+        single = LineEstimation(self.lines, count, options, self.estimation.metric)
         single.advance(FrameGame(frame, self.lines, self.completion))
         return single.result().values
 
@@ -360,6 +394,7 @@ class LineStudy:
             self._prepare(list(state["lines"]))
             assert self.estimation is not None
             self.estimation.load_state_dict(state["estimation"])
+            self._resumed = True
         self._costs = dict(state["costs"])
         self._thumbnails = dict(state["thumbnails"])
         self.rounds = [Round(**one) for one in state["rounds"]]
