@@ -128,7 +128,9 @@ def baseline_lines(
 
 def contestants(result: LineSelection, asked: Settings) -> list[Contestant]:
     """All that is measured side by side: the selection, its baselines, draws at random, all lines and none."""
-    own = "greedy" if asked.spread.refine == "greedy" else asked.spread.rule
+    own = str(result.settings.get("spread", asked.spread.rule))
+    if {*result.rules.values()} == {"greedy"}:
+        own = "greedy"
     rows = [Contestant(own, k, (tuple(lines),), result.forwards) for k, lines in result.selected.items()]
     for name, sets in result.baselines.items():
         if name != own and (name, own) != ("top", "none"):

@@ -33,6 +33,7 @@ from lightning_eff.lidar.journal import ValueJournal
 from lightning_eff.lidar.predictor import thumbnail
 from lightning_eff.lidar.records import FrameId
 from lightning_eff.lidar.report import LineSelection, in_order
+from lightning_eff.lidar.reuse import choice_of, choose_again
 from lightning_eff.lidar.settings import BASELINES, Baseline, Dynamic, LineGameOptions, Settings, Spread
 from lightning_eff.lidar.study import LineStudy, model_hash
 from lightning_eff.lidar.values import EstimationOptions
@@ -130,7 +131,7 @@ class LidarSaSSelector(LightningModule):
         self._own: dict[FrameId, dict[int, list[int]]] = {}
         self._pixels: dict[FrameId, LinePixels] = {}
         self._modes: list[tuple[nn.Module, bool]] = []
-        self._finished = self._loaded = False
+        self._finished = self._loaded = self._other_choice = False
         self._clock = 0.0
 
     @property
@@ -197,7 +198,7 @@ class LidarSaSSelector(LightningModule):
         """Begin anew, unless a checkpoint was loaded."""
         if not self._loaded and self.study.estimation is not None:
             self.study = LineStudy(self.model, self.study.settings, gathered)
-        self._loaded = False
+        self._loaded = self._finished = False
         self._modes = [(module, module.training) for module in self.modules()]
         self.train()  # Lightning warns of modules in evaluation mode, which are no mistake here
 
@@ -212,8 +213,8 @@ class LidarSaSSelector(LightningModule):
             study.begin()
         self._open_journal()
         rank_zero_info(self._announcement())
-        self._finished = study.complete
-        if self._finished:
+        self._finished = study.complete and not self._other_choice
+        if study.complete:
             self.trainer.should_stop = True
 
     def on_train_epoch_start(self) -> None:
@@ -261,10 +262,18 @@ class LidarSaSSelector(LightningModule):
         for module, mode in self._modes:
             module.training = mode
 
+    def on_fit_end(self) -> None:
+        """Select for other k or by another rule than a finished fit, of which Lightning has no epoch left to run."""
+        for module, mode in self._modes:
+            module.training = mode
+        if self._other_choice and not self._finished:
+            self._open_journal()
+            self._finish()
+
     def _finish(self) -> None:
         reader = self._reader("fit")
         result = self.study.finish(reader.frames)
-        self._finished = True
+        self._finished, self._other_choice = True, False
         self.trainer.should_stop = True
         values = {f"sas/phi_line_{line:02d}": float(v) for line, v in zip(result.lines, result.values, strict=True)}
         values |= {"sas/v_empty": result.error_empty, "sas/v_full": result.error_full}
@@ -463,10 +472,15 @@ class LidarSaSSelector(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write what was evaluated so far."""
-        checkpoint[_CHECKPOINT] = {"model": model_hash(self.model), **self.study.state_dict()}
+        choice = choice_of(self.study.settings)
+        checkpoint[_CHECKPOINT] = {"model": model_hash(self.model), "choice": choice, **self.study.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what was evaluated; ValueError where it was evaluated with other settings or another model."""
+        """Take up what was evaluated, and select from it anew where `k` or `spread` are others.
+
+        Raises:
+            ValueError: it was evaluated with other settings or another model, or the rule needs calibration frames.
+        """
         state = checkpoint.get(_CHECKPOINT)
         if state is None:
             return
@@ -478,6 +492,7 @@ class LidarSaSSelector(LightningModule):
                 f"{own}; load the same weights before resuming"
             )
         self.study.load_state_dict(state)
+        self._other_choice = choose_again(self.study, state["choice"], fitting=resumes) and resumes
         self._loaded = True
 
 
