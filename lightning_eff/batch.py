@@ -37,7 +37,7 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 
 class BatchKeys:
-    """Take inputs and target out of dict batches, usable as ``split_batch`` from Python and YAML.
+    """Take inputs and target out of dict batches: ``split_batch`` in Python, ``lightning_eff.BatchKeys`` in YAML.
 
     Args:
         inputs: key of the model's input; a list of keys gives a dict that is passed on by keyword.
