@@ -298,13 +298,15 @@ class LineStudy:
         return ValuePredictor.trained(images, values, steps, self.settings.estimation.seed)
 
     def values_of(self, frame: Frame) -> Tensor | None:
-        """Values of one more frame, `[n]`, at the full budget; None without ground truth."""
+        """Values of one more frame, `[n]`, at the full budget, or more where it pools frames; None without truth."""
         assert self.estimation is not None
         if not self.completion.options.has_truth(frame):
             return None
         asked = self.settings
-        options = replace(asked.estimation, rounds=1, budget=self.estimation.budget)
-        count = 1 if self.estimation.pooled else self.expected  # one frame has nothing to be pooled with
+        budget, count = self.estimation.budget, self.expected
+        if self.estimation.pooled:  # one frame has nothing to be pooled with: as many as solve it alone
+            budget, count = max(budget, 4 * len(self.lines) + 6), 1
+        options = replace(asked.estimation, rounds=1, budget=budget)
         single = LineEstimation(self.lines, count, options, self.estimation.metric)
         single.advance(FrameGame(frame, self.lines, self.completion))
         return single.result().values

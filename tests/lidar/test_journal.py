@@ -164,7 +164,7 @@ def test_a_network_that_answers_otherwise_is_not_gone_on_with(tmp_path: Path) ->
 
 def test_one_more_frame_has_values_where_all_others_were_pooled() -> None:
     frames = [toy_frame(name, 12) for name in "abcd"]
-    study = LineStudy(PullPushCompletion(), Settings([3], 15, estimation=EstimationOptions(budget=32)))
+    study = LineStudy(PullPushCompletion(), Settings([3], 15, estimation=EstimationOptions(budget=20)))
     for frame in frames:
         study.count(frame)
     study.begin()
