@@ -37,6 +37,7 @@ from lightning_eff.lidar.reuse import choice_of, choose_again
 from lightning_eff.lidar.settings import BASELINES, Baseline, Dynamic, LineGameOptions, Settings, Spread
 from lightning_eff.lidar.study import LineStudy, model_hash
 from lightning_eff.lidar.values import EstimationOptions
+from lightning_eff.reporting import save_figure
 
 _UNKNOWN = torch.finfo(torch.float32).max  # finite, so that EarlyStopping does not take it for the end
 _CHECKPOINT = "lidar_lines"
@@ -128,6 +129,7 @@ class LidarSaSSelector(LightningModule):
         self.evaluations: dict[str, LineEvaluation] = {}
         self._contestants: list[Contestant] = []
         self._measured: dict[FrameId, Tensor | None] = {}
+        self._shown: Frame | None = None  # the frame that selected lines are drawn over
         self._own: dict[FrameId, dict[int, list[int]]] = {}
         self._pixels: dict[FrameId, LinePixels] = {}
         self._modes: list[tuple[nn.Module, bool]] = []
@@ -333,12 +335,14 @@ class LidarSaSSelector(LightningModule):
     def _prepare_to_measure(self, stage: Literal["validate", "test"]) -> None:
         self.study.selection = self.result
         self._contestants, self._measured, self._own, self._pixels = self.study.contestants(), {}, {}, {}
+        self._shown = None
         dynamic = self.study.settings.dynamic
         if dynamic is not None:
             self._own = self._lines_by_frame(stage, dynamic)
 
     def _measure(self, batch: Any) -> None:
         for frame in self._frames(batch):
+            self._shown = self._shown or frame
             if frame.id not in self._measured:
                 found = self.study.measure(frame, self._contestants, self._own.get(frame.id))
                 self._measured[frame.id] = found
@@ -357,7 +361,17 @@ class LidarSaSSelector(LightningModule):
         if self.trainer.is_global_zero:
             if self.dirpath is not None:
                 found.write(self.dirpath / stage)
+                self._draw_lines(self.dirpath / stage)
             rank_zero_info(str(found.table()))
+
+    def _draw_lines(self, directory: Path) -> None:
+        """Draw the points of the selected lines over the first image, for every number of lines."""
+        from lightning_eff.lidar.figures import draw_points
+
+        if self._shown is None:
+            return
+        for k, lines in self.result.selected.items():
+            save_figure(draw_points(self._shown, lines), directory / f"points_k{k}.png")
 
     # predict
 

@@ -307,7 +307,10 @@ def test_a_fit_writes_its_folder(tmp_path: Path) -> None:
     run.test(made, loader(shuffle=False), verbose=False)
     names = {path.name for path in tmp_path.iterdir()}
     assert {"lines.json", "values.md", "values.csv", "selection.md", "values.png", "frames.png"} <= names
-    assert {"errors.md", "errors.csv", "errors.json", "errors.png"} <= {p.name for p in (tmp_path / "test").iterdir()}
+    tested = {path.name for path in (tmp_path / "test").iterdir()}
+    overlays = {f"points_k{k}.png" for k in made.result.selected}
+    assert {"errors.md", "errors.csv", "errors.json", "errors.png", *overlays} == tested
+    assert overlays
     assert LineSelection.load(tmp_path / "lines.json").to_dict() == made.result.to_dict()
 
 
