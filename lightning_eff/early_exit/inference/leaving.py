@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -201,8 +201,3 @@ def select_from_all(rule: Rule, outputs: Sequence[Tensor]) -> ExitOutput:
         confidence = torch.where(fire, scores, confidence)
         here |= fire
     return ExitOutput(logits, where, confidence)
-
-
-def without_exits(rule: Rule) -> Rule:
-    """The same rule with every exit disabled."""
-    return replace(rule, thresholds=[math.inf] * len(rule.thresholds))
