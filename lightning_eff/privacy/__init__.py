@@ -1,0 +1,1 @@
+"""Private training: differentially private SGD on fewer coordinates."""

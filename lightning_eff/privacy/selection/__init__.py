@@ -1,0 +1,1 @@
+"""Which coordinates take part in a private step."""
