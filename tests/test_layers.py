@@ -13,7 +13,7 @@ SHARED = {"shapley", "surgery", "accounting", "data", "models", "reporting", "ba
 # What a shared room may import of the others; the package's techniques may import every shared room.
 ALLOWED = {
     "shapley": {"reporting"},
-    "accounting": set(),
+    "accounting": {"reporting"},
     "reporting": set(),
     "batch": set(),
     "models": set(),
