@@ -1,0 +1,15 @@
+"""Tables of numbers and categories: what they may hold, their encoding, and a data module that reads them."""
+
+from lightning_eff.synthesis.tables.columns import CategoricalColumn, Head, NumericColumn, TableColumn
+from lightning_eff.synthesis.tables.schema import Rows, TableSchema, columns_of, schema_from
+
+__all__ = [
+    "CategoricalColumn",
+    "Head",
+    "NumericColumn",
+    "Rows",
+    "TableColumn",
+    "TableSchema",
+    "columns_of",
+    "schema_from",
+]
