@@ -1,6 +1,7 @@
 """Tables of numbers and categories: what they may hold, their encoding, and a data module that reads them."""
 
 from lightning_eff.synthesis.tables.columns import CategoricalColumn, Head, NumericColumn, TableColumn
+from lightning_eff.synthesis.tables.data import TabularDataModule, read_csv, split_rows
 from lightning_eff.synthesis.tables.schema import Rows, TableSchema, columns_of, schema_from
 
 __all__ = [
@@ -10,6 +11,9 @@ __all__ = [
     "Rows",
     "TableColumn",
     "TableSchema",
+    "TabularDataModule",
     "columns_of",
+    "read_csv",
     "schema_from",
+    "split_rows",
 ]
