@@ -163,7 +163,7 @@ class PrivacyLedger:
         from lightning_eff.reporting import Column, Table
 
         report = self.report(deltas)
-        columns = [Column("delta", ".3g"), *(Column(f"epsilon ({name})", ".4g") for name in ACCOUNTANTS)]
+        columns = [Column("delta", ".3g")] + [Column(f"epsilon ({name})", ".4g") for name in ACCOUNTANTS]
         caption = f"{self.steps:,} steps; neighbours: {report['neighbours']}; accountant: {report['accountant']}."
         if self.caveats:
             caption = f"{' '.join(self.caveats)} {caption}"
@@ -173,7 +173,7 @@ class PrivacyLedger:
         """Return the report as Markdown; caveats come first."""
         from lightning_eff.reporting import Column, Table
 
-        columns = ["for", Column("noise multiplier", ".4g"), Column("sample rate", ".4g"), Column("steps", ",")]
+        columns = [Column("for"), Column("noise multiplier", ".4g"), Column("sample rate", ".4g"), Column("steps", ",")]
         rows = [[e.label or None, e.noise_multiplier, e.sample_rate, e.steps] for e in self._events]
         epsilon = self.epsilon()
         headline = f"epsilon = {epsilon:.4g} at delta = {self.delta:g}" if math.isfinite(epsilon) else "NOT PRIVATE"
