@@ -166,3 +166,10 @@ def test_sampled_steps_between_replaced_records_are_refused():
 def test_ledger_checks_its_arguments(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments)).removeprefix("max_")):
         PrivacyLedger(**arguments)
+
+
+def test_exact_value_of_a_release_is_below_what_renyi_divergences_tell():
+    ledger = PrivacyLedger()
+    ledger.record(3.7306316348)
+    assert ledger.epsilon() == pytest.approx(1, abs=1e-9)
+    assert ledger.to_opacus(RDPAccountant()).get_epsilon(delta=1e-5) == pytest.approx(1.093, abs=1e-3)
