@@ -178,6 +178,7 @@ def paper_feature_net(
 
 @contextmanager
 def _drawn_from(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    # on the CPU whatever the default device is: the same seed gives the same network everywhere
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
         yield
