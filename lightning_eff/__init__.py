@@ -7,8 +7,11 @@ Every public name can be imported from here. The rooms behind them are imported 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_eff.strategy_names import register_strategies
+
 if TYPE_CHECKING:
-    from lightning_eff import cli, data, early_exit, lidar, models, pruning, reporting, shapley, surgery
+    from lightning_eff import accounting, cli, data, early_exit, lidar, models, pruning, reporting, shapley, surgery
+    from lightning_eff.accounting import PrivacyLedger
     from lightning_eff.batch import BatchKeys, split_batch
     from lightning_eff.data import DigitsDataModule, FashionMNISTDataModule
     from lightning_eff.early_exit import (
@@ -78,9 +81,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("cli", "data", "early_exit", "lidar", "models", "pruning", "reporting", "shapley", "surgery")
+_ROOMS = ("accounting", "cli", "data", "early_exit", "lidar", "models", "pruning", "reporting", "shapley", "surgery")
 
 _ROOM_OF = {
+    "PrivacyLedger": "accounting",
     "BatchKeys": "batch",
     "split_batch": "batch",
     "DigitsDataModule": "data",
@@ -183,6 +187,7 @@ __all__ = [
     "MultiExitNetwork",
     "Phase",
     "PhaseEarlyStopping",
+    "PrivacyLedger",
     "PruningPlan",
     "PullPushCompletion",
     "RandomChannelPruningCallback",
@@ -197,6 +202,7 @@ __all__ = [
     "StructuredPruningCallback",
     "SyntheticLidarDataModule",
     "ThresholdCalibration",
+    "accounting",
     "apply_plan",
     "cli",
     "compare_criteria",
@@ -234,3 +240,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_strategies()

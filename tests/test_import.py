@@ -29,12 +29,23 @@ def test_import_costs_less_than_a_fifth_of_a_second_of_cpu_on_top_of_lightning(i
 
 
 def test_import_brings_nothing_but_the_package_itself(imported):
-    assert imported[1] == ["lightning_eff"]
+    assert imported[1] == ["lightning_eff", "lightning_eff.strategy_names"]
 
 
 def test_import_alone_brings_neither_torch_nor_anything_heavy():
     loaded = run_python("import lightning_eff, sys; print(*sys.modules)").stdout.split()
     assert not {"torch", "lightning", "matplotlib", *HEAVY} & set(loaded)
+
+
+@pytest.mark.parametrize("first", ["lightning_eff", "lightning.pytorch"])
+def test_strategies_are_registered_whatever_is_imported_first(first):
+    known = run_python(f"""
+import {first}, lightning_eff, lightning.pytorch, sys
+from lightning.pytorch.strategies import StrategyRegistry
+assert not any(name.startswith("lightning_eff.privacy") for name in sys.modules)
+print(*StrategyRegistry.available_strategies())
+""").stdout.split()
+    assert set(lightning_eff.strategy_names.STRATEGIES) <= set(known)
 
 
 @pytest.mark.parametrize("name", lightning_eff.__all__)
