@@ -177,4 +177,4 @@ def split_rows(
 
 
 def _where(rows: Mapping[str, Sequence[Any]], mask: Any) -> dict[str, Sequence[Any]]:
-    return {name: [values[index] for index in np.flatnonzero(mask)] for name, values in rows.items()}
+    return {name: [values[index] for index in np.flatnonzero(mask).tolist()] for name, values in rows.items()}
