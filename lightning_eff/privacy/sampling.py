@@ -1,0 +1,177 @@
+"""Poisson sampling: every example takes part in a step with the same probability, whatever the others do.
+
+This is the sampling the accountants account for. A batch may be empty, and batches differ in size.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+)
+
+from lightning_eff.privacy.batches import some_examples
+from lightning_eff.privacy.noise import SecretStreams
+
+
+class PoissonBatchSampler(Sampler[list[int]]):
+    """Batches of a step: each of a rank's examples independently with probability ``sample_rate``; some are empty.
+
+    Args:
+        num_samples: Examples in the data set, all ranks together.
+        sample_rate: q in (0, 1].
+        steps: Batches of one pass. Every rank yields exactly as many.
+        rank: Of this process; it draws from the examples ``rank, rank + world_size, ...``.
+        world_size: Number of processes.
+        streams: Where the randomness comes from; ``None`` takes it from the operating system.
+        first_step: Tells at the start of a pass which step it begins with. ``None`` counts on, so that no draw is
+            ever repeated; a callable makes draws reproducible where ``streams`` are.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        sample_rate: float,
+        steps: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        streams: SecretStreams | None = None,
+        first_step: Callable[[], int] | None = None,
+    ) -> None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be >= 1, got {num_samples}")
+        if not 0 < sample_rate <= 1:
+            raise ValueError(f"sample_rate must lie in (0, 1], got {sample_rate}")
+        if steps < 1:
+            raise ValueError(f"steps must be >= 1, got {steps}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in [0, world_size), got rank {rank} of {world_size}")
+        self.num_samples, self.sample_rate, self.steps = num_samples, sample_rate, steps
+        self.rank, self.world_size = rank, world_size
+        self._streams = SecretStreams() if streams is None else streams
+        self._first_step = first_step
+        self._next = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self._first_step is not None:
+            self._next = self._first_step()
+        for _ in range(self.steps):
+            step, self._next = self._next, self._next + 1
+            yield self.draw(step)
+
+    def draw(self, step: int) -> list[int]:
+        """Draw the batch of a step, ascending indices."""
+        generator = self._streams.numpy_generator(f"sampling {self.rank}", step)
+        shard = len(range(self.rank, self.num_samples, self.world_size))
+        return [self.rank + self.world_size * place for place in _bernoulli(shard, self.sample_rate, generator)]
+
+
+def _bernoulli(count: int, probability: float, generator: np.random.Generator) -> list[int]:
+    """Places in ``range(count)`` that come out True, by the gaps between them: the work grows with the result."""
+    places: list[int] = []
+    last, expected = -1, count * probability
+    while True:
+        gaps = generator.geometric(probability, size=int(expected + 6 * math.sqrt(expected) + 16))
+        # a gap may be as large as an integer can be, so it is cut before it is added up
+        drawn = last + np.cumsum(np.minimum(gaps, count + 1))
+        places.extend(drawn[drawn < count].tolist())
+        last = int(drawn[-1])
+        if last >= count:
+            return places
+
+
+class CollateOrEmpty:
+    """The user's collate function, and a batch of the same structure with zero examples where none was drawn.
+
+    Args:
+        collate: The loader's collate function; it never sees an empty list.
+        dataset: Its first example shows the structure of a batch; none of its values is kept.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], dataset: Any) -> None:
+        self.collate = collate
+        self.dataset = dataset
+        self._empty: Any = None
+
+    def __call__(self, examples: list[Any]) -> Any:
+        """Make a batch of what was drawn."""
+        if examples:
+            return self.collate(examples)
+        if self._empty is None:
+            self._empty = some_examples(self.collate([self.dataset[0]]), slice(0, 0))
+        return self._empty
+
+
+def check_poisson_possible(loader: object) -> None:
+    """Refuse a loader whose order is part of what the user wants, or whose examples cannot be reached by index.
+
+    Raises:
+        ValueError: Says what stands in the way and what to do.
+    """
+    if not isinstance(loader, DataLoader):
+        raise ValueError(_refusal(f"the train dataloader is a {type(loader).__name__}, not a torch DataLoader"))
+    if isinstance(loader.dataset, IterableDataset) or not _sized(loader.dataset):
+        raise ValueError(_refusal(f"{type(loader.dataset).__name__} cannot be read by index and has no length"))
+    if loader.batch_sampler is None:
+        raise ValueError(_refusal("the train dataloader does not make batches (batch_size=None)"))
+    if type(loader.batch_sampler) is not BatchSampler:
+        raise ValueError(_refusal(f"the train dataloader has its own {type(loader.batch_sampler).__name__}"))
+    sampler = loader.sampler
+    plain = type(sampler) in (RandomSampler, SequentialSampler, DistributedSampler)
+    if not plain or getattr(sampler, "replacement", False):
+        with_replacement = " with replacement" if getattr(sampler, "replacement", False) else ""
+        raise ValueError(_refusal(f"the train dataloader has its own {type(sampler).__name__}{with_replacement}"))
+    if isinstance(sampler, RandomSampler) and sampler.num_samples != len(loader.dataset):  # type: ignore[arg-type]
+        raise ValueError(_refusal(f"the train dataloader's RandomSampler draws {sampler.num_samples} examples"))
+
+
+def poisson_loader(loader: DataLoader[Any], sampler: PoissonBatchSampler) -> DataLoader[Any]:
+    """Copy a loader, of whatever subclass, with other batches; workers, collate function and all else stay.
+
+    Raises:
+        ValueError: See :func:`check_poisson_possible`.
+    """
+    check_poisson_possible(loader)
+    changed = copy.copy(loader)
+    # torch forbids to assign these, because an iterator that runs would not notice; the copy has none
+    vars(changed).update(
+        batch_sampler=sampler,
+        sampler=sampler,
+        batch_size=None,
+        drop_last=False,
+        collate_fn=CollateOrEmpty(loader.collate_fn, loader.dataset),
+        _iterator=None,
+    )
+    return changed
+
+
+def _sized(dataset: Any) -> bool:
+    try:
+        return len(dataset) > 0
+    except (TypeError, NotImplementedError):
+        return False
+
+
+def _refusal(reason: str) -> str:
+    return (
+        f"{reason}, and Poisson sampling would replace or break that: use a DataLoader over a map-style data set with "
+        "batch_size and shuffle, or poisson_sampling=False, whose epsilon is approximate and every report says so"
+    )
