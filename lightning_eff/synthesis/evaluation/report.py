@@ -1,0 +1,172 @@
+"""One report on a synthetic table: what it is good for, how it differs, and whether records were copied.
+
+It is computed on real records and carries no guarantee: it is for those who hold the records, not for release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_eff.reporting import Column, Table, save_figure
+from lightning_eff.synthesis.evaluation.classifiers import TABLE_CLASSIFIERS
+from lightning_eff.synthesis.evaluation.coordinates import classifier_inputs
+from lightning_eff.synthesis.evaluation.correlations import associations
+from lightning_eff.synthesis.evaluation.downstream import Downstream, train_synthetic_test_real
+from lightning_eff.synthesis.evaluation.figures import plot_marginals, plot_nearest, plot_pairs
+from lightning_eff.synthesis.evaluation.marginals import Cells
+from lightning_eff.synthesis.evaluation.nearest import NearestRecords, nearest_records
+from lightning_eff.synthesis.tables.schema import Rows, TableSchema
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NOT_PRIVATE = (
+    "Computed on real records without noise. This report carries no privacy guarantee: do not release it, and do not "
+    "choose what is released by it."
+)
+
+_FINE = 32  # intervals of a numeric column in the second count
+
+
+@dataclass(frozen=True)
+class TableQuality:
+    """What :func:`evaluate_table` measured.
+
+    Attributes:
+        cells: What columns were counted in: the schema's own cells.
+        real: Counts of the training rows ``[W, W]``.
+        synthetic: Counts of the synthetic rows ``[W, W]``.
+        fine_tv: Total variation of each column in 32 intervals ``[d]``.
+        real_associations: Of the training rows ``[d, d]``.
+        synthetic_associations: Of the synthetic rows ``[d, d]``.
+        nearest: Distances to the nearest records.
+        downstream: Scores of classifiers; ``None`` for a table without a label or where none were asked for.
+    """
+
+    cells: Cells
+    real: Tensor
+    synthetic: Tensor
+    fine_tv: Tensor
+    real_associations: NDArray[np.float64]
+    synthetic_associations: NDArray[np.float64]
+    nearest: NearestRecords
+    downstream: Downstream | None
+
+    @property
+    def mean_tv(self) -> float:
+        """Mean total variation of single columns."""
+        return float(self.cells.single(self.real, self.synthetic).mean())
+
+    def tables(self) -> list[Table]:
+        """Classifiers, columns, and nearest records."""
+        tv, names = self.cells.single(self.real, self.synthetic), self.cells.names
+        pairs = self.cells.pairwise(self.real, self.synthetic)
+        others = ~np.eye(len(names), dtype=bool)
+        changes = np.abs(self.synthetic_associations - self.real_associations)
+        rows = []
+        for i, name in enumerate(names):
+            others_tv = float(pairs[i][others[i]].mean()) if len(names) > 1 else None
+            change = float(changes[i].max()) if len(names) > 1 else None
+            rows.append([name, self.cells.columns[i].width, tv[i], self.fine_tv[i], others_tv, change])
+        means = [float(np.nanmean(np.array([row[k] for row in rows], dtype=float))) for k in (2, 3, 4)]
+        rows.append(["mean", None, *means, float(changes[others].mean()) if len(names) > 1 else None])
+        columns = [
+            Column("column"),
+            Column("cells", "d"),
+            Column("TV", ".3f"),
+            Column(f"TV in {_FINE} intervals", ".3f"),
+            Column("TV with another column", ".3f"),
+            Column("largest change of association", ".3f"),
+        ]
+        caption = (
+            "TV: total variation between real and synthetic shares, 0 to 1; in the last line the change of association "
+            "is the mean over pairs."
+        )
+        parts = [] if self.downstream is None else [self.downstream.table()]
+        return [*parts, Table("Columns", columns, rows, caption), self.nearest.table()]
+
+    def figures(self) -> dict[str, Figure]:
+        """Histograms, pairs of columns and nearest records, by the name of their file."""
+        pairs = self.cells.pairwise(self.real, self.synthetic)
+        return {
+            "marginals": plot_marginals(self.cells, self.real, self.synthetic),
+            "pairs": plot_pairs(self.cells.names, pairs, self.real_associations, self.synthetic_associations),
+            "nearest": plot_nearest(self.nearest),
+        }
+
+    def save(self, dirpath: str | Path) -> Path:
+        """Write ``quality.md``, its figures beside it, and every table as JSON; return the path of the first."""
+        folder = Path(dirpath)
+        parts = ["# Quality of a synthetic table", f"**{NOT_PRIVATE}**"]
+        for table, name in zip(self.tables()[::-1], ("nearest", "columns", "classifiers"), strict=False):
+            table.to_json(folder / f"{name}.json")
+            parts.insert(2, table.to_markdown().strip())
+        for name, figure in self.figures().items():
+            save_figure(figure, folder / f"{name}.png")
+            parts.append(f"![{name}]({name}.png)")
+        path = folder / "quality.md"
+        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        return path
+
+    def __str__(self) -> str:
+        return "\n\n".join([NOT_PRIVATE, *map(str, self.tables())])
+
+
+def evaluate_table(
+    schema: TableSchema,
+    synthetic: Rows,
+    train: Rows,
+    test: Rows,
+    *,
+    classifiers: Sequence[str] = TABLE_CLASSIFIERS,
+    seeds: int = 1,
+    compare_real: bool = True,
+    show_progress: bool = True,
+) -> TableQuality:
+    """Compare a synthetic table with real records.
+
+    Args:
+        schema: Of the table.
+        synthetic: Its rows.
+        train: Records that entered the release.
+        test: Records that did not: classifiers are scored on them.
+        classifiers: Names out of :data:`TABLE_CLASSIFIERS`; none skips them.
+        seeds: Times each classifier is trained, >= 1.
+        compare_real: Whether classifiers are trained on ``train`` as well.
+        show_progress: Whether a bar is shown.
+
+    Returns:
+        All of it, to print, draw or save.
+
+    Raises:
+        ValueError: Rows do not keep to the schema, or a classifier is not known.
+    """
+    downstream = None
+    if schema.label is not None and classifiers:
+        downstream = train_synthetic_test_real(
+            classifier_inputs(schema, synthetic),
+            classifier_inputs(schema, test),
+            real=classifier_inputs(schema, train) if compare_real else None,
+            classifiers=classifiers,
+            seeds=seeds,
+            num_classes=schema.num_classes,
+            show_progress=show_progress,
+        )
+    own, fine = Cells(schema), Cells(schema, _FINE)
+    return TableQuality(
+        cells=own,
+        real=own.count(train),
+        synthetic=own.count(synthetic),
+        fine_tv=fine.single(fine.count(train), fine.count(synthetic)),
+        real_associations=associations(schema, train),
+        synthetic_associations=associations(schema, synthetic),
+        nearest=nearest_records(schema, synthetic, train, test),
+        downstream=downstream,
+    )
