@@ -3,16 +3,17 @@
 from lightning_eff.batch import BatchKeys, SplitBatch, batch_size, call_model, split_batch, take
 from lightning_eff.data.digits import DigitsDataModule
 from lightning_eff.data.fashion_mnist import FashionMNISTDataModule
-from lightning_eff.data.in_memory import ImageSet, InMemoryDataModule, ResumableLoader
+from lightning_eff.data.images import ImageSet
+from lightning_eff.data.loading import ResumableLoader, SplitDataModule
 
 __all__ = [
     "BatchKeys",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "ImageSet",
-    "InMemoryDataModule",
     "ResumableLoader",
     "SplitBatch",
+    "SplitDataModule",
     "batch_size",
     "call_model",
     "split_batch",

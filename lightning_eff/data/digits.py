@@ -5,13 +5,14 @@ Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI M
 
 import torch
 
-from lightning_eff.data.in_memory import ImageSet, InMemoryDataModule
+from lightning_eff.data.images import ImageSet
+from lightning_eff.data.loading import SplitDataModule
 
 MEAN, STD = 0.3053, 0.3760
 """Mean and standard deviation of all pixels in [0, 1]."""
 
 
-class DigitsDataModule(InMemoryDataModule):
+class DigitsDataModule(SplitDataModule):
     """Digits 0 to 9 as images ``[1, 8, 8]``, split so that every part has the same share of each class.
 
     Args:
@@ -25,6 +26,10 @@ class DigitsDataModule(InMemoryDataModule):
     Raises:
         ValueError: An argument lies outside its range.
     """
+
+    train_set: ImageSet
+    val_set: ImageSet
+    test_set: ImageSet
 
     def __init__(
         self,

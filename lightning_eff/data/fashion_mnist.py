@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_eff.data.in_memory import ImageSet, InMemoryDataModule, check_at_least, seeded_permutation
+from lightning_eff.data.images import ImageSet
+from lightning_eff.data.loading import SplitDataModule, check_at_least, seeded_permutation
 
 MEAN, STD = 0.2860, 0.3530
 """Mean and standard deviation of the pixels of the 60,000 training images, in [0, 1]."""
@@ -23,7 +24,7 @@ TRAIN, TEST = 60_000, 10_000
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
-class FashionMNISTDataModule(InMemoryDataModule):
+class FashionMNISTDataModule(SplitDataModule):
     """Ten kinds of clothing as images ``[channels, image_size, image_size]``; 60,000 to train on, 10,000 to test on.
 
     The idx files are looked for in ``root`` (directly, or where torchvision puts them: ``FashionMNIST/raw``), then
@@ -49,6 +50,10 @@ class FashionMNISTDataModule(InMemoryDataModule):
         ValueError: An argument lies outside its range.
         FileNotFoundError: From ``prepare_data`` or ``setup``: the files are in none of the three places.
     """
+
+    train_set: ImageSet
+    val_set: ImageSet
+    test_set: ImageSet
 
     def __init__(
         self,

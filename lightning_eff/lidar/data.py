@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
-from lightning_eff.data import ResumableLoader
-from lightning_eff.data.in_memory import TrainerEpochSampler, check_at_least, seeded_permutation
+from lightning_eff.data.loading import SplitDataModule, check_at_least, seeded_permutation
 from lightning_eff.lidar.batches import LidarSample, RandomFlip
 from lightning_eff.lidar.datasets import CROP, KittiDepthDataset, KittiScanDataset
 from lightning_eff.lidar.layout import DepthSplit
@@ -20,66 +17,7 @@ from lightning_eff.lidar.synthetic import SyntheticLidarDataset
 KittiSplit = Literal[DepthSplit, "object"]
 
 
-class LidarDataModule(LightningDataModule, ABC):
-    """Loaders of lidar frames; the subclass says which.
-
-    The training loader hands out the frames to train a network with, or those to measure line values on; its order
-    depends on seed and epoch alone and is split among the processes. The other loaders keep the order of the set.
-
-    Args:
-        batch_size: frames a batch, per process, >= 1.
-        num_workers: processes that load, >= 0.
-        seed: of draws and of the order of the training set, >= 0.
-    """
-
-    train_set: Dataset[LidarSample]
-    val_set: Dataset[LidarSample]
-    test_set: Dataset[LidarSample]
-
-    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
-        super().__init__()
-        check_at_least("batch_size", batch_size, 1)
-        check_at_least("num_workers", num_workers, 0)
-        check_at_least("seed", seed, 0)
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self._found = False
-
-    @abstractmethod
-    def find(self) -> tuple[Dataset[LidarSample], Dataset[LidarSample], Dataset[LidarSample]]:
-        """Make the training, validation and test set."""
-
-    def setup(self, stage: str | None = None) -> None:
-        """Find the frames unless that has been done. They are the same for every stage."""
-        if not self._found:
-            self.train_set, self.val_set, self.test_set = self.find()
-            self._found = True
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Batches to train or to measure with."""
-        sampler = TrainerEpochSampler(cast("Dataset[Any]", self.train_set), self.trainer, self.seed)
-        return ResumableLoader(self.train_set, sampler=sampler, **self._loading())
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Batches of the validation set, in order."""
-        return DataLoader(self.val_set, **self._loading())
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Batches of the test set, in order."""
-        return DataLoader(self.test_set, **self._loading())
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of the test set, in order."""
-        return self.test_dataloader()
-
-    def _loading(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-        }
-
-
-class KittiDepthDataModule(LidarDataModule):
+class KittiDepthDataModule(SplitDataModule):
     """KITTI's frames: some to train or measure line values with, the others to evaluate on.
 
     Args:
@@ -138,7 +76,7 @@ class KittiDepthDataModule(LidarDataModule):
         self.line_source, self.crop, self.scale = line_source, crop, scale
         self.raw_root, self.augment = raw_root, augment
 
-    def find(self) -> tuple[Dataset[LidarSample], Dataset[LidarSample], Dataset[LidarSample]]:
+    def load(self) -> tuple[Dataset[LidarSample], Dataset[LidarSample], Dataset[LidarSample]]:
         """Find the files and draw."""
         frames = self._frames(self.split)
         total, taken = len(frames), self.num_calibration or len(frames)
@@ -185,7 +123,7 @@ class _Augmented(Dataset[LidarSample]):
         return {**sample, "rgb": self.jitter(sample["rgb"])}
 
 
-class SyntheticLidarDataModule(LidarDataModule):
+class SyntheticLidarDataModule(SplitDataModule):
     """Synthetic streets, nothing to download; parts share no scene.
 
     Args:
@@ -218,6 +156,6 @@ class SyntheticLidarDataModule(LidarDataModule):
             SyntheticLidarDataset(length=test_size, part="test", seed=seed, **options),
         )
 
-    def find(self) -> tuple[Dataset[LidarSample], Dataset[LidarSample], Dataset[LidarSample]]:
+    def load(self) -> tuple[Dataset[LidarSample], Dataset[LidarSample], Dataset[LidarSample]]:
         """Return the three sets, which hold no frames until they are asked for them."""
         return self.sets
