@@ -28,8 +28,10 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from lightning_eff.privacy.engine.tuning import Tuner
-from lightning_eff.privacy.engine.uses import LayerUse, Part
+from lightning_eff.privacy.engine.uses import KeptInput, LayerUse, Part
 from lightning_eff.privacy.selection.selected import Selection
+
+__all__ = ["FALLBACKS", "RULES", "KeptInput", "Recorder", "rule"]
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 # tried in order for functions without a rule that get a trainable parameter: (recorder, function, args, kwargs) ->
@@ -165,33 +167,6 @@ class Recorder(TorchFunctionMode):
             if isinstance(argument, list | tuple) and any(id(item) in self._names for item in argument):
                 return True
         return False
-
-
-class KeptInput:
-    """A layer's input until the gradient comes, and the proof that nobody changed it meanwhile.
-
-    Args:
-        tensor: the input, or what of it is needed.
-        what: the layer, for the error.
-    """
-
-    def __init__(self, tensor: Tensor, what: str) -> None:
-        self._tensor = tensor.detach()
-        self._version = None if tensor.is_inference() else tensor._version
-        self._what = what
-
-    def get(self) -> Tensor:
-        """Return the input.
-
-        Raises:
-            RuntimeError: it was changed in place after the layer had read it.
-        """
-        if self._version is not None and self._tensor._version != self._version:
-            raise RuntimeError(
-                f"the input of {self._what} was changed in place after the layer had read it, so its gradient cannot "
-                "be computed: use the operation that is not in place (for example relu instead of relu_)"
-            )
-        return self._tensor
 
 
 class _Tap(torch.autograd.Function):

@@ -134,6 +134,37 @@ class GradientUse(LayerUse):
         return {name: weighted_sum(factors[name], kept) for name, kept in self._gradients.items()}
 
 
+class KeptInput:
+    """A layer's input until the gradient comes, and the proof that nobody changed it meanwhile.
+
+    Args:
+        tensor: the input, or what of it is needed.
+        what: the layer, for the error.
+    """
+
+    def __init__(self, tensor: Tensor, what: str) -> None:
+        self._tensor = tensor.detach()
+        self._version = None if tensor.is_inference() else tensor._version
+        self._what = what
+
+    def get(self) -> Tensor:
+        """Return the input.
+
+        Raises:
+            RuntimeError: it was changed in place after the layer had read it.
+        """
+        if self._version is not None and self._tensor._version != self._version:
+            raise RuntimeError(
+                f"the input of {self._what} was changed in place after the layer had read it, so its gradient cannot "
+                "be computed: use the operation that is not in place (for example relu instead of relu_)"
+            )
+        return self._tensor
+
+    def without(self, index: Tensor) -> KeptInput:
+        """Return a copy ``[n, ...]`` in which the examples ``index`` are zero."""
+        return KeptInput(self.get().index_fill(0, index, 0), self._what)
+
+
 def slices(examples: int, size: int) -> Iterator[slice]:
     """Cut ``examples`` into slices of ``size`` (at least one) examples."""
     size = max(1, size)
