@@ -1,38 +1,58 @@
-"""Features of the empirical neural tangent kernel of an untrained network (DP-NTK, arXiv 2303.01687)."""
+"""Features of the empirical neural tangent kernel of an untrained network (DP-NTK, arXiv 2303.01687).
+
+``B`` samples, ``C`` classes, ``P`` stored coordinates, ``K`` outputs of the network.
+"""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_eff.synthesis.embedding import MeanEmbedding
-from lightning_eff.synthesis.features.objective import MMD2Terms
-from lightning_eff.synthesis.features.sums import ClassSums
+from lightning_eff.synthesis.features.objective import (
+    Estimator,
+    MMD2Terms,
+    inverse_norms,
+    mmd2_terms,
+    sum_of,
+)
+from lightning_eff.synthesis.features.precision import full_single_precision
+from lightning_eff.synthesis.features.recording import Recording, record
+from lightning_eff.synthesis.features.sketch import Sketch, SketchRecording
+from lightning_eff.synthesis.features.structure import examine, find_input_shape, frozen_copy
+from lightning_eff.synthesis.features.sums import ClassSums, sorted_by_class
+from lightning_eff.synthesis.features.uses import Backend, LayerUse, Part
 
-Estimator = Literal["u", "v"]
-Backend = Literal["auto", "kernel", "dense"]
+CHUNK_FLOATS = 4_000_000
+"""Numbers beyond activations that one pass over samples may need; more samples are taken in several passes."""
 
 
 class NTKFeatures(nn.Module):
-    """Unit-norm gradients of an untrained network as features of its inputs.
+    """Unit-norm gradients of an untrained network, as features of its inputs.
 
-    The feature of x is the gradient of ``network(x).sum()`` with respect to all parameters, divided by its norm.
+    The feature of x is the gradient of ``network(x).sum()`` with respect to all parameters, divided by its norm. It is
+    written out only by :meth:`dense`; class sums, kernel and discrepancy come from the layers' inputs and output
+    derivatives, for ``nn.Linear`` and convolutions. Other layers with parameters, shared ones and parameters used
+    outside of layers are worked out by ``torch.func`` for each sample, which a warning tells. Both ways are checked
+    against automatic differentiation when this is made.
 
     Args:
-        network: Any module from ``(B, *input_shape)`` to ``(B, ...)``; it is copied, and used in evaluation mode.
-        input_shape: Shape of one sample; by default ``network.input_shape``, or the ``in_features`` of a first dense
-            layer.
-        collapse_last: Keep the K equal copies of the last dense layer's gradient as one, scaled by sqrt(K): norms,
-            kernel and sensitivity stay the same.
-        drop_final_bias: Leave out the bias of the last dense layer, whose gradient is constant.
-        sketch_dim: Keep a tensor sketch of so many coordinates, re-normalised, instead of the gradient: less memory,
-            a slower pass over the data.
-        sketch_seed: Draws the sketch.
+        network: Any module from ``(B, *input_shape)`` to ``(B, ...)``. A copy of it is used, frozen and always in
+            evaluation mode; data must not have formed its weights if they are to be public.
+        input_shape: Shape of one sample; by default ``network.input_shape``, or the inputs of a network that begins
+            with a dense layer.
+        collapse_last: Keep the K equal rows of the gradient of a last dense layer as one, times sqrt(K). Norms, kernel
+            and sensitivity stay the same, in C (K - 1) (width + 1) fewer coordinates.
+        drop_final_bias: Leave out the bias of the last dense layer, the same in all gradients.
+        sketch_dim: Keep a tensor sketch with so many coordinates, scaled to norm one again, instead of the gradient:
+            much less memory, a slower pass over data.
+        sketch_seed: Draws the sketch, which is public.
+
+    Raises:
+        ValueError: no shape of a sample is known, nothing has a gradient, or a layer mixes samples.
     """
 
     def __init__(
@@ -46,13 +66,17 @@ class NTKFeatures(nn.Module):
         sketch_seed: int = 0,
     ) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.input_shape = tuple(input_shape or network.input_shape)  # type: ignore[arg-type]
+        self.network = frozen_copy(network)
+        self.input_shape = find_input_shape(network) if input_shape is None else tuple(input_shape)
+        self._structure = examine(self.network, self.input_shape, collapse_last, drop_final_bias)
+        gradient = self._structure.layout
+        self.sketch = Sketch(sketch_dim, gradient, sketch_seed) if sketch_dim is not None else None
+        self.layout: dict[str, tuple[int, ...]] = {"sketch": (self.sketch.dim,)} if self.sketch else dict(gradient)
+        """Stored shape of each block of a feature: by parameter name, or of the one block ``"sketch"``."""
 
-    @property
-    def layout(self) -> dict[str, tuple[int, ...]]:
-        """Stored shape of each block of a feature, by parameter name."""
-        return {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}
+    def train(self, mode: bool = True) -> NTKFeatures:
+        """Stay in evaluation mode: with batch statistics a sample has no gradient of its own."""
+        return super().train(False)
 
     @property
     def feature_dim(self) -> int:
@@ -60,37 +84,45 @@ class NTKFeatures(nn.Module):
         return sum(math.prod(shape) for shape in self.layout.values())
 
     def dense(self, x: Tensor) -> Tensor:
-        """Return the features ``(B, P)`` themselves, differentiable in ``x``: for reference, memory is B times P."""
-        weights = dict(self.network.named_parameters())
+        """Return the features themselves, ``(B, P)`` in the order of :attr:`layout`; for reference and debugging.
 
-        def total(w: dict[str, Tensor], one: Tensor) -> Tensor:
-            return torch.func.functional_call(self.network, w, (one[None],)).sum()
-
-        x = x.reshape(len(x), *self.input_shape)
-        grads = torch.func.vmap(torch.func.grad(total), in_dims=(None, 0))(weights, x)
-        flat = torch.cat([grads[name].flatten(1) for name in weights], 1)
-        return flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-12)
-
-    def sums(
-        self, num_classes: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
-    ) -> ClassSums:
-        """Return empty class sums to add batches to."""
-        return ClassSums(self, num_classes, dtype, device)
-
-    def class_sums(self, x: Tensor, y: Tensor, num_classes: int) -> MeanEmbedding:
-        """Return the class sums of one batch in the network's precision."""
-        one_hot = torch.nn.functional.one_hot(y.long(), num_classes).to(x.dtype)
-        flat = one_hot.T @ self.dense(x).detach()
-        pieces = flat.split([math.prod(shape) for shape in self.layout.values()], dim=1)
-        blocks = {
-            name: piece.unflatten(1, shape) for piece, (name, shape) in zip(pieces, self.layout.items(), strict=True)
-        }
-        return MeanEmbedding(blocks, one_hot.sum(0))
+        Differentiable in ``x``. Takes B times P numbers of memory.
+        """
+        uses = self._record(x).uses()
+        norms = sum_of(use.square_norms() for use in uses)
+        pieces = {name: piece for use in uses for name, piece in self._pieces(use).items()}
+        return torch.cat([pieces[name] for name in self.layout], 1) * inverse_norms(norms)[:, None]
 
     def kernel(self, x: Tensor, x2: Tensor | None = None) -> Tensor:
-        """Return the kernel matrix ``(B, B2)``, entries in [-1, 1]."""
-        phi = self.dense(x)
-        return phi @ (phi if x2 is None else self.dense(x2)).T
+        """Return the inner products of features, ``(B, B2)``, with those of ``x2``, by default of ``x`` itself.
+
+        Entries lie in [-1, 1], the diagonal of ``kernel(x)`` is 1. Differentiable in ``x`` and ``x2``.
+        """
+        ours = self._record(x).uses()
+        theirs = ours if x2 is None else self._record(x2).uses()
+        left, right = (inverse_norms(sum_of(use.square_norms() for use in uses)) for uses in (ours, theirs))
+        products = sum_of(use.gram(other) for use, other in zip(ours, theirs, strict=True))
+        return products * left[:, None] * right
+
+    def class_sums(self, x: Tensor, y: Tensor, num_classes: int) -> MeanEmbedding:
+        """Return sums of features by class, and counts, in the network's precision.
+
+        Args:
+            x: ``(B, *input_shape)``, or the same numbers in another shape.
+            y: ``(B,)`` classes, integers in [0, C).
+            num_classes: Classes C.
+        """
+        sums = self.sums(num_classes, dtype=self._weight.dtype)
+        sums.add(x, y)
+        return sums.embedding()
+
+    def sums(self, num_classes: int, *, dtype: torch.dtype = torch.float64) -> ClassSums:
+        """Return empty class sums on the network's device, to add batches to; totals are kept as ``dtype``.
+
+        Raises:
+            ValueError: they would not fit into memory.
+        """
+        return ClassSums(self._add_parts, self.layout, num_classes, dtype, self._weight)
 
     def mmd2(
         self,
@@ -102,7 +134,24 @@ class NTKFeatures(nn.Module):
         estimator: Estimator = "u",
         backend: Backend = "auto",
     ) -> Tensor:
-        """Return the squared mean discrepancy between ``target`` and samples, a scalar differentiable in ``x``."""
+        """Return the squared mean discrepancy between samples and ``target``, differentiable in ``x``.
+
+        It is the sum over classes of ``weights[c] * ||S_c / m_c - e_c||^2``, with e_c the samples' mean feature.
+
+        Args:
+            target: Class sums S_c and counts m_c of features of this network, on the network's device.
+            x: ``(B, *input_shape)``, or the same numbers in another shape.
+            y: ``(B,)`` classes, integers in [0, C). Sorted samples spare a copy.
+            weights: ``(C,)`` weights of the classes, >= 0; by default 1/C each. A class of weight zero is left out.
+            estimator: ``"u"`` is unbiased: it leaves the product of each sample with itself out of ``||e_c||^2``, can
+                be slightly negative, and needs two samples of each class. ``"v"`` keeps it, as published.
+            backend: ``"kernel"`` works on inner products of samples, ``"dense"`` on one class sum at a time,
+                ``"auto"`` takes for each layer and class what is less work. The value is the same.
+
+        Raises:
+            ValueError: labels, weights or target do not fit; a class of positive weight has too few samples or no
+                count > 0.
+        """
         return self.mmd2_terms(target, x, y, weights=weights, estimator=estimator, backend=backend).mmd2
 
     def mmd2_terms(
@@ -115,15 +164,88 @@ class NTKFeatures(nn.Module):
         estimator: Estimator = "u",
         backend: Backend = "auto",
     ) -> MMD2Terms:
-        """Return :meth:`mmd2` and its terms."""
-        phi, sums = self.dense(x), target.flatten()
-        total = x.new_zeros(4)
-        for c in range(target.num_classes):
-            rows = phi[y == c]
-            omega = 1 / target.num_classes if weights is None else weights[c]
-            mean, b = sums[c] / target.counts[c], len(rows)
-            square = rows.mean(0).square().sum()
-            spread = square if estimator == "v" else (b * b * square - b) / (b * (b - 1))
-            norm, cross = mean.square().sum(), rows.mean(0) @ mean
-            total = total + omega * torch.stack([norm - 2 * cross + spread, norm, cross, spread])
-        return MMD2Terms(total[0], *total[1:].detach())
+        """Return :meth:`mmd2` together with the terms it is made of; arguments are the same."""
+        target.require_layout(self.layout)
+        if estimator not in ("u", "v") or backend not in ("auto", "kernel", "dense"):
+            raise ValueError(
+                "expected estimator 'u' or 'v' and backend 'auto', 'kernel' or 'dense', "
+                f"got {estimator!r} and {backend!r}"
+            )
+        x, counts = sorted_by_class(x, y, target.num_classes)
+        omega = _class_weights(weights, counts, target, estimator)
+        recording = self._record(x)
+        dtype, device = self._weight.dtype, self._weight.device
+        if any(block.dtype != dtype or block.device != device for block in target.blocks.values()):
+            raise ValueError(f"expected a target of {dtype} on {device}: use target.to({str(device)!r}, {dtype})")
+        return mmd2_terms(recording, counts, target, omega, estimator, backend)
+
+    @property
+    def _weight(self) -> Tensor:
+        return next(self.network.parameters())
+
+    def _record(self, x: Tensor, *, differentiable: bool | None = None) -> Recording | SketchRecording:
+        if x[:1].numel() != math.prod(self.input_shape):
+            raise ValueError(
+                f"expected samples of shape {self.input_shape}, that is {math.prod(self.input_shape)} numbers each, "
+                f"got a batch of shape {tuple(x.shape)}"
+            )
+        if differentiable is None:
+            differentiable = x.requires_grad and torch.is_grad_enabled()
+        x = x.reshape(len(x), *self.input_shape).to(self._weight)
+        recording = record(
+            self.network, self._structure.layers, self._structure.others, x, differentiable=differentiable
+        )
+        return recording if self.sketch is None else SketchRecording(self.sketch, recording, differentiable)
+
+    def _pieces(self, use: LayerUse) -> dict[str, Tensor]:
+        sizes = [math.prod(self.layout[name]) for name in use.names]
+        return dict(zip(use.names, use.per_sample().split(sizes, 1), strict=True))
+
+    def _add_parts(self, x: Tensor, parts: Sequence[Part], sums: Mapping[str, Tensor]) -> Tensor:
+        """Add features of ``x``, sorted by class, to ``sums``; return the squared norms of the gradients ``(B,)``."""
+        found = []
+        with torch.no_grad(), full_single_precision():
+            for rows, inside in self._chunks(len(x), parts):
+                uses = self._record(x[rows], differentiable=False).uses()
+                square_norms = sum_of(use.square_norms() for use in uses)
+                factors = inverse_norms(square_norms)
+                for use in uses:
+                    use.add_sums(factors, inside, sums)
+                found.append(square_norms)
+        return torch.cat(found)
+
+    def _chunks(self, n: int, parts: Sequence[Part]) -> Iterator[tuple[slice, list[Part]]]:
+        floats = max(self._structure.sample_floats, self.sketch.dim if self.sketch else 0)
+        step = max(1, CHUNK_FLOATS // floats) if floats else n
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            inside = [
+                Part(part.label, max(part.start, start) - start, min(part.stop, stop) - start)
+                for part in parts
+                if part.start < stop and part.stop > start
+            ]
+            yield slice(start, stop), inside
+
+
+def _class_weights(
+    weights: Tensor | None, counts: Sequence[int], target: MeanEmbedding, estimator: Estimator
+) -> Tensor:
+    """Return the weights as float64 on the CPU, once they are known to fit."""
+    classes = target.num_classes
+    if weights is None:
+        omega = torch.full((classes,), 1 / classes, dtype=torch.float64)
+    else:
+        omega = weights.detach().double().cpu()
+        if omega.shape != (classes,) or not bool((omega >= 0).all()):
+            raise ValueError(f"expected {classes} weights >= 0, one for each class, got {weights}")
+    needed = 2 if estimator == "u" else 1
+    records = target.counts.tolist()
+    for label, weight in enumerate(omega.tolist()):
+        if weight and counts[label] < needed:
+            raise ValueError(
+                f"expected at least {needed} samples of class {label} (estimator {estimator!r}), got {counts[label]}: "
+                "draw more of each class, or give the class weight 0"
+            )
+        if weight and not records[label] > 0:
+            raise ValueError(f"class {label} has a count of {records[label]}: give it weight 0, it has no mean")
+    return omega

@@ -1,44 +1,148 @@
-"""Class sums of features, added up batch by batch."""
+"""Class sums of features, added up batch by batch; the pass that reads data.
+
+``C`` classes, ``P`` stored coordinates.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_eff.synthesis.embedding import MeanEmbedding
+from lightning_eff.synthesis.features.uses import Part
 
-if TYPE_CHECKING:
-    from lightning_eff.synthesis.features.ntk import NTKFeatures
+FLUSH = 32_768
+"""Records whose sums are kept in the network's precision before they go to the wider totals."""
+
+AddParts = Callable[[Tensor, Sequence[Part], Mapping[str, Tensor]], Tensor]
 
 
 class ClassSums:
-    """Running class sums: made by :meth:`NTKFeatures.sums`, fed batch by batch.
+    """Running class sums: made by ``NTKFeatures.sums``, fed batch by batch.
+
+    Nothing of the size of a batch times P is made. Sums of up to 32,768 records are kept in the network's precision
+    and then added to totals of ``dtype``.
+
+    Args:
+        add_parts: Adds features of samples sorted by class to blocks and returns the samples' squared gradient norms.
+        layout: Stored shape of each block.
+        num_classes: Classes C, >= 1.
+        dtype: Of the totals.
+        like: A tensor on the device and of the precision of the network.
 
     Attributes:
+        records: Records so far.
         degenerate: Records so far whose gradient is zero; their feature is the zero vector.
+
+    Raises:
+        ValueError: the sums would not fit into memory; told before anything is allocated.
     """
 
     def __init__(
-        self, features: NTKFeatures, num_classes: int, dtype: torch.dtype, device: torch.device | str | None
+        self,
+        add_parts: AddParts,
+        layout: Mapping[str, tuple[int, ...]],
+        num_classes: int,
+        dtype: torch.dtype,
+        like: Tensor,
     ) -> None:
-        self._features = features
+        if num_classes < 1:
+            raise ValueError(f"expected num_classes >= 1, got {num_classes}")
         self.num_classes = num_classes
+        self.records = 0
         self.degenerate = 0
-        self._blocks = {
-            name: torch.zeros(num_classes, *shape, dtype=dtype, device=device)
-            for name, shape in features.layout.items()
-        }
-        self._counts = torch.zeros(num_classes, dtype=dtype, device=device)
+        self._add_parts = add_parts
+        self._two = dtype != like.dtype
+        _require_room(layout, num_classes, dtype.itemsize + (like.dtype.itemsize if self._two else 0), like.device)
+        self._total = {n: like.new_zeros(num_classes, *shape, dtype=dtype) for n, shape in layout.items()}
+        self._recent = (
+            {n: like.new_zeros(num_classes, *shape) for n, shape in layout.items()} if self._two else self._total
+        )
+        self._since_flush = 0
+        self._counts = torch.zeros(num_classes, dtype=torch.int64)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add the features of ``x`` ``(B, *input_shape)`` to the classes ``y`` ``(B,)``, integers in [0, C)."""
-        sums = self._features.class_sums(x, y, self.num_classes)
-        for name, block in self._blocks.items():
-            block += sums.blocks[name]
-        self._counts += sums.counts
+        """Add records to the sums of their classes.
+
+        Args:
+            x: ``(B, *input_shape)``, or the same numbers in another shape; finite.
+            y: ``(B,)`` classes, integers in [0, C).
+
+        Raises:
+            ValueError: labels are not integers in range, or a feature is not finite (NaN, infinite or very large
+                numbers); sums may then hold part of the batch and are not to be used.
+        """
+        x, counts = sorted_by_class(x, y, self.num_classes)
+        if not len(x):
+            return
+        square_norms = self._add_parts(x, _class_parts(counts), self._recent)
+        if not bool(square_norms.isfinite().all()):
+            raise ValueError("a record has no finite feature: it holds NaN, infinite or very large numbers")
+        self.degenerate += int((square_norms == 0).sum())
+        self.records += len(x)
+        self._since_flush += len(x)
+        self._counts += torch.tensor(counts)
+        if self._since_flush >= FLUSH:
+            self._flush()
 
     def embedding(self) -> MeanEmbedding:
-        """Return what was added so far; further additions go into the same tensors."""
-        return MeanEmbedding(self._blocks, self._counts)
+        """Return what was added so far, in the same tensors that later additions go to."""
+        self._flush()
+        some = next(iter(self._total.values()))
+        return MeanEmbedding(dict(self._total), self._counts.to(some))
+
+    def _flush(self) -> None:
+        if self._two and self._since_flush:
+            for name, block in self._recent.items():
+                self._total[name] += block
+                block.zero_()
+        self._since_flush = 0
+
+
+def sorted_by_class(x: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, list[int]]:
+    """Return the samples in ascending order of their classes, and how many each class has."""
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.shape != x.shape[:1]:
+        raise ValueError(
+            f"expected integer labels of shape ({len(x)},), one for each sample, got {y.dtype} of {tuple(y.shape)}"
+        )
+    if not len(y):
+        return x, [0] * num_classes
+    low, high = (int(bound) for bound in torch.aminmax(y))
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"expected labels from 0 to {num_classes - 1}, got labels from {low} to {high}")
+    counts: list[int] = torch.bincount(y, minlength=num_classes).tolist()
+    if bool((y[1:] < y[:-1]).any()):
+        x = x[torch.argsort(y, stable=True).to(x.device)]
+    return x, counts
+
+
+def _class_parts(counts: Sequence[int]) -> list[Part]:
+    parts, start = [], 0
+    for label, count in enumerate(counts):
+        if count:
+            parts.append(Part(label, start, start + count))
+        start += count
+    return parts
+
+
+def _require_room(layout: Mapping[str, tuple[int, ...]], classes: int, itemsize: int, device: torch.device) -> None:
+    numbers = sum(math.prod(shape) for shape in layout.values())
+    needed, there = classes * numbers * itemsize, memory_bytes(device)
+    if there is not None and needed > there:
+        raise ValueError(
+            f"class sums of {classes} classes times {numbers} coordinates need {needed:,} bytes, {device.type} memory "
+            f"is {there:,}: take a narrower feature network, or pass sketch_dim="
+        )
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """Return the memory of a device in bytes, for a GPU what is free of it; ``None`` where it cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES"))
+    return None
