@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.privacy.engine.recording import Recorder
+from lightning_eff.privacy.engine.derived import DerivingRecorder, constants_of
 from lightning_eff.privacy.engine.tuning import Tuner
 from lightning_eff.privacy.engine.uses import CHUNK_ELEMENTS, LayerUse, slices, square_norm
 from lightning_eff.privacy.selection.selected import Selection
@@ -91,7 +91,7 @@ class PerSampleEngine:
         parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not parameters:
             raise ValueError(f"nothing to train: no parameter of {type(self.module).__name__} has requires_grad")
-        self._batch = _Batch(parameters, self._selections, examples, self._tuner)
+        self._batch = _Batch(parameters, self._selections, examples, self._tuner, constants_of(self.module))
         with self._batch.recorder:
             yield
 
@@ -193,12 +193,17 @@ class _Batch:
     """What one physical batch leaves until its sum is taken."""
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], selections: Mapping[str, Selection], examples: int, tuner: Tuner
+        self,
+        parameters: dict[str, nn.Parameter],
+        selections: Mapping[str, Selection],
+        examples: int,
+        tuner: Tuner,
+        constants: list[Tensor],
     ) -> None:
         self.parameters = parameters
         self.selections = selections
         names = {id(parameter): name for name, parameter in parameters.items()}
-        self.recorder = Recorder(names, selections, examples, tuner, self.on_gradient)
+        self.recorder = DerivingRecorder(names, selections, examples, tuner, self.on_gradient, constants)
         self.received: list[LayerUse] = []
         self.squares: dict[str, Tensor] = {}
         self.total: Tensor | None = None

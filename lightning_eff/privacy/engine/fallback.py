@@ -1,0 +1,323 @@
+"""Functions nobody wrote a rule for: the gradient of each example by running the function once more, for it alone.
+
+That is one `vmap` of the one function, never of the whole model; where `vmap` cannot run it (recurrent layers), a loop.
+Before a function is recorded in this way it must show that it treats examples one by one: what it gives for the first
+and for the last example alone must be what it gave for them in the batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import resolve_name
+from torch.utils import _pytree as pytree
+
+from lightning_eff.privacy.engine.derived import DerivingRecorder
+from lightning_eff.privacy.engine.recording import FALLBACKS, RULES, KeptInput, Recorder
+from lightning_eff.privacy.engine.uses import CHUNK_ELEMENTS, LayerUse, block, slices, square_norm, weighted_sum, wide
+
+logger = logging.getLogger(__name__)
+_told: set[str] = set()
+
+
+def record_any(recorder: Recorder, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Record a function of parameters, constants and tensors that have the examples first.
+
+    NotImplemented where it does not treat examples one by one; its parameters then get an ordinary gradient.
+    """
+    name = resolve_name(function) or getattr(function, "__name__", str(function))
+    if name.endswith("_") and not name.endswith("__"):
+        return NotImplemented  # it cannot be run once more
+    call = Call(recorder, function, args, kwargs)
+    output = function(*call.args, **call.kwargs)
+    # a constant may hold something of each example, for example the zeros a state begins with
+    for spread in (False, True):
+        if call.lay_out(spread) and call.agrees_with(output):
+            if name not in _told:
+                _told.add(name)
+                logger.info("%s has no rule of its own: its per-sample gradients come from running it again", name)
+            return call.record(output)
+    return NotImplemented
+
+
+def record_recurrent(function: Callable[..., Any], recorder: Recorder, *args: Any) -> Any:
+    """Record a recurrent layer: examples lie along dimension 1 of its states.
+
+    Raises:
+        ValueError: the input is a packed sequence, or has dropout between layers.
+    """
+    name = resolve_name(function)
+    if len(args) != 9 or not isinstance(args[2], list | tuple):
+        raise ValueError(
+            f"{name} got packed sequences, which have no dimension of examples: give it padded ones "
+            "[batch, length, features]"
+        )
+    if args[5] and args[6] and args[4] > 1:
+        raise ValueError(f"{name} with dropout between its layers cannot be run again for each example: set dropout=0")
+    call = Call(recorder, function, args, {}, loop=True)
+    output = function(*call.args)
+    first = 0 if args[8] else 1
+    call.dims = [None if kept is None else (1 if index else first) for index, kept in enumerate(call.tensors)]
+    call.output_dims = [first, *[1] * (len(output) - 1)]
+    if not call.fits() or not call.agrees_with(output):
+        raise ValueError(
+            f"{name} got an input of shape {list(args[0].shape)} with batch_first={args[8]} in a batch of "
+            f"{recorder.examples} examples: the examples must lie along dimension {first}"
+        )
+    return call.record(output)
+
+
+class Call:
+    """A call of a function, and how to repeat it for one example.
+
+    Args:
+        recorder: tells parameters from other tensors.
+        function: what was called.
+        args: its arguments; tensors may be in lists, tuples and dicts.
+        kwargs: likewise.
+        loop: go through the examples one after the other and do not try `vmap`.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        loop: bool = False,
+    ) -> None:
+        self.recorder, self.function, self.loop = recorder, function, loop
+        leaves, self._spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        self._leaves = [recorder.detached(leaf) for leaf in leaves]
+        self.args, self.kwargs = pytree.tree_unflatten(self._leaves, self._spec)
+        parts = [recorder.part(leaf) for leaf in leaves]
+        self.parts = list({part.name: part for part in parts if part is not None}.values())
+        self._names = [None if part is None else part.name for part in parts]
+        self.parameters = {name: leaf for name, leaf in zip(self._names, self._leaves, strict=True) if name is not None}
+        # tensors that may hold something of each example
+        self.tensors = [
+            KeptInput(leaf, resolve_name(function) or "a function")
+            if isinstance(leaf, Tensor) and recorder.name_of(leaf) is None
+            else None
+            for leaf in leaves
+        ]
+        self._constant = [
+            isinstance(leaf, Tensor) and isinstance(recorder, DerivingRecorder) and recorder.is_constant(leaf)
+            for leaf in leaves
+        ]
+        self.dims: list[int | None] = []
+        self.output_dims: list[int] = []
+        # autograd runs where autocast is off
+        kind = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
+        enabled = torch.is_autocast_enabled(kind)
+        self._autocast = (kind, torch.get_autocast_dtype(kind), enabled)
+
+    def lay_out(self, spread: bool) -> bool:
+        """Take the first dimension for that of the examples; ``spread``: of constants that are as long, too.
+
+        Returns:
+            Whether the shapes allow it.
+        """
+        self.dims, self.output_dims = [], [0]
+        for kept, constant in zip(self.tensors, self._constant, strict=True):
+            if kept is None:
+                self.dims.append(None)
+                continue
+            shape = kept.get().shape
+            leads = bool(shape) and shape[0] > 0 and shape[0] % self.recorder.examples == 0
+            if not leads and not constant:
+                return False
+            self.dims.append(0 if leads and (spread or not constant) else None)
+        return any(dim is not None for dim in self.dims)
+
+    def fits(self) -> bool:
+        """Whether every tensor can be cut into examples along its dimension."""
+        return all(
+            kept is None
+            or dim is None
+            or (dim < kept.get().ndim and kept.get().size(dim) % self.recorder.examples == 0)
+            for kept, dim in zip(self.tensors, self.dims, strict=True)
+        )
+
+    def examples(self) -> list[Tensor]:
+        """Return the tensors that hold something of each example, examples first, ``[n, ...]``."""
+        return [
+            self._examples_first(kept.get(), dim)
+            for kept, dim in zip(self.tensors, self.dims, strict=True)
+            if kept is not None and dim is not None
+        ]
+
+    def repeat(self, parameters: Mapping[str, Tensor], example: Sequence[Tensor]) -> Any:
+        """Run the function for one example with some values of the parameters."""
+        own = iter(example)
+        leaves = [
+            parameters[name] if name is not None else leaf if dim is None else next(own)
+            for name, leaf, dim in zip(self._names, self._leaves, self.dims, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        kind, dtype, enabled = self._autocast
+        with torch.autocast(kind, dtype, enabled) if enabled else torch.autocast(kind, enabled=False):
+            return self.function(*args, **kwargs)
+
+    @torch.no_grad()
+    def agrees_with(self, output: Any) -> bool:
+        """Whether the first and the last example alone give what they gave in the batch."""
+        outputs = _outputs(output)
+        if outputs is None:
+            return False
+        dims = self.output_dims * len(outputs) if len(self.output_dims) == 1 else self.output_dims
+        n = self.recorder.examples
+        if any(o.ndim <= dim or not o.size(dim) or o.size(dim) % n for o, dim in zip(outputs, dims, strict=True)):
+            return False
+        self.output_dims = dims
+        inputs = self.examples()
+        for i in {0, n - 1}:
+            try:
+                alone = _outputs(self.repeat(self.parameters, [tensor[i] for tensor in inputs]))
+            except RuntimeError:  # shapes that do not fit: the tensors are no rows of examples
+                return False
+            if alone is None or len(alone) != len(outputs):
+                return False
+            for one, all_, dim in zip(alone, outputs, dims, strict=True):
+                if not _close(one, self._examples_first(all_, dim)[i]):
+                    return False
+        return True
+
+    def record(self, output: Any) -> Any:
+        """Tap every output that can have a gradient; each is a use of its own, and uses add up."""
+        outputs = _outputs(output)
+        assert outputs is not None
+        tapped = [
+            self.recorder.tap(tensor, CallUse(self, which)) if tensor.is_floating_point() else tensor
+            for which, tensor in enumerate(outputs)
+        ]
+        return tapped[0] if isinstance(output, Tensor) else type(output)(tapped)
+
+    def gradients(self, gradient: Tensor, which: int, examples: slice) -> dict[str, Tensor]:
+        """Return by parameter the gradients of some examples, ``[m, *shape]``.
+
+        Args:
+            gradient: of output ``which``, examples first, ``[n, ...]``.
+            which: one of the outputs.
+            examples: which of them.
+        """
+        inputs = [tensor[examples] for tensor in self.examples()]
+
+        def back(gradient: Tensor, *example: Tensor) -> dict[str, Tensor]:
+            def run(parameters: dict[str, Tensor]) -> Tensor:
+                outputs = _outputs(self.repeat(parameters, example))
+                assert outputs is not None
+                return outputs[which]
+
+            found: dict[str, Tensor] = torch.func.vjp(run, self.parameters)[1](gradient)[0]
+            return found
+
+        rows = gradient[examples]
+        if not self.loop:
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "There is a performance drop")
+                    return torch.func.vmap(back)(rows, *inputs)
+            except RuntimeError:
+                self.loop = True
+        found = [back(*row) for row in zip(rows, *inputs, strict=True)]
+        return {name: torch.stack([one[name] for one in found]) for name in self.parameters}
+
+    def rows(self, gradient: Tensor, which: int) -> Tensor:
+        """Return the gradient of an output, examples first."""
+        return self._examples_first(gradient, self.output_dims[which])
+
+    def _examples_first(self, tensor: Tensor, dim: int) -> Tensor:
+        n = self.recorder.examples
+        return tensor.view(*tensor.shape[:dim], n, tensor.size(dim) // n, *tensor.shape[dim + 1 :]).movedim(dim, 0)
+
+
+class CallUse(LayerUse):
+    """The use of a function through one of its outputs.
+
+    Args:
+        call: the function and its arguments.
+        which: the output.
+    """
+
+    def __init__(self, call: Call, which: int) -> None:
+        super().__init__(call.parts, call.recorder.examples)
+        self._call, self._which = call, which
+        self._gradient: Tensor | None = None
+        self._out: Tensor | None = None
+
+    def receive(self, gradient: Tensor) -> None:
+        """Keep it."""
+        self._gradient = self._call.rows(gradient, self._which)
+
+    def per_sample(self, name: str, examples: slice) -> Tensor:
+        """Run the function again for some examples, ``[m, *block]``."""
+        return self._blocks(examples)[name]
+
+    def zero_examples(self, index: Tensor) -> None:
+        """Remember whose gradients to make zero: what goes into the function may itself be infinite."""
+        self._out = index
+
+    def square_norms(self, names: Collection[str]) -> dict[str, Tensor]:
+        """One run for all parameters."""
+        parts = [self._blocks(part) for part in self._slices()]
+        return {name: torch.cat([square_norm(part[name]) for part in parts]) for name in names}
+
+    def clipped_sums(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One run for all parameters."""
+        sums: dict[str, Tensor] = {}
+        for part in self._slices():
+            for name, gradients in self._blocks(part).items():
+                added = weighted_sum(factors[name][part], gradients)
+                sums[name] = sums[name] + added if name in sums else added
+        return sums
+
+    def _slices(self) -> Any:
+        size = max(parameter.numel() for parameter in self._call.parameters.values())
+        return slices(self.examples, CHUNK_ELEMENTS // max(1, size))
+
+    def _blocks(self, examples: slice) -> dict[str, Tensor]:
+        assert self._gradient is not None
+        found = self._call.gradients(self._gradient, self._which, examples)
+        blocks = {name: block(wide(found[name]), chosen) for name, chosen in self.selections.items()}
+        if self._out is None:
+            return blocks
+        index = torch.arange(self.examples, device=self._out.device)[examples]
+        out = torch.isin(index, self._out)
+        return {name: torch.where(out.view(-1, *[1] * (b.ndim - 1)), 0.0, b) for name, b in blocks.items()}
+
+
+def _outputs(output: Any) -> list[Tensor] | None:
+    """Return the tensors a function gave; None where it gave something else too."""
+    outputs = [output] if isinstance(output, Tensor) else output
+    if isinstance(outputs, list | tuple) and outputs and all(isinstance(tensor, Tensor) for tensor in outputs):
+        return list(outputs)
+    return None
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Whether two results are the same but for rounding."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    tolerance = torch.finfo(one.dtype).eps ** 0.6
+    scale = other.abs().nan_to_num(0.0, 0.0).amax() if other.numel() else 0.0
+    return torch.allclose(one, other, rtol=tolerance, atol=float(tolerance * scale), equal_nan=True)
+
+
+def _recurrent(function: Callable[..., Any]) -> Callable[..., Any]:
+    def record(recorder: Recorder, *args: Any) -> Any:
+        return record_recurrent(function, recorder, *args)
+
+    return record
+
+
+for _function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
+    RULES[_function] = _recurrent(_function)
+FALLBACKS.append(record_any)
