@@ -1,0 +1,112 @@
+"""Pictures of a training as it goes: samples, loss and the noise below it, signal to noise of the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_eff.reporting import save_figure
+from lightning_eff.synthesis.figures import loss_figure, signal_figure
+from lightning_eff.synthesis.module import DPNTKGenerator
+from lightning_eff.synthesis.options import check_integer
+
+
+class SynthesisFigures(Callback):
+    """Write pictures of a :class:`DPNTKGenerator` into a folder; none of them looks at private data.
+
+    ``signal_to_noise.png`` when training begins, ``samples-00100.png`` (images only, a row a class, the same latent
+    codes every time) every so many steps and at the end, ``loss.png`` at the end.
+
+    Args:
+        dirpath: The folder; ``None`` takes the trainer's ``default_root_dir``.
+        every_n_steps: Steps between two pictures of samples, >= 1.
+        per_class: Samples of each class, >= 1.
+        class_names: In the order of the classes.
+        seed: Of the latent codes.
+
+    Attributes:
+        written: Files written so far in this run.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        every_n_steps: int = 500,
+        per_class: int = 10,
+        class_names: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_integer("every_n_steps", every_n_steps, least=1)
+        check_integer("per_class", per_class, least=1)
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.every_n_steps, self.per_class, self.seed = every_n_steps, per_class, seed
+        self.class_names = None if class_names is None else list(class_names)
+        self.written: list[Path] = []
+        self._steps: list[int] = []
+        self._losses: list[torch.Tensor] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse other modules."""
+        if not isinstance(pl_module, DPNTKGenerator):
+            raise ValueError(f"SynthesisFigures draws a DPNTKGenerator, got a {type(pl_module).__name__}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the signal to noise of the release."""
+        assert isinstance(pl_module, DPNTKGenerator)
+        if trainer.is_global_zero and pl_module.embedding is not None:
+            names = self.class_names or _label_names(pl_module)
+            self._save(trainer, "signal_to_noise.png", signal_figure(pl_module.embedding, names))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the loss, and draw samples where it is time."""
+        if not trainer.is_global_zero:
+            return
+        self._steps.append(trainer.global_step)
+        self._losses.append(trainer.callback_metrics["train/mmd2"].detach())
+        if trainer.global_step % self.every_n_steps == 0:
+            self._draw_samples(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw samples and the loss."""
+        assert isinstance(pl_module, DPNTKGenerator)
+        if trainer.is_global_zero and self._steps:
+            self._draw_samples(trainer, pl_module)
+            losses = torch.stack(self._losses).tolist()
+            self._save(trainer, "loss.png", loss_figure(self._steps, losses, pl_module.noise_floor))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses so far."""
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        return {"steps": list(self._steps), "losses": losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the losses of a checkpoint."""
+        self._steps = list(state_dict["steps"])
+        self._losses = [torch.tensor(loss) for loss in state_dict["losses"]]
+
+    def _draw_samples(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DPNTKGenerator)
+        shape = pl_module.space.shape
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            return
+        labels = torch.arange(pl_module.num_classes).repeat_interleave(self.per_class)
+        samples = pl_module.generate(len(labels), labels, seed=self.seed)
+        self._save(trainer, f"samples-{trainer.global_step:05d}.png", samples.grid(self.per_class, self.class_names))
+
+    def _save(self, trainer: Trainer, name: str, figure: Any) -> None:
+        path = save_figure(figure, (self.dirpath or Path(trainer.default_root_dir)) / name)
+        if path not in self.written:
+            self.written.append(path)
+
+
+def _label_names(module: DPNTKGenerator) -> list[str] | None:
+    if module.schema is None or module.schema.label_categories is None:
+        return None
+    names = [str(category) for category in module.schema.label_categories]
+    return [*names, "missing"][: module.num_classes]

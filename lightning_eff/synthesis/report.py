@@ -1,0 +1,189 @@
+"""What a generator's owner may tell others: the guarantee, what it rests on, what it does not cover."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning_eff.accounting import PrivacyLedger
+from lightning_eff.reporting import Column, Table
+from lightning_eff.synthesis.embedding import MeanEmbedding
+from lightning_eff.synthesis.options import ReleaseOptions
+from lightning_eff.synthesis.signal import signal_to_noise, usable_classes
+from lightning_eff.synthesis.tables import TableSchema
+from lightning_eff.synthesis.tables.schema import INFERRED
+
+_NEIGHBOURS = {
+    "replace_one": "one record replaced by another, their number being public",
+    "add_remove": "one record more or less",
+}
+_PACKAGES = ("lightning-eff", "torch", "lightning", "scipy", "numpy")
+
+
+@dataclass(frozen=True)
+class PrivacyReport:
+    """Facts of a release as plain Python, sentences, and a table by class. Nothing in it is private.
+
+    Args:
+        facts: Name and value, in the order in which they are shown.
+        caveats: Why the guarantee does not hold as it stands; shown first.
+        assumptions: What it rests on.
+        not_covered: What it does not cover.
+        classes: Released count and estimated signal to noise of each class.
+        history: The releases, as the ledger recorded them.
+    """
+
+    facts: dict[str, Any]
+    caveats: list[str]
+    assumptions: list[str]
+    not_covered: list[str]
+    classes: list[dict[str, Any]]
+    history: list[dict[str, Any]]
+
+    @property
+    def private(self) -> bool:
+        """Whether there is a finite epsilon and nothing speaks against it."""
+        return bool(self.facts["private"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain Python; infinity is the word ``"inf"``, as JSON has none."""
+        plain = {**self.facts, **{name: getattr(self, name) for name in self._parts}}
+        return {name: _jsonable(value) for name, value in plain.items()}
+
+    _parts = ("caveats", "assumptions", "not_covered", "classes", "history")
+
+    def to_markdown(self) -> str:
+        """Return it as Markdown, caveats first."""
+        return self._text("> {}", "**{}**", Table.to_markdown)
+
+    def __str__(self) -> str:
+        return self._text("{}", "{}", str)
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as ``.json``, ``.md`` or ``.txt``; folders are made.
+
+        Raises:
+            ValueError: Another suffix.
+        """
+        path = Path(path)
+        if path.suffix not in (".json", ".md", ".txt"):
+            raise ValueError(f"expected a file name that ends in .json, .md or .txt, got {path.name!r}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        else:
+            text = self.to_markdown() if path.suffix == ".md" else f"{self}\n"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def _text(self, caveat: str, headline: str, table: Any) -> str:
+        epsilon, delta = self.facts["epsilon"], self.facts["delta"]
+        known = f"epsilon = {epsilon:.6g} at delta = {delta:g}" if math.isfinite(epsilon) else "NOT PRIVATE"
+        parts = [caveat.format(sentence) for sentence in self.caveats] + [headline.format(known)]
+        rows = [[name.replace("_", " "), _shown(value)] for name, value in self.facts.items()]
+        parts.append(table(Table("", ["fact", "value"], rows)).rstrip())
+        if self.classes:
+            columns: list[str | Column] = [
+                "class",
+                Column("records (released)", ",.0f"),
+                Column("signal to noise", ".3g"),
+                "remark",
+            ]
+            lines = [list(line.values()) for line in self.classes]
+            parts.append(table(Table("", columns, lines)).rstrip())
+        for title, sentences in (("Rests on", self.assumptions), ("Not covered", self.not_covered)):
+            if sentences:
+                parts.append("\n".join([headline.format(title), "", *(f"- {sentence}" for sentence in sentences)]))
+        return "\n\n".join(parts) + "\n"
+
+
+def privacy_report(
+    ledger: PrivacyLedger,
+    embedding: MeanEmbedding | None,
+    options: ReleaseOptions,
+    schema: TableSchema | None = None,
+) -> PrivacyReport:
+    """Gather what is known of all releases of a ledger.
+
+    Args:
+        ledger: With every release.
+        embedding: The one in use; ``None`` before the first.
+        options: What it promised.
+        schema: Of a table.
+    """
+    epsilon = ledger.epsilon()
+    meta = {} if embedding is None else embedding.meta
+    facts = {
+        "private": math.isfinite(epsilon) and not ledger.caveats,
+        "epsilon": epsilon,
+        "delta": ledger.delta,
+        "releases": ledger.steps,
+        "sigma": meta.get("sigma"),
+        "sensitivity": meta.get("sensitivity"),
+        "adjacency": f"{ledger.adjacency}: {_NEIGHBOURS[ledger.adjacency]}",
+        "unit_of_privacy": _unit(options.max_contributions),
+        "records": None if embedding is None else embedding.num_records or "not public",
+        "class_counts": "released with noise" if options.counts_are_released else "public shares",
+        "mechanism": "Gaussian, calibrated exactly (arXiv 1805.06530)",
+        "noise_source": meta.get("noise"),
+        "schema": None if schema is None else schema.source,
+        "nonprivate_validation": options.allow_nonprivate_validation,
+        "versions": _versions(),
+    }
+    assumptions = list(ledger.assumptions)
+    if schema is not None and schema.source == INFERRED:
+        assumptions.append("The schema was taken from rows that its author declared public.")
+    return PrivacyReport(
+        {name: value for name, value in facts.items() if value is not None},
+        list(ledger.caveats),
+        assumptions,
+        list(ledger.not_covered),
+        [] if embedding is None else _classes(embedding, schema),
+        [dict(vars(event)) for event in ledger.history],
+    )
+
+
+def _unit(max_contributions: int) -> str:
+    return "one record" if max_contributions == 1 else f"one person with up to {max_contributions} records"
+
+
+def _classes(embedding: MeanEmbedding, schema: TableSchema | None) -> list[dict[str, Any]]:
+    names = schema.label_categories if schema is not None else None
+    ratio, usable = signal_to_noise(embedding).tolist(), usable_classes(embedding).tolist()
+    return [
+        {
+            "class": c if names is None else names[c] if c < len(names) else "missing",
+            "records": float(embedding.counts[c]),
+            "signal_to_noise": ratio[c],
+            "remark": None if usable[c] else "too few records for this epsilon; left out of training",
+        }
+        for c in range(embedding.num_classes)
+    ]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {entry}" for name, entry in value.items())
+    return f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _jsonable(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(entry) for entry in value]
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
