@@ -72,7 +72,7 @@ def plot_pairs(names: tuple[str, ...], tv: Tensor, real: NDArray[Any], synthetic
         synthetic: Those of the synthetic one ``[d, d]``.
     """
     size = 0.3 * len(names)
-    figure, axes = new_figure(1, 2, width=4.4 + 2 * size, height=2.2 + size)
+    figure, axes = new_figure(1, 2, width=4.4 + 2 * size, height=1.3 + size)
     difference = synthetic - real
     reach = max(0.05, float(np.abs(difference).max()))
     panels = (

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_eff.reporting import human
 from lightning_eff.synthesis.tables.columns import CategoricalColumn, NumericColumn, TableColumn, onehot
 from lightning_eff.synthesis.tables.schema import Rows, TableSchema
 
@@ -57,7 +58,7 @@ class Cells:
         kind = self.columns[column]
         if isinstance(kind, CategoricalColumn):
             return [*map(str, kind.categories), *(["missing"] if kind.missing else [])]
-        return [f"{edge:.3g}" for edge in kind.edges[:-1]] + list(kind.flags)
+        return [human(edge) if abs(edge) >= 1000 else f"{edge:.3g}" for edge in kind.edges[:-1]] + list(kind.flags)
 
     def single(self, real: Tensor, synthetic: Tensor) -> Tensor:
         """Total variation of each column ``[d]`` from the counts of both sides."""

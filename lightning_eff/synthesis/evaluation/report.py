@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,16 +67,22 @@ class TableQuality:
     def tables(self) -> list[Table]:
         """Classifiers, columns, and nearest records."""
         tv, names = self.cells.single(self.real, self.synthetic), self.cells.names
-        pairs = self.cells.pairwise(self.real, self.synthetic)
-        others = ~np.eye(len(names), dtype=bool)
-        changes = np.abs(self.synthetic_associations - self.real_associations)
-        rows = []
-        for i, name in enumerate(names):
-            others_tv = float(pairs[i][others[i]].mean()) if len(names) > 1 else None
-            change = float(changes[i].max()) if len(names) > 1 else None
-            rows.append([name, self.cells.columns[i].width, tv[i], self.fine_tv[i], others_tv, change])
-        means = [float(np.nanmean(np.array([row[k] for row in rows], dtype=float))) for k in (2, 3, 4)]
-        rows.append(["mean", None, *means, float(changes[others].mean()) if len(names) > 1 else None])
+        widths = [column.width for column in self.cells.columns]
+        figures = [tv.numpy(), self.fine_tv.numpy()]
+        if len(names) > 1:
+            others = ~np.eye(len(names), dtype=bool)
+            pairs = self.cells.pairwise(self.real, self.synthetic).numpy()
+            changes = np.abs(self.synthetic_associations - self.real_associations)
+            figures += [np.mean(pairs, axis=1, where=others), np.max(changes, axis=1, where=others, initial=0.0)]
+        means = [float(values.mean()) for values in figures]
+        if len(names) > 1:
+            means[-1] = float(changes[others].mean())
+        absent = [None] * (4 - len(figures))
+        rows: list[list[Any]] = [
+            [name, width, *(float(values[i]) for values in figures), *absent]
+            for i, (name, width) in enumerate(zip(names, widths, strict=True))
+        ]
+        rows.append(["mean", None, *means, *absent])
         columns = [
             Column("column"),
             Column("cells", "d"),
