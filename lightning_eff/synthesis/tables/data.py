@@ -70,8 +70,6 @@ class TabularDataModule(LightningDataModule):
         self.test_fraction, self.batch_size, self.seed = test_fraction, batch_size, seed
         self.separator, self.names, self.skip_lines = separator, names, skip_lines
         self._sets: dict[str, TensorDataset] = {}
-        if val_path is None:  # Lightning warns of a loader without rows, unless the method is its own
-            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     def setup(self, stage: str | None = None) -> None:
         """Read and encode the rows unless that has been done. It is the same for every stage."""
@@ -93,9 +91,9 @@ class TabularDataModule(LightningDataModule):
         """Batches of the training rows, each row once, in order."""
         return self._loader("train")
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches of the validation rows; without ``val_path`` there is no such loader."""
-        return self._loader("val")
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]] | list[Any]:
+        """Batches of the validation rows; no loader where there are none."""
+        return self._loader("val") if "val" in self._sets else []
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Batches of the test rows.

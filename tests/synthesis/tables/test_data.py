@@ -26,6 +26,7 @@ def test_every_row_comes_once_and_in_order(path):
     x, y = all_of(data.train_dataloader())
     assert torch.equal(x, SCHEMA.encode(read_csv(path))[0])
     assert y.tolist() == [int(k % 3 == 0) for k in range(101)]
+    assert data.val_dataloader() == []
     with pytest.raises(ValueError, match="no rows to test on"):
         data.test_dataloader()
     assert data.train_rows["a"][:2] == ["0.0", "0.1"]
@@ -43,13 +44,16 @@ def test_schema_may_come_as_a_dictionary_or_from_the_module_that_is_fitted(path,
             self.seen += len(batch[0])
             return self.layer(batch[0]).mean()
 
+        def validation_step(self, batch):
+            raise AssertionError("there are no rows to validate on")
+
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
 
     module, data = Module(), TabularDataModule(str(path))
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
+        enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(module, data)
     assert module.seen == 101
