@@ -1,0 +1,148 @@
+"""Losses and layers that mix examples are found; those that do not are let through."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_eff.privacy.isolation import check_sample_isolation
+
+
+def batch(n: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, 4, generator=generator), torch.arange(n) % 3
+
+
+def network(*layers: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), *layers, nn.Linear(8, 3))
+
+
+def cross_entropy(module: nn.Module, batch: Any) -> Tensor:
+    return functional.cross_entropy(module(batch[0]), batch[1])
+
+
+def weighted(module: nn.Module, batch: Any) -> Tensor:
+    return functional.cross_entropy(module(batch[0]), batch[1], weight=torch.tensor([1.0, 5.0, 0.2]))
+
+
+def with_ignored(module: nn.Module, batch: Any) -> Tensor:
+    return functional.cross_entropy(module(batch[0]), batch[1], ignore_index=2)
+
+
+def contrastive(module: nn.Module, batch: Any) -> Tensor:
+    features = functional.normalize(module(batch[0]))
+    return functional.cross_entropy(features @ features.T, torch.arange(len(features)))
+
+
+def mixed_up(module: nn.Module, batch: Any) -> Tensor:
+    mixed = (batch[0] + batch[0].flip(0)) / 2
+    return functional.cross_entropy(module(mixed), batch[1])
+
+
+def test_plain_mean_is_isolated_and_says_so() -> None:
+    report = check_sample_isolation(network(), cross_entropy, batch())
+    assert report.isolated
+    assert str(report) == "each of 6 examples has the gradient it has alone"
+    assert max(report.differences) < 1e-5
+
+
+@pytest.mark.parametrize("loss", [weighted, with_ignored, contrastive, mixed_up])
+@pytest.mark.filterwarnings("ignore:a per-sample gradient is not finite")
+def test_losses_that_mix_examples_are_found(loss: Callable[[nn.Module, Any], Tensor]) -> None:
+    report = check_sample_isolation(network(), loss, batch())
+    assert not report.isolated
+    assert "depends on the other examples" in str(report)
+
+
+def test_weighted_mean_has_the_ratio_that_its_weights_give() -> None:
+    # inside, an example of class c counts w_c / mean(w) times; mean over two examples each of 1, 5 and 0.2
+    report = check_sample_isolation(network(), weighted, batch())
+    assert report.inside[1] / report.alone[1] == pytest.approx(5 / (6.2 / 3), rel=1e-4)
+
+
+def test_gradients_of_equal_norm_in_another_direction_are_found() -> None:
+    def turned(module: nn.Module, batch: Any) -> Tensor:
+        # alone, the gradient turns round: norms stay, directions do not
+        sign = 1.0 if len(batch[0]) > 1 else -1.0
+        return sign * module(batch[0]).mean(0).sum()
+
+    report = check_sample_isolation(network(), turned, batch())
+    assert max(report.differences) < 1e-5
+    assert not report.isolated
+
+
+def test_sequence_first_layer_is_found_where_positions_pass_for_examples() -> None:
+    class SequenceFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.view(len(x), 2, 2).repeat(1, 3, 1).transpose(0, 1)).tanh().mean(0)
+
+    assert not check_sample_isolation(SequenceFirst(), cross_entropy, batch()).isolated
+
+
+def test_dropout_does_not_look_like_dependence() -> None:
+    model = network(nn.Dropout(0.5), nn.Unflatten(1, (2, 4)), nn.TransformerEncoderLayer(4, 2, 8, 0.3), nn.Flatten())
+    model[4] = nn.TransformerEncoderLayer(4, 2, 8, 0.3, batch_first=True)
+    report = check_sample_isolation(model, cross_entropy, batch())
+    assert report.isolated
+    assert model.training
+    assert model[2].training
+
+
+def test_noise_that_only_training_makes_leads_to_evaluation_mode() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.randn_like(x) if self.training else x
+
+    assert check_sample_isolation(network(Noisy()), cross_entropy, batch()).isolated
+
+
+def test_a_step_that_is_always_random_cannot_be_judged() -> None:
+    def noisy(module: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(module, (batch[0] + torch.randn_like(batch[0]), batch[1]))
+
+    report = check_sample_isolation(network(), noisy, batch())
+    assert report.random
+    assert not report.isolated
+    assert "every time it runs" in str(report)
+
+
+def test_batch_statistics_are_refused_with_both_ways_out() -> None:
+    with pytest.raises(ValueError, match=r"(?s)eval\(\).*GroupNorm"):
+        check_sample_isolation(network(nn.BatchNorm1d(8)), cross_entropy, batch())
+    assert check_sample_isolation(network(nn.BatchNorm1d(8).eval()), cross_entropy, batch()).isolated
+
+
+def test_one_example_is_too_few() -> None:
+    with pytest.raises(ValueError, match="at least two examples"):
+        check_sample_isolation(network(), cross_entropy, batch(1))
+
+
+def test_rounding_of_autocast_passes_and_weights_are_still_found() -> None:
+    def narrow(loss: Callable[[nn.Module, Any], Tensor]) -> Callable[[nn.Module, Any], Tensor]:
+        def step(module: nn.Module, batch: Any) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return loss(module, batch)
+
+        return step
+
+    assert check_sample_isolation(network(), narrow(cross_entropy), batch()).isolated
+    assert not check_sample_isolation(network(), narrow(weighted), batch()).isolated
+
+
+def test_nothing_is_left_behind() -> None:
+    model = network(nn.Dropout())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    check_sample_isolation(model, cross_entropy, batch())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
