@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from typing import Any
@@ -19,8 +19,8 @@ from lightning_eff.surgery.state import quiet_model, untouched_generators
 
 # (module, batch) -> scalar. Any, not Tensor: jsonargparse would look for classes derived from Tensor.
 LossFunction = Callable[[Any, Any], Any]
-# A data module, whose training loader is taken; a data set; a loader or list of batches. Any for the same reason.
-PublicSource = Any
+# A data module stands for its training loader.
+PublicSource = LightningDataModule | Dataset[Any] | DataLoader[Any] | Sequence[Any]
 
 
 def public_loader(source: PublicSource) -> Iterable[Any]:
@@ -33,7 +33,7 @@ def public_loader(source: PublicSource) -> Iterable[Any]:
         source.prepare_data()
         source.setup("fit")
         return public_loader(source.train_dataloader())
-    if isinstance(source, Dataset) and hasattr(source, "__getitem__"):
+    if isinstance(source, Dataset):
         return DataLoader(source, batch_size=256)
     if isinstance(source, Iterable) and not isinstance(source, Iterator | Mapping | Tensor | str):
         return source
@@ -43,7 +43,7 @@ def public_loader(source: PublicSource) -> Iterable[Any]:
     )
 
 
-def check_not_private(public: PublicSource, private: Any, argument: str) -> None:
+def check_not_private(public: Any, private: Any, argument: str) -> None:
     """Refuse public data that holds examples of the private data.
 
     Seen are the same data set object, parts of it, and equal tensors; a second copy read from the disk by another

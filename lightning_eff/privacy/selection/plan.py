@@ -7,6 +7,7 @@ the privacy accounting, because no rule sees a private gradient.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -37,7 +38,7 @@ class SelectionPlan:
         refresh: choose anew every ``"step"``, every ``"epoch"``, or every so many optimizer steps.
         explore: share in [0, 1) of the chosen units that is random although the rule has scores.
         always_keep: patterns of parameter names that are always trained; None is ``*bias``, ``*norm*`` and every
-            tensor of one dimension.
+            tensor of one dimension, class tokens ``[1, 1, E]`` and scales ``[C, 1, 1]`` among them.
         seed: of random choices, independent of the noise's and the sampling's randomness.
 
     Raises:
@@ -180,7 +181,7 @@ class SelectionPlan:
         self._current = self._key = None
 
     def _is_kept(self, name: str, parameter: Tensor) -> bool:
-        if self.always_keep is None and parameter.ndim <= 1:
+        if self.always_keep is None and is_vector(parameter.shape):
             return True
         patterns = ALWAYS_KEPT if self.always_keep is None else self.always_keep
         return any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -243,6 +244,11 @@ class SelectionPlan:
         if any(one.shape != self._parameters[name].shape for name, one in chosen.items()):
             return None
         return {**self._candidates, **chosen}
+
+
+def is_vector(shape: Sequence[int]) -> bool:
+    """Whether a tensor has one dimension, perhaps in disguise: ``[1, 1, E]`` class tokens, ``[C, 1, 1]`` scales."""
+    return len(shape) <= 1 or (len(shape) > 2 and max(shape) == math.prod(shape))
 
 
 def check_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

@@ -237,9 +237,9 @@ def test_a_tensor_with_one_row_or_without_dimension_is_never_lost() -> None:
 def test_always_keep_patterns_replace_the_default() -> None:
     chosen = plan(drop_rate=0.5, always_keep=["2.*"]).at(0)
     assert {name for name, one in chosen.items() if one.is_all} == {"2.weight", "2.bias"}
-    named = {"encoder.norm_1.table": torch.randn(4, 4), "head_bias": torch.randn(4, 4), "w": torch.randn(4, 4)}
-    chosen = plan(parameters=named, drop_rate=0.5).at(0)
-    assert [one.is_all for one in chosen.values()] == [True, True, False]
+    shapes = {"encoder.norm_1.table": (4, 4), "head_bias": (4, 4), "token": (1, 1, 6), "w": (4, 4), "head": (1, 6)}
+    chosen = plan(parameters={name: torch.randn(shape) for name, shape in shapes.items()}, drop_rate=0.5).at(0)
+    assert [one.is_all for one in chosen.values()] == [True, True, True, False, False]
 
 
 class TopLeft(Selector):

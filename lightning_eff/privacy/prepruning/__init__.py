@@ -1,0 +1,1 @@
+"""Pruning or freezing most coordinates once, before the first private step."""
