@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_eff.accounting import PrivacyBudgetExceeded, PrivacyLedger, gaussian_sigma
 from lightning_eff.batch import SplitBatch, split_batch
 from lightning_eff.reporting import progress as progress_bar
+from lightning_eff.surgery.state import untouched_generators
 from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.features import ClassSums, NTKFeatures
 from lightning_eff.synthesis.noise import NormalNoise
@@ -80,7 +81,7 @@ def release_mean_embedding(
 
     processes = Processes.running()
     problem: Exception | None = None
-    sums: ClassSums | None = None
+    sums = features.sums(num_classes, dtype=torch.float64)
     try:
         try:
             shard = shard_of(
@@ -89,11 +90,11 @@ def release_mean_embedding(
                 max_contributions=options.max_contributions,
                 processes=processes,
             )
-            sums = _read(shard, features, num_classes, split_batch, check, progress and processes.rank == 0)
+            with untouched_generators():
+                _read(shard, sums, device_of(features), split_batch, check, progress and processes.rank == 0)
         except Exception as error:
             problem = error
         processes.agree(problem)
-        assert sums is not None
         clean = sums.embedding()
         for values in (*clean.blocks.values(), clean.counts):
             processes.sum(values)
@@ -103,9 +104,8 @@ def release_mean_embedding(
         _record(ledger, sigma, options)
         embedding = _with_noise(clean, sigma, n, prior, options, processes)
     finally:
-        if sums is not None:  # also where somebody keeps the traceback
-            for values in (*sums.embedding().blocks.values(), sums.embedding().counts):
-                values.zero_()
+        for values in sums.embedding().blocks.values():  # also where somebody keeps the traceback
+            values.zero_()
     embedding.private = math.isfinite(epsilon) and options.noise_seed is None
     embedding.meta = {
         "epsilon": float(epsilon),
@@ -150,27 +150,23 @@ def _prior(options: ReleaseOptions, num_classes: int) -> Tensor | None:
 
 def _read(
     shard: Shard,
-    features: NTKFeatures,
-    num_classes: int,
+    sums: ClassSums,
+    device: torch.device,
     split: SplitBatch,
     check: Callable[[Tensor, int], None] | None,
     show: bool,
-) -> ClassSums:
-    device = device_of(features)
-    sums = features.sums(num_classes, dtype=torch.float64)
+) -> None:
     shown = show and shard.mine is not None
     with (
         torch.autocast(device.type, enabled=False),
         progress_bar("Reading private records", shard.mine or 0, enabled=shown, unit="records") as bar,
     ):
         for number, batch in enumerate(shard):
-            x, y = records_of(batch, num_classes, number, split, device)
+            x, y = records_of(batch, sums.num_classes, number, split, device)
             if check is not None:
                 check(x, number)
-            if len(x):
-                sums.add(x, y)
+            sums.add(x, y)
             bar.advance(len(x))
-    return sums
 
 
 def device_of(features: NTKFeatures) -> torch.device:
