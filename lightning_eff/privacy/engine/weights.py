@@ -26,7 +26,8 @@ from lightning_eff.privacy.engine.uses import (
 )
 from lightning_eff.privacy.selection.selected import Selection
 
-Gradients = Callable[[slice], Tensor]
+# gradients [m, *block] of some examples, where possible written to a tensor that is there already
+Gradients = Callable[[slice, Tensor | None], Tensor]
 
 # positions beyond which Gram matrices are too inexact in float32, and seldom fast
 _MOST_GRAM_POSITIONS = 512
@@ -120,7 +121,7 @@ class WeightUse(LayerUse):
             return self._bias_gradients[examples]
         if self._stored is not None:
             return self._stored[examples]
-        return masked(next(iter(self.gradient_methods().values()))(examples), self.selection)
+        return masked(next(iter(self.gradient_methods().values()))(examples, None), self.selection)
 
     def zero_examples(self, index: Tensor) -> None:
         """Zero the gradients, and the inputs too: 0 * inf is not 0."""
@@ -171,16 +172,19 @@ class WeightUse(LayerUse):
             return torch.cat([self._gram_norms(part) for part in parts]), None
         make = self.gradient_methods()[plan.method]
         if plan.store and plan.chunk >= self.examples:
-            gradients = masked(make(slice(0, self.examples)), self.selection)
+            gradients = masked(make(slice(0, self.examples), None), self.selection)
             return square_norm(gradients), gradients
-        norms, stored = [], None
+        norms, stored, place = [], None, None
+        if plan.store:
+            dtype = torch.promote_types(self.gradient.dtype, torch.float32)
+            stored = self.gradient.new_empty(self.examples, *self.selection.block_shape, dtype=dtype)
         for part in parts:
-            gradients = masked(make(part), self.selection)
+            place = None if stored is None else stored[part]
+            made = make(part, place)
+            gradients = masked(made, self.selection)
             norms.append(square_norm(gradients))
-            if plan.store:
-                if stored is None:
-                    stored = gradients.new_empty(self.examples, *gradients.shape[1:])
-                stored[part] = gradients
+            if place is not None and gradients.data_ptr() != place.data_ptr():
+                place.copy_(gradients)
         return torch.cat(norms), stored
 
     def methods(self) -> list[str]:
@@ -188,11 +192,17 @@ class WeightUse(LayerUse):
         gram = self.selection.mask is None and self.positions <= _MOST_GRAM_POSITIONS
         return [*self.gradient_methods(), *(["gram"] if gram and self.unfolded(slice(0, 1)) is not None else [])]
 
-    def product(self, examples: slice) -> Tensor:
+    def product(self, examples: slice, out: Tensor | None) -> Tensor:
         """Multiply what is unfolded: gradients ``[m, *block]``."""
         unfolded = self.unfolded(examples)
         assert unfolded is not None
-        inputs, gradients = unfolded
+        return self.multiplied(*unfolded, out)
+
+    def multiplied(self, inputs: Tensor, gradients: Tensor, out: Tensor | None) -> Tensor:
+        """Multiply inputs ``[m, T, J]`` and output gradients ``[m, T, R]``: gradients ``[m, *block]``."""
+        if out is not None:
+            torch.bmm(gradients.mT, inputs, out=out.view(len(out), gradients.size(2), inputs.size(2)))
+            return out
         return torch.bmm(gradients.mT, inputs).view(-1, *self.selection.block_shape)
 
     def _gram_norms(self, examples: slice) -> Tensor:
