@@ -86,6 +86,26 @@ def test_largest_agrees_with_a_stable_sort(k: int) -> None:
     assert torch.equal(largest_subset(scores, k), expected)
 
 
+@pytest.mark.parametrize("distribution", ["normal", "skew", "half equal", "nearly all equal", "sorted", "periodic"])
+@pytest.mark.parametrize("share", [1e-5, 0.01, 0.3, 0.5, 0.9, 0.99999])
+def test_the_largest_of_many_are_exact_whatever_the_distribution(distribution: str, share: float) -> None:
+    n = 100_000
+    scores = torch.randn(n, generator=generator(8))
+    if distribution == "skew":
+        scores = scores**9
+    if "equal" in distribution:
+        scores[torch.rand(n, generator=generator(9)) < (0.5 if distribution == "half equal" else 0.999)] = 0.1
+    if distribution == "sorted":
+        scores = scores.sort().values
+    if distribution == "periodic":  # with the period of the sample
+        scores = torch.arange(n).remainder(n // 4096).float()
+    k = round(share * n)
+    expected = torch.zeros(n, dtype=torch.bool)
+    expected[scores.sort(descending=True, stable=True).indices[:k]] = True
+    assert torch.equal(largest_subset(scores, k), expected)
+    assert torch.equal(largest_subset(scores.double(), k), expected)
+
+
 def test_not_a_number_counts_as_the_lowest_and_half_precision_is_taken() -> None:
     scores = torch.tensor([torch.nan, 1.0, torch.nan, -torch.inf, 2.0])
     assert largest_subset(scores, 2).nonzero().squeeze(1).tolist() == [1, 4]
