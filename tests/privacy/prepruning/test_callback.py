@@ -164,8 +164,7 @@ NETWORKS = {
 @pytest.mark.parametrize(
     ("network", "score"),
     [
-        *(pytest.param("resnet18", score, marks=pytest.mark.slow) for score in ("random", "magnitude", "snip")),
-        ("resnet18", "synflow"),
+        *(pytest.param("resnet18", one, marks=pytest.mark.slow) for one in ("random", "magnitude", "snip", "synflow")),
         *((network, score) for network in ("mobilenet", "vit") for score in ("random", "magnitude", "snip", "synflow")),
     ],
 )
@@ -425,11 +424,9 @@ for name, mask in prune.masks.items():
     weights = trainer.strategy.all_gather(model.get_parameter(name).detach())
     assert torch.equal(weights[0], weights[1]), name
     assert not model.get_parameter(name)[~mask].any()
-print("process", trainer.global_rank, "agrees")
+print("agrees")
 """
 
 
 def test_two_processes_prune_the_same_though_they_read_other_public_batches(tmp_path: Path) -> None:
-    output = run_ddp(TWO_PROCESSES, tmp_path).stdout
-    assert "process 0 agrees" in output
-    assert "process 1 agrees" in output
+    assert run_ddp(TWO_PROCESSES, tmp_path).stdout.count("agrees") == 2
