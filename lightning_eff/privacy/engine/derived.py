@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -78,9 +79,17 @@ class DerivingRecorder(Recorder):
             if output is not NotImplemented:
                 return output
         output = func(*args, **kwargs)
-        for tensor in _tensors((output, *tensors)):
-            self._remember(tensor, trained)
+        if not any(isinstance(argument, np.ndarray) for argument in args):  # who brings an array brings data
+            for tensor in _tensors((output, *tensors)):
+                self._remember(tensor, trained)
         return output
+
+    def __exit__(self, *exception: Any) -> None:
+        """Let go of what was followed: whoever needs a way back has it."""
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._constants.clear()
+        self._origins.clear()
+        self._names = {key: name for key, name in self._names.items() if name in self._parameter_names}
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether nothing of the batch has gone into a tensor."""

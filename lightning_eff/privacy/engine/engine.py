@@ -142,10 +142,11 @@ class PerSampleEngine:
         batch.summed = True
         factors = batch.factors(max_norm, clipping)
         sums: dict[str, Tensor] = {}
-        while batch.received:
-            use = batch.received.pop()
-            for name, added in use.clipped_sums({name: factors[name] for name in use.selections}).items():
-                sums[name] = sums[name] + added if name in sums else added
+        with batch.full_precision():
+            while batch.received:
+                use = batch.received.pop()
+                for name, added in use.clipped_sums({name: factors[name] for name in use.selections}).items():
+                    sums[name] = sums[name] + added if name in sums else added
         return {name: sums[name] if name in sums else batch.zeros(name) for name in batch.parameters}
 
     def reset(self) -> None:
@@ -169,7 +170,8 @@ class PerSampleEngine:
     def _finished(self) -> _Batch:
         batch = self._recorded()
         if batch.total is None:
-            batch.finish()
+            with batch.full_precision():
+                batch.finish()
             self._tell_unused(batch.unused)
             if batch.finite is not None:
                 warnings.warn(
@@ -215,6 +217,10 @@ class _Batch:
     @property
     def unused(self) -> list[str]:
         return [name for name in self.parameters if name not in self.recorder.seen]
+
+    def full_precision(self) -> torch.autocast:
+        """Keep autocast out: a norm in half precision can be too small."""
+        return torch.autocast(next(iter(self.parameters.values())).device.type, enabled=False)
 
     def on_gradient(self, use: LayerUse) -> None:
         """Take the norms of a layer as soon as its gradient is there, so that it can let go of what they need."""

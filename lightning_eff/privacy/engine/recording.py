@@ -188,7 +188,8 @@ class _Tap(torch.autograd.Function):
             raise RuntimeError("backward ran twice through one recorded forward pass: run the step again instead")
         use, on_gradient = ctx.receiver
         ctx.receiver = None
-        with torch.no_grad():
+        # who runs backward within autocast must not get norms in half precision
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             use.receive(gradient)
             on_gradient(use)
         return None, gradient if ctx.needs_input_grad[1] else None, None, None
