@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch.utils.data import (
 )
 
 from lightning_eff.privacy.batches import some_examples
+from lightning_eff.privacy.budget import PrivateData
 from lightning_eff.privacy.noise import SecretStreams
 
 
@@ -135,10 +136,10 @@ def check_poisson_possible(loader: object) -> None:
     if type(loader.batch_sampler) is not BatchSampler:
         raise ValueError(_refusal(f"the train dataloader has its own {type(loader.batch_sampler).__name__}"))
     sampler = loader.sampler
-    plain = type(sampler) in (RandomSampler, SequentialSampler, DistributedSampler)
-    if not plain or getattr(sampler, "replacement", False):
-        with_replacement = " with replacement" if getattr(sampler, "replacement", False) else ""
-        raise ValueError(_refusal(f"the train dataloader has its own {type(sampler).__name__}{with_replacement}"))
+    replacement = getattr(sampler, "replacement", False)
+    if replacement or not (type(sampler) in (RandomSampler, SequentialSampler) or _permutes(sampler, loader.dataset)):
+        how = " with replacement" if replacement else ""
+        raise ValueError(_refusal(f"the train dataloader has its own {type(sampler).__name__}{how}"))
     if isinstance(sampler, RandomSampler) and sampler.num_samples != len(loader.dataset):  # type: ignore[arg-type]
         raise ValueError(_refusal(f"the train dataloader's RandomSampler draws {sampler.num_samples} examples"))
 
@@ -159,8 +160,24 @@ def poisson_loader(loader: DataLoader[Any], sampler: PoissonBatchSampler) -> Dat
         drop_last=False,
         collate_fn=CollateOrEmpty(loader.collate_fn, loader.dataset),
         _iterator=None,
+        # batches owe nothing to those before them: a run that goes on within an epoch has none to skip
+        state_dict=dict,
+        load_state_dict=_nothing_to_load,
     )
     return changed
+
+
+def _nothing_to_load(state: Mapping[str, Any]) -> None:
+    """Take a state that says nothing."""
+
+
+def _permutes(sampler: object, dataset: object) -> bool:
+    """Whether it only orders the data set and splits it among processes."""
+    return (
+        isinstance(sampler, DistributedSampler)
+        and type(sampler).__iter__ is DistributedSampler.__iter__
+        and sampler.dataset is dataset
+    )
 
 
 def _sized(dataset: Any) -> bool:
@@ -175,3 +192,60 @@ def _refusal(reason: str) -> str:
         f"{reason}, and Poisson sampling would replace or break that: use a DataLoader over a map-style data set with "
         "batch_size and shuffle, or poisson_sampling=False, whose epsilon is approximate and every report says so"
     )
+
+
+def private_loader(
+    loader: Any,
+    *,
+    poisson: bool,
+    streams: SecretStreams,
+    first_step: Callable[[], int] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[Any, PrivateData]:
+    """Make the loader that trains, and tell what the accounting needs of it.
+
+    Args:
+        loader: The user's; its batch size is that of one process.
+        poisson: False leaves the loader as it is.
+        streams: Secret of this run.
+        first_step: See :class:`PoissonBatchSampler`.
+        rank: Of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: Poisson sampling is not possible, or the number of examples is not known.
+    """
+    if poisson:
+        check_poisson_possible(loader)
+    dataset = getattr(loader, "dataset", None)
+    batch_size = getattr(loader, "batch_size", None) or getattr(
+        getattr(loader, "batch_sampler", None), "batch_size", None
+    )
+    if not _sized(dataset) or not batch_size:
+        raise ValueError(
+            f"the sampling rate is not known: expected a train dataloader with a batch size and a data set with a "
+            f"length, got a {type(loader).__name__} over a {type(dataset).__name__} with batch size {batch_size}"
+        )
+    examples = len(dataset)  # type: ignore[arg-type]
+    logical = min(batch_size * world_size, examples)
+    steps = max(1, examples // logical if getattr(loader, "drop_last", False) else math.ceil(examples / logical))
+    data = PrivateData(examples, logical, steps, _name(dataset))
+    if not poisson:
+        return loader, data
+    sampler = PoissonBatchSampler(
+        examples,
+        logical / examples,
+        steps,
+        rank=rank,
+        world_size=world_size,
+        streams=streams,
+        first_step=first_step,
+    )
+    return poisson_loader(loader, sampler), data
+
+
+def _name(dataset: Any) -> str:
+    """Types of a data set and of those inside of it."""
+    inner = getattr(dataset, "dataset", None)
+    return type(dataset).__name__ + ("" if inner is None else f" of {_name(inner)}")

@@ -1,0 +1,154 @@
+"""What private training refuses before it looks at an example, and says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.optim import LBFGS, Optimizer
+
+NORM_LAYERS = (_NormBase,)
+"""Layers that may use statistics of the batch."""
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+"""Precisions with which the bound on a gradient's norm holds."""
+
+
+def check_trainer(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse a Trainer or module that takes the step out of our hands, or looks at data nobody accounts for.
+
+    Raises:
+        ValueError: Says what and what to do instead.
+    """
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} optimizes by hand (automatic_optimization = False), so that nobody else can clip "
+            "and noise its gradients: let Lightning optimize"
+        )
+    if trainer.accumulate_grad_batches != 1 or _has(trainer, GradientAccumulationScheduler):
+        raise ValueError(
+            "accumulate_grad_batches > 1 adds gradients up after they were clipped and noised: take the batch size you "
+            "want to train with and max_physical_batch_size=, which bounds the memory"
+        )
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise ValueError(
+            f"{type(module).__name__}.training_step(dataloader_iter) fetches batches by itself, so that they cannot be "
+            "split into examples: take a batch"
+        )
+    if trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+        raise ValueError("overfit_batches > 0 takes the same examples in every step, Poisson sampling does not")
+    if _has(trainer, LearningRateFinder) or _has(trainer, BatchSizeFinder):
+        raise ValueError(
+            "a tuner chooses by training losses that epsilon does not cover: find learning rate and batch size on "
+            "public data"
+        )
+    has_batch_norm = any(isinstance(layer, _BatchNorm) for layer in module.modules())
+    if has_batch_norm and _has(trainer, StochasticWeightAveraging):
+        raise ValueError(
+            "StochasticWeightAveraging computes the statistics of batch normalisation anew, from private data and "
+            "without noise: replace the layers by GroupNorm, or use WeightAveraging"
+        )
+    check_compiled(module)
+    check_batch_statistics(module)
+
+
+def check_precision(precision: Precision) -> None:
+    """Refuse precisions that scale the loss or overflow.
+
+    Raises:
+        ValueError: Names what works.
+    """
+    if precision.precision not in PRECISIONS:
+        raise ValueError(
+            f"precision {precision.precision!r} scales losses or rounds norms, so that a clipped gradient could pass "
+            f"its bound: use one of {', '.join(PRECISIONS)}"
+        )
+
+
+def check_compiled(module: LightningModule) -> None:
+    """Refuse compiled modules: calls of layers inside of them cannot be seen.
+
+    Raises:
+        ValueError: Names them.
+    """
+    compiled = [
+        name or type(module).__name__
+        for name, layer in module.named_modules()
+        if isinstance(layer, OptimizedModule) or layer._compiled_call_impl is not None
+    ]
+    if module._compiler_ctx is not None and not compiled:
+        compiled = [type(module).__name__]
+    if compiled:
+        raise ValueError(
+            f"{compiled} is compiled, and per-sample gradients need to see the calls of its layers: train it without "
+            "torch.compile, and compile it for inference"
+        )
+
+
+def uses_batch_statistics(layer: nn.Module) -> bool:
+    """Whether a layer now normalises with statistics of the batch, or keeps statistics of what it sees."""
+    if not isinstance(layer, _NormBase):
+        return False
+    if isinstance(layer, _BatchNorm):
+        return layer.training or layer.running_mean is None
+    return layer.training and bool(layer.track_running_stats)
+
+
+def check_batch_statistics(module: nn.Module) -> None:
+    """Refuse normalisation by batch statistics: it makes an example's gradient depend on the others.
+
+    Raises:
+        ValueError: Names the layers and both ways out.
+    """
+    refuse_batch_statistics([(name, layer) for name, layer in module.named_modules() if uses_batch_statistics(layer)])
+
+
+def refuse_batch_statistics(layers: Sequence[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError for layers that use batch statistics; nothing for none."""
+    if layers:
+        names = [f"{name} ({type(layer).__name__})" for name, layer in layers]
+        raise ValueError(
+            f"{', '.join(names)}: statistics of the batch mix examples, and running ones keep them without noise, "
+            "whether the layer is frozen or not. Replace the layer by nn.GroupNorm, or put it into evaluation mode "
+            "with statistics of public data: module.eval() on it, and keep it there"
+        )
+
+
+def trained_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> Mapping[str, nn.Parameter]:
+    """Return by name the parameters that require a gradient and that the optimizer changes.
+
+    Raises:
+        ValueError: There are none, or the optimizer needs several gradients a step.
+    """
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+        raise ValueError("LBFGS asks for several gradients of one batch: use an optimizer that takes one, such as SGD")
+    optimized = {
+        id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+    }
+    found = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and id(parameter) in optimized
+    }
+    if not found:
+        trainable = sum(parameter.requires_grad for parameter in module.parameters())
+        raise ValueError(
+            f"nothing to train: {trainable} parameters require a gradient, and none of them is in the optimizer "
+            "(configure_optimizers)"
+        )
+    return found
+
+
+def _has(trainer: Trainer, kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in trainer.callbacks)  # type: ignore[attr-defined]

@@ -1,0 +1,53 @@
+"""What is seldom changed about private training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_eff.accounting import Accountant
+
+Dropped = Literal["freeze", "zero_grad"]
+IsolationCheck = Literal["off", "warn", "error"]
+
+
+@dataclass(frozen=True)
+class PrivateTrainingOptions:
+    """Options of private training beside budget, clipping and selection.
+
+    Args:
+        accountant: ``"prv"``, which is tighter, or ``"rdp"``, which is quicker.
+        dropped: What the optimizer may do with coordinates a step does not train: ``"freeze"`` gives them their value
+            back, bit for bit, whatever momentum and weight decay did; ``"zero_grad"`` only gives a gradient of zero.
+        isolation_check: Compare on the first batch each example's gradient inside of the batch with its gradient
+            alone, which catches losses that mix examples: ``"error"``, ``"warn"`` or ``"off"``.
+        memory_budget_mb: Megabytes that per-sample gradients may take, >= 0.
+        log_every_n_steps: Steps between two logged values of epsilon, >= 1; ``None`` is the Trainer's. It is logged
+            at the end of every epoch in any case.
+        noise_seed: Makes noise and sampling repeatable, for tests: **nothing is private then**.
+        allow_unaccounted_resume: Go on from a checkpoint that does not tell what was spent, or that was trained on
+            another data set; every report says so.
+
+    Raises:
+        ValueError: An option lies outside its range.
+    """
+
+    accountant: Accountant = "prv"
+    dropped: Dropped = "freeze"
+    isolation_check: IsolationCheck = "error"
+    memory_budget_mb: float = 256
+    log_every_n_steps: int | None = None
+    noise_seed: int | None = None
+    allow_unaccounted_resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("dropped", self.dropped, ("freeze", "zero_grad")),
+            ("isolation_check", self.isolation_check, ("off", "warn", "error")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if self.log_every_n_steps is not None and self.log_every_n_steps < 1:
+            raise ValueError(f"log_every_n_steps must be >= 1, got {self.log_every_n_steps}")
+        if self.memory_budget_mb < 0:
+            raise ValueError(f"memory_budget_mb must be >= 0, got {self.memory_budget_mb}")

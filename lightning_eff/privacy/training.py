@@ -1,0 +1,474 @@
+"""What makes a Lightning strategy train privately, whatever it runs on.
+
+One Lightning batch is one Poisson-sampled logical batch and one optimizer step; physical batches never leave the
+strategy. The optimizer is the user's own: it only ever sees gradients that are clipped, summed and noised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_eff.accounting import PrivacyLedger
+from lightning_eff.privacy import checks
+from lightning_eff.privacy.batches import number_of_examples, some_examples
+from lightning_eff.privacy.budget import SEEDED, SHUFFLED, UNACCOUNTED, Budget, PrivateData, note
+from lightning_eff.privacy.engine.engine import Clipping
+from lightning_eff.privacy.engine.uses import slices
+from lightning_eff.privacy.first_batch import FirstBatch
+from lightning_eff.privacy.noise import SecretStreams
+from lightning_eff.privacy.options import PrivateTrainingOptions
+from lightning_eff.privacy.outputs import join_outputs, loss_of
+from lightning_eff.privacy.planning import PrivacyPlan, check_one_of
+from lightning_eff.privacy.sampling import private_loader
+from lightning_eff.privacy.selection.granularity import Granularity
+from lightning_eff.privacy.selection.plan import SelectionPlan
+from lightning_eff.privacy.selection.schedule import RateSchedule
+from lightning_eff.privacy.selection.selected import Selection
+from lightning_eff.privacy.selection.selectors import Selector, SelectorName
+from lightning_eff.privacy.stepping import MaskMode, PrivateStep, StaticMasks
+
+CHECKPOINT_KEY = "lightning_eff.dp"
+
+
+class PrivateTraining(Strategy):
+    """Mixed into a strategy, before it; :class:`DPGradientDropStrategy` tells the arguments."""
+
+    global_rank: int
+    world_size: int
+
+    def __init__(
+        self,
+        noise_multiplier: float | None = None,
+        target_epsilon: float | None = None,
+        delta: float | None = None,
+        max_epsilon: float | None = None,
+        max_grad_norm: float = 1.0,
+        clipping: Clipping = "flat",
+        drop_rate: float | RateSchedule = 0.0,
+        granularity: Granularity = "element",
+        selection: SelectorName | Selector | SelectionPlan = "random",
+        max_physical_batch_size: int | None = None,
+        poisson_sampling: bool = True,
+        options: PrivateTrainingOptions | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if noise_multiplier is not None or target_epsilon is not None:
+            check_one_of(noise_multiplier, target_epsilon)
+        if not 0 < max_grad_norm < float("inf"):
+            raise ValueError(f"max_grad_norm must be > 0 and finite, got {max_grad_norm}")
+        if clipping not in ("flat", "automatic", "per_layer"):
+            raise ValueError(f"clipping must be flat, automatic or per_layer, got {clipping!r}")
+        if max_physical_batch_size is not None and max_physical_batch_size < 1:
+            raise ValueError(f"max_physical_batch_size must be >= 1, got {max_physical_batch_size}")
+        if isinstance(selection, SelectionPlan):
+            if drop_rate != 0 or granularity != "element":
+                raise ValueError(
+                    "a SelectionPlan has its own drop rate and granularity: set them there, got drop_rate="
+                    f"{drop_rate} and granularity={granularity!r} beside it"
+                )
+            plan = selection
+        else:
+            plan = SelectionPlan(drop_rate, selection, granularity)
+        self.options = PrivateTrainingOptions() if options is None else options
+        self._budget = Budget(noise_multiplier, target_epsilon, delta, max_epsilon, self.options.accountant)
+        super().__init__(**kwargs)
+        self.max_grad_norm, self.clipping = max_grad_norm, clipping
+        self.max_physical_batch_size = max_physical_batch_size
+        self.poisson_sampling = poisson_sampling
+        self._plan = plan
+        self._streams: SecretStreams | None = None
+        self._step: PrivateStep | None = None
+        self._static: StaticMasks | None = None
+        self._private_loaders: list[Any] = []
+        self._data: PrivateData | None = None
+        self._norm_layers: list[tuple[str, torch.nn.Module]] = []
+        self._first_batch: FirstBatch | None = None
+        if self.options.noise_seed is not None:
+            rank_zero_warn("noise_seed makes noise and sampling repeatable: it is for tests, nothing is private")
+
+    @property
+    def ledger(self) -> PrivacyLedger:
+        """What was done to private data by all fits of this strategy, and what it rests on."""
+        return self._budget.ledger
+
+    @property
+    def epsilon(self) -> float:
+        """Epsilon spent so far, at the ledger's delta."""
+        return self.ledger.epsilon()
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """sigma; ``None`` until it is found for ``target_epsilon``."""
+        return self._budget.noise_multiplier
+
+    @property
+    def active_coordinates(self) -> int:
+        """Coordinates that the present step trains; 0 outside of a fit."""
+        return 0 if self._step is None else self._step.active_coordinates
+
+    @property
+    def selection_state(self) -> dict[str, Selection]:
+        """Active coordinates of every parameter in the present step; empty outside of a fit."""
+        return {} if self._step is None else dict(self._step.selections)
+
+    def plan(
+        self, num_samples: int | None = None, batch_size: float | None = None, epochs: int | None = None
+    ) -> PrivacyPlan:
+        """Tell what a run costs.
+
+        Args:
+            num_samples: Training examples N. ``None`` takes everything from the fit that runs or ran.
+            batch_size: Expected examples in a step, all processes together.
+            epochs: Passes over the data.
+
+        Raises:
+            ValueError: Something is missing, or the target is out of reach.
+        """
+        budget = self._budget
+        if num_samples is None and budget.plan is not None:
+            return budget.plan
+        if num_samples is None or batch_size is None or epochs is None:
+            raise ValueError("before a fit, plan needs num_samples, batch_size and epochs")
+        return PrivacyPlan.make(
+            num_samples,
+            batch_size,
+            epochs=epochs,
+            noise_multiplier=None if budget.target_epsilon is not None else budget.noise_multiplier,
+            target_epsilon=budget.target_epsilon,
+            delta=budget.given_delta,
+            accountant=self.ledger.accountant,
+            history=self.ledger.history,
+        )
+
+    def set_static_masks(self, masks: Mapping[str, Tensor], mode: MaskMode) -> None:
+        """Train only what the masks leave, for the fit that is beginning or runs.
+
+        Args:
+            masks: By parameter name, bool of its shape, True where it is trained; parameters without one are trained.
+            mode: ``"prune"`` makes the other coordinates zero, ``"freeze"`` leaves them at their value.
+
+        Raises:
+            ValueError: Names or shapes do not fit; lists all differences, and nothing was applied.
+        """
+        module = self._module()
+        self._static = StaticMasks(masks, mode, checks.trained_parameters(module, self.optimizers))
+        self._step = None
+
+    def setup(self, trainer: Trainer) -> None:
+        """Check, set up as ever, check the optimizer."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_one_of(self._budget.noise_multiplier, self._budget.target_epsilon)
+            checks.check_trainer(trainer, self._module())
+            checks.check_precision(self.precision_plugin)
+            self._static = self._step = None
+            self._first_batch = FirstBatch(self.options.isolation_check)
+        super().setup(trainer)
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Set up the user's optimizer and see what it trains."""
+        super().setup_optimizers(trainer)
+        checks.trained_parameters(self._module(), self.optimizers)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Sample the private training loader by Poisson sampling; other loaders stay."""
+        dataloader = super().process_dataloader(dataloader)
+        trainer = self._module().trainer
+        if trainer.state.fn != TrainerFn.FITTING or trainer.state.stage != RunningStage.TRAINING:
+            return dataloader
+        if self._streams is None:
+            self._streams = self._make_streams()
+        loader, data = private_loader(
+            dataloader,
+            poisson=self.poisson_sampling,
+            streams=self._streams,
+            first_step=None if self.options.noise_seed is None else lambda: self.ledger.steps,
+            rank=self.global_rank,
+            world_size=self.world_size,
+        )
+        if trainer.fit_loop._combined_loader is None:
+            self._private_loaders.append(dataloader)
+        else:  # loaded anew while training runs
+            self._private_loaders = [dataloader]
+        self._data = data
+        return loader
+
+    def on_train_start(self) -> None:
+        """Find the noise, count the steps, and say what is about to happen."""
+        super().on_train_start()
+        self._begin_data()
+        self._build_step()
+        assert self._step is not None
+        trained = sum(parameter.numel() for parameter in self._step.parameters.values())
+        self._step.begin(self._module().trainer.global_step, self._module().trainer.current_epoch)
+        rank_zero_info(
+            f"Private training: {self.plan()}. C = {self.max_grad_norm:g} ({self.clipping}); coordinates: "
+            f"{trained:,} trainable, {self._step.kept_coordinates:,} kept, {self.active_coordinates:,} active; "
+            f"neighbours: one example more or less; batches {'drawn' if self.poisson_sampling else 'SHUFFLED'}; noise "
+            f"from {'noise_seed, NOT PRIVATE' if self.options.noise_seed is not None else 'the operating system'}. "
+            "Epsilon does not cover logged training metrics, nor choices made on private validation data."
+        )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Choose what this step trains."""
+        super().on_train_batch_start(batch, batch_idx)
+        module = self._module()
+        trainer = module.trainer
+        if self._data != self._budget.data or self._budget.plan_is_over:
+            self._begin_data()
+        checks.refuse_batch_statistics(
+            [(name, layer) for name, layer in self._norm_layers if checks.uses_batch_statistics(layer)]
+        )
+        trained = checks.trained_parameters(module, self.optimizers)
+        if self._step is None or list(self._step.parameters.items()) != list(trained.items()):
+            self._build_step()
+        assert self._step is not None
+        self._step.begin(trainer.global_step, trainer.current_epoch)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's step on physical batches and collect their clipped sums.
+
+        An empty batch gives a loss of zero; the user's step is not called for it.
+        """
+        assert self._step is not None
+        assert self._first_batch is not None
+        batch, *others = args
+        examples = number_of_examples(batch)
+        if not examples:
+            return torch.zeros((), device=self.root_device)
+        trainer = self._module().trainer
+        size = min(examples, self.max_physical_batch_size or examples)
+        if examples > 1:
+            self._first_batch.check_isolation(self._module(), self._user_step(others, kwargs), batch)
+        parts = list(slices(examples, size))
+        outputs, sizes = [], []
+        with self._first_batch.watch_buffers(self._module(), self.ledger):
+            for part in parts:
+                physical = batch if len(parts) == 1 else some_examples(batch, part)
+                count = part.stop - part.start
+                # what the user logs is weighted by the size of the batch that Lightning knows of
+                if len(parts) > 1:
+                    trainer._logger_connector.on_batch_start(physical)
+                assert trainer._results is not None
+                trainer._results.batch_size = count
+                with self._step.record(count):
+                    output = super().training_step(physical, *others, **kwargs)
+                outputs.append(self._collect(output, count))
+                sizes.append(count)
+        return join_outputs(outputs, sizes)
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Do nothing: backward has run for each physical batch."""
+        return closure_loss
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Let the optimizer step with the private gradient."""
+        step = self._step
+        assert step is not None
+
+        def private() -> Any:
+            result = closure()
+            self._release(step)
+            return result
+
+        output = super().optimizer_step(optimizer, private, model, **kwargs)
+        step.restore()
+        self._after_step()
+        return output
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write what was spent into the file; never the state of a generator."""
+        checkpoint[CHECKPOINT_KEY] = {
+            **self._budget.state_dict(),
+            "max_grad_norm": self.max_grad_norm,
+            "clipping": self.clipping,
+            "selection": self._plan.state_dict(),
+        }
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Take over what a file tells was spent.
+
+        Raises:
+            ValueError: A fit is to go on from a file that does not tell it.
+        """
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        fitting = self._module().trainer.state.fn == TrainerFn.FITTING
+        state = checkpoint.get(CHECKPOINT_KEY)
+        if state is not None:
+            if fitting or not self.ledger.steps:
+                self._budget.load_state_dict(state)
+            if fitting:
+                self._plan.load_state_dict(state["selection"])
+        elif fitting:
+            if not self.options.allow_unaccounted_resume:
+                raise ValueError(
+                    f"{checkpoint_path} does not tell what was spent before (it has no {CHECKPOINT_KEY!r}), so epsilon "
+                    "would be too small. To begin with its weights, load them with load_from_checkpoint and fit "
+                    "without ckpt_path; to go on all the same, set allow_unaccounted_resume=True, which every report "
+                    "tells"
+                )
+            note(self.ledger.caveats, UNACCOUNTED)
+        return checkpoint
+
+    def teardown(self) -> None:
+        """Let go of the step, the key of the noise and the loaders."""
+        self._step = self._streams = self._static = self._first_batch = None
+        self._private_loaders, self._norm_layers = [], []
+        super().teardown()
+
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def _make_streams(self) -> SecretStreams:
+        seed = self.options.noise_seed
+        return SecretStreams(self.broadcast(SecretStreams().key)) if seed is None else SecretStreams.from_seed(seed)
+
+    def _begin_data(self) -> None:
+        """Get the budget ready for the training data as they are now."""
+        trainer = self._module().trainer
+        if len(self._private_loaders) != 1:
+            raise ValueError(
+                f"private training takes one train dataloader, got {len(self._private_loaders)}: examples of several "
+                "take part with several rates, which no accountant counts. Join the data sets, for example with "
+                "ConcatDataset"
+            )
+        self._plan.check_public(self._private_loaders[0])
+        fit = trainer.fit_loop
+        data, planned = self._data, trainer.estimated_stepping_batches
+        assert data is not None
+        remaining = None if planned in (float("inf"), -1) else max(0, int(planned) - trainer.global_step)
+        asked = max((fit.min_epochs or 0) * data.steps_per_epoch, fit.min_steps or 0) - trainer.global_step
+        self._budget.begin(data, remaining, max(0, asked), self.options.allow_unaccounted_resume)
+        if self._budget.is_spent:
+            self._stop(trainer)
+        self._write_assumptions()
+
+    def _build_step(self) -> None:
+        module = self._module()
+        trainer = module.trainer
+        assert self._streams is not None
+        planned = trainer.estimated_stepping_batches
+        epochs = trainer.max_epochs
+        options = self.options
+        self._step = PrivateStep(
+            module,
+            checks.trained_parameters(module, self.optimizers),
+            self._plan,
+            self._streams,
+            max_grad_norm=self.max_grad_norm,
+            clipping=self.clipping,
+            dropped=options.dropped,
+            static=self._static,
+            memory_budget_mb=options.memory_budget_mb,
+            tune=options.noise_seed is None,
+            add_up=self._add_up,
+            total_steps=None if planned in (float("inf"), -1) else int(planned),
+            epochs=None if epochs in (None, -1) else epochs,
+        )
+        self._norm_layers = [
+            (name, layer) for name, layer in module.named_modules() if isinstance(layer, checks.NORM_LAYERS)
+        ]
+
+    def _user_step(self, others: list[Any], kwargs: Mapping[str, Any]) -> Callable[[Any, Any], Tensor]:
+        """The user's step on a module (a copy, perhaps) and a batch, as a function that returns the loss."""
+
+        def step(module: Any, batch: Any) -> Tensor:
+            with self.precision_plugin.train_step_context():
+                loss = loss_of(module.training_step(batch, *others, **kwargs))
+            return torch.zeros(()) if loss is None else loss
+
+        return step
+
+    def _collect(self, output: Any, examples: int) -> Any:
+        """Run backward for one physical batch, take its clipped sum, and return the output without graph."""
+        assert self._step is not None
+        loss = loss_of(output)
+        if loss is None:
+            self._step.skip()
+            return output
+        if loss.requires_grad:
+            # the loss is a mean over the batch: an example's own gradient is n times its share
+            loss.register_hook(lambda gradient: gradient * examples)  # type: ignore[no-untyped-call]
+            super().backward(loss, None)
+        self._step.collect()
+        return {**output, "loss": loss.detach()} if isinstance(output, Mapping) else loss.detach()
+
+    def _release(self, step: PrivateStep) -> None:
+        """Write the private gradient; the ledger knows of it before anybody can see it."""
+        budget = self._budget
+        assert budget.plan is not None
+        assert budget.data is not None
+        number = self.ledger.steps
+        flat = step.add_up()
+        budget.record()
+        step.release(flat, budget.plan.noise_multiplier, budget.data.expected_batch, number)
+
+    def _add_up(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _after_step(self) -> None:
+        module = self._module()
+        trainer = module.trainer
+        if self._budget.is_spent:
+            self._stop(trainer)
+        every = self.options.log_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = every and (trainer.global_step + 1) % every == 0
+        if trainer.barebones or not (due or trainer.is_last_batch or trainer.should_stop):
+            return
+        assert self._budget.plan is not None
+        plan = self._budget.plan
+        rate = self._plan.rate_at(trainer.global_step, trainer.current_epoch)
+        # infinity is what it is without noise, and what a logger may take
+        module.log("dp/epsilon", self.epsilon, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+        for name, value in (
+            ("noise_multiplier", plan.noise_multiplier),
+            ("sample_rate", plan.sample_rate),
+            ("active_coordinates", float(self.active_coordinates)),
+            ("drop_rate", rate),
+        ):
+            module.log(f"dp/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+
+    def _stop(self, trainer: Trainer) -> None:
+        trainer.should_stop = True
+        bound = self.ledger.max_epsilon
+        rank_zero_info(f"Private training stops: one more step would pass max_epsilon = {bound:g}.")
+
+    def _write_assumptions(self) -> None:
+        ledger, options = self.ledger, self.options
+        if options.noise_seed is not None:
+            note(ledger.caveats, SEEDED)
+        if self.poisson_sampling:
+            note(ledger.assumptions, "Each step draws every example with probability q, whatever the others do.")
+        else:
+            note(ledger.caveats, SHUFFLED)
+        checked = "not checked" if options.isolation_check == "off" else "checked on the first batch"
+        for sentence in (
+            f"The loss of an example does not depend on other examples ({checked}), nor does what collate_fn and "
+            "transfer hooks make of it.",
+            "Which coordinates a step trains depends on released parameters and gradients, public data and "
+            "independent randomness alone.",
+            "The number of examples, the network and all settings were chosen without looking at the private data.",
+        ):
+            note(ledger.assumptions, sentence)
+        for sentence in (
+            "Losses and metrics of private batches that were logged or shown.",
+            "Choices made on private validation data: when to stop, which checkpoint, which settings.",
+            "Leaks of floating-point noise and of running times.",
+        ):
+            note(ledger.not_covered, sentence)
