@@ -98,7 +98,8 @@ class RecordSpace:
             return ResNetImageGenerator(latent_dim, self.num_classes, self.shape, output=output)
         if len(self.shape) == 3 and not (self.shape[1] % 4 or self.shape[2] % 4):
             return ConvImageGenerator(latent_dim, self.num_classes, self.shape, output=output)
-        return MLPGenerator(latent_dim, self.num_classes, self.shape, output=output)
+        widths = (256, 512) if len(self.shape) == 3 else (100, 100)
+        return MLPGenerator(latent_dim, self.num_classes, self.shape, widths, output)
 
     def check_records(self, x: Tensor, number: int) -> None:
         """Raise a ValueError where records ``[B, ...]`` of a batch are not of this space; it tells no values."""
