@@ -139,7 +139,7 @@ class DPPrePruneCallback(Callback):
         if self.masks:
             self._adopt(pl_module)
         else:
-            targets = pruning_targets(pl_module, self.exclude)
+            targets = pruning_targets(pl_module, self.exclude, _optimized(trainer))
             self._check_public(trainer)
             masks, rescued = self._choose(trainer, pl_module, targets)
             if rescued:
@@ -310,3 +310,11 @@ class DPPrePruneCallback(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._keeping = [], []
+
+
+def _optimized(trainer: Trainer) -> set[int] | None:
+    """Ids of the parameters that optimizers change; None where optimizers do not tell."""
+    groups = [getattr(optimizer, "param_groups", None) for optimizer in trainer.optimizers]
+    if not groups or None in groups:
+        return None
+    return {id(parameter) for several in groups for group in several or () for parameter in group["params"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -19,7 +19,9 @@ Masks = dict[str, Tensor]
 PruningUnit = Literal["element", "row"]
 
 
-def pruning_targets(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+def pruning_targets(
+    module: nn.Module, exclude: Sequence[str] = (), optimized: Container[int] | None = None
+) -> dict[str, nn.Parameter]:
     """Parameters that may lose coordinates: trainable ones of two dimensions or more.
 
     Left whole are biases, and what has one dimension in disguise, as class tokens ``[1, 1, E]`` have.
@@ -27,6 +29,7 @@ def pruning_targets(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str,
     Args:
         module: the network.
         exclude: patterns of parameter names that are left whole too.
+        optimized: ``id`` of the parameters that are trained; None is every one that requires a gradient.
 
     Raises:
         ValueError: nothing remains, or a layer is re-parametrised by ``torch.nn.utils.prune``.
@@ -47,6 +50,7 @@ def pruning_targets(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str,
         if parameter.requires_grad
         and not name.endswith("bias")
         and not is_vector(parameter.shape)
+        and (optimized is None or id(parameter) in optimized)
         and not any(fnmatchcase(name, pattern) for pattern in exclude)
     }
     if not targets:

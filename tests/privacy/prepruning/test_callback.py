@@ -186,6 +186,16 @@ def test_networks_of_torchvision_are_pruned_as_they_are(network: str, score: str
     assert pruned > 0.9 * sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_what_no_optimizer_changes_is_left_alone() -> None:
+    class Half(Momentum):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.net.layers.conv1.parameters(), 0.1)
+
+    prune = DPPrePruneCallback(0.5)
+    trainer(prune, max_steps=1).fit(Half(SmallCNN(width=8)), data())
+    assert list(prune.masks) == ["net.layers.conv1.weight"]
+
+
 def test_snip_keeps_what_public_data_needs() -> None:
     torch.manual_seed(0)
     model = module()
