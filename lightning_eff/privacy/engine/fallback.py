@@ -52,7 +52,7 @@ def record_recurrent(function: Callable[..., Any], recorder: Recorder, *args: An
         ValueError: the input is a packed sequence, or has dropout between layers.
     """
     name = resolve_name(function)
-    if len(args) != 9 or not isinstance(args[2], list | tuple):
+    if len(args) != 9 or isinstance(args[3], list | tuple):
         raise ValueError(
             f"{name} got packed sequences, which have no dimension of examples: give it padded ones "
             "[batch, length, features]"
