@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_eff.privacy.engine.recording import Recorder, rule
 from lightning_eff.privacy.engine.tuning import Tuner
-from lightning_eff.privacy.engine.uses import Part, block, wide
+from lightning_eff.privacy.engine.uses import Part, block, masked, wide
 from lightning_eff.privacy.engine.weights import Gradients, WeightUse, scaled_pair
 
 
@@ -153,7 +153,7 @@ class ConvolutionUse(WeightUse):
         """The convolution's own weight gradient, of scaled gradients."""
         inputs, gradient = scaled_pair(factors, self.inputs, self.gradient)
         total = self._weight_gradient(inputs.flatten(0, 1), gradient.flatten(0, 1), self._groups)
-        return total if self._cut else self._block(total.unsqueeze(0)).squeeze(0)
+        return masked(total, self.selection) if self._cut else self._block(total.unsqueeze(0)).squeeze(0)
 
     def _block(self, gradients: Tensor) -> Tensor:
         return block(gradients, self.selection)

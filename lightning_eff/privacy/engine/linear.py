@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_eff.privacy.engine.recording import Recorder, rule
 from lightning_eff.privacy.engine.tuning import Tuner
-from lightning_eff.privacy.engine.uses import Part, wide
+from lightning_eff.privacy.engine.uses import Part, masked, wide
 from lightning_eff.privacy.engine.weights import Gradients, WeightUse, scaled_pair
 from lightning_eff.privacy.selection.selected import Selection
 
@@ -97,7 +97,7 @@ class LinearUse(WeightUse):
         inputs, gradient = scaled_pair(factors, *self.unfolded(slice(None)))
         inputs, gradient = inputs.flatten(0, 1), gradient.flatten(0, 1)
         if not self._sparse:
-            return gradient.T @ inputs
+            return masked(gradient.T @ inputs, self.selection)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
             rows, columns = _compressed(self.selection)

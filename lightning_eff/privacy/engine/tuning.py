@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # numbers in a chunk beyond which no chunk is tried: 32 MB, far more than a cache holds
 _LARGEST_CHUNK = 1 << 23
+# bytes beyond which the C library never keeps freed memory for the next tensor
+_ALWAYS_FRESH = 1 << 25
 
 
 class Plan(NamedTuple):
@@ -95,7 +97,7 @@ def _timed_plan(use: WeightUse, fits: bool) -> Plan:
     fastest = sorted((plan for plan in cost if plan.method != "gram"), key=cost.__getitem__)[:2]
     for plan in fastest:
         stored = plan._replace(store=True)
-        total[stored] = _seconds(partial(_store_and_sum, use, stored, factors), device)
+        total[stored] = _seconds(partial(_store_and_sum, use, stored, factors), device) + _fresh_memory(use)
     return min(total, key=total.__getitem__)
 
 
@@ -103,6 +105,27 @@ def _store_and_sum(use: WeightUse, plan: Plan, factors: Tensor) -> None:
     _, stored = use.run(plan)
     assert stored is not None
     weighted_sum(factors, stored)
+
+
+def _fresh_memory(use: WeightUse) -> float:
+    """Return the seconds that the operating system takes to hand out what is stored.
+
+    Timing a layer again and again gets the same memory again; in a step, that of all layers is held at once.
+    """
+    size = 4 * use.examples * use.selection.block_shape.numel()
+    if use.gradient.device.type != "cpu" or size > _ALWAYS_FRESH:
+        return 0.0
+    return size * _seconds_per_fresh_byte()
+
+
+@cache
+def _seconds_per_fresh_byte() -> float:
+    size = 2 * _ALWAYS_FRESH
+    start = time.thread_time()
+    block = torch.empty(size, dtype=torch.uint8).fill_(0)
+    middle = time.thread_time()
+    block.fill_(0)
+    return max(0.0, 2 * middle - start - time.thread_time()) / size
 
 
 def _seconds(run: Callable[[], object], device: torch.device, to_beat: float | None = None) -> float:

@@ -73,7 +73,7 @@ class WeightUse(LayerUse):
 
     @abstractmethod
     def weight_sum(self, factors: Tensor) -> Tensor:
-        """Return the weighted sum of the weight gradients as a block, not yet masked; ``factors`` is ``[n]``."""
+        """Return the weighted sum of the weight gradients as a block, masked; ``factors`` is ``[n]``."""
 
     @property
     def selection(self) -> Selection:
@@ -155,7 +155,7 @@ class WeightUse(LayerUse):
             if self._stored is not None:
                 sums[self._weight.name] = weighted_sum(factor, self._stored)
             else:
-                sums[self._weight.name] = masked(self.weight_sum(factor), self.selection)
+                sums[self._weight.name] = self.weight_sum(factor)
         return sums
 
     def weight_norms(self) -> Tensor:
