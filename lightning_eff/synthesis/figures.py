@@ -27,13 +27,13 @@ def loss_figure(steps: Sequence[int], losses: Sequence[float], noise_floor: floa
     figure, axes = new_figure(height=3.2)
     axis = axes[0, 0]
     values = torch.tensor(losses, dtype=torch.float64)
-    axis.plot(steps, values, color=KEPT, linewidth=0.8, alpha=0.45, label="each step")
+    axis.plot(steps, values.tolist(), color=KEPT, linewidth=0.8, alpha=0.45, label="each step")
     window = max(1, len(values) // 25)
     if window > 1:  # a mean over the steps up to this one, shorter at the beginning
         total = torch.cat([values.new_zeros(1), values.cumsum(0)])
         end = torch.arange(1, len(values) + 1)
         start = (end - window).clamp(min=0)
-        axis.plot(steps, (total[end] - total[start]) / (end - start), color=KEPT, label=f"mean of {window}")
+        axis.plot(steps, ((total[end] - total[start]) / (end - start)).tolist(), color=KEPT, label=f"mean of {window}")
     if noise_floor:
         axis.axhline(noise_floor, color=REFERENCE, linestyle="--", linewidth=1, label="noise of the release")
     positive = values[values > 0]
@@ -57,14 +57,14 @@ def signal_figure(embedding: MeanEmbedding, class_names: Sequence[str] | None = 
     figure, axes = new_figure(height=max(1.8, 0.8 + 0.26 * len(names)))
     axis = axes[0, 0]
     if noise_scale(embedding):
-        axis.barh(names, ratio, color=[KEPT if use else REMOVED for use in usable.tolist()])
+        axis.barh(names, ratio.tolist(), color=[KEPT if use else REMOVED for use in usable.tolist()])
         for place, (value, use) in enumerate(zip(ratio.tolist(), usable.tolist(), strict=True)):
             axis.text(value, place, f" {value:.3g}" + ("" if use else "  too few records"), va="center", fontsize=8)
         axis.axvline(1.0, color=HIGHLIGHT, linewidth=1)
         axis.margins(x=0.15)
         axis.set_xlabel("signal to noise of the class sum (estimated)")
     else:
-        axis.barh(names, embedding.counts.cpu(), color=REMOVED)
+        axis.barh(names, embedding.counts.tolist(), color=REMOVED)
         axis.set_xlabel("records; no noise was added: NOT PRIVATE")
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
@@ -101,7 +101,9 @@ def image_grid(x: Tensor, y: Tensor, *, per_class: int = 10, class_names: Sequen
     size = 6.4 * sheet.size(0) / sheet.size(1)
     figure, axes = new_figure(height=min(max(size, 0.8), 20.0))
     axis = axes[0, 0]
-    axis.imshow(sheet.squeeze(2) if channels == 1 else sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.imshow(
+        (sheet.squeeze(2) if channels == 1 else sheet).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+    )
     axis.grid(visible=False)
     axis.set_xticks([])
     names = [class_names[c] if class_names else str(c) for c in classes]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,19 +17,37 @@ class StepToken:
 class StepTokens:
     """As many tokens as an epoch has steps. It is no DataLoader: Lightning would split those among processes.
 
+    Lightning stores ``state_dict()`` in checkpoints: a run resumed in the middle of an epoch gets the rest of it.
+
     Args:
         steps: Steps of an epoch, >= 1, in each process.
+        epoch: Tells the number of the epoch.
     """
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, epoch: Callable[[], int]) -> None:
         self.steps = steps
+        self._epoch = epoch
+        self._seen = 0
+        self._loaded: Mapping[str, int] = {}
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[StepToken]:
-        for _ in range(self.steps):
+        # a generator: what stands here runs at the first step, when Lightning knows the epoch
+        loaded, self._loaded = self._loaded, {}
+        self._seen = loaded["steps_seen"] if loaded.get("epoch") == self._epoch() else 0
+        while self._seen < self.steps:
+            self._seen += 1
             yield StepToken()
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and how many of its steps were begun."""
+        return {"epoch": self._epoch(), "steps_seen": self._seen}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Make the next iteration go on, if it is of the same epoch."""
+        self._loaded = dict(state)
 
 
 class ShadowedLoaders:
@@ -40,19 +58,19 @@ class ShadowedLoaders:
 
     Args:
         trainer: Whose data module, if it has one.
-        steps: Step tokens of an epoch.
+        tokens: Makes the tokens of the training.
         keep_validation: Leave validation alone.
 
     Attributes:
         private: The data module's own ``train_dataloader``; ``None`` without a data module.
     """
 
-    def __init__(self, trainer: Trainer, steps: int, *, keep_validation: bool) -> None:
+    def __init__(self, trainer: Trainer, tokens: Callable[[], StepTokens], *, keep_validation: bool) -> None:
         self._put_back: list[Callable[[], None]] = []
         datamodule = getattr(trainer, "datamodule", None)
         self.private: Callable[[], Any] | None = None if datamodule is None else datamodule.train_dataloader
         if datamodule is not None:
-            self._replace(datamodule, "train_dataloader", lambda: StepTokens(steps))
+            self._replace(datamodule, "train_dataloader", lambda: tokens())
         if not keep_validation:
             self._replace(trainer, "limit_val_batches", 0)
 

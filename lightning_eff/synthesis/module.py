@@ -85,6 +85,7 @@ class DPNTKGenerator(LightningModule):
     Attributes:
         embedding: The release, ``None`` before it.
         ledger: Every release and what it cost.
+        steps_trained: How often the generator was trained on the release.
         features: The features; float32 whatever the trainer's precision.
         schema: Of a table, or ``None``.
 
@@ -259,7 +260,7 @@ class DPNTKGenerator(LightningModule):
         if stage == "fit":
             self._restore_loaders()
             keep = self.release_options.allow_nonprivate_validation
-            self._shadow = ShadowedLoaders(self.trainer, self.steps_per_epoch, keep_validation=keep)
+            self._shadow = ShadowedLoaders(self.trainer, self.train_dataloader, keep_validation=keep)
 
     def on_fit_start(self) -> None:
         """Release, unless that has been done."""
@@ -281,7 +282,7 @@ class DPNTKGenerator(LightningModule):
 
     def train_dataloader(self) -> StepTokens:
         """Return step tokens: training needs no data."""
-        return StepTokens(self.steps_per_epoch)
+        return StepTokens(self.steps_per_epoch, lambda: self.current_epoch)
 
     def val_dataloader(self) -> Any:
         """Return no loader; with ``validation_step`` there must be one, or Lightning warns."""
@@ -308,14 +309,11 @@ class DPNTKGenerator(LightningModule):
             terms = self.features.mmd2_terms(
                 self._released(), x.float(), y, weights=self._class_weights(), estimator=self.matching.estimator
             )
+        self.steps_trained += 1
         self.log("train/mmd2", terms.mmd2.detach(), batch_size=len(y), prog_bar=True)
         self.log("train/mmd2_cross", terms.mmd2.detach() - terms.target, batch_size=len(y))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(y))
         return terms.mmd2
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the step."""
-        self.steps_trained += 1
 
     def on_validation_epoch_start(self) -> None:
         """Begin new class sums."""
