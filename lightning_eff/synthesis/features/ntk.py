@@ -229,23 +229,19 @@ class NTKFeatures(nn.Module):
 
 def _class_weights(
     weights: Tensor | None, counts: Sequence[int], target: MeanEmbedding, estimator: Estimator
-) -> Tensor:
-    """Return the weights as float64 on the CPU, once they are known to fit."""
+) -> list[float]:
+    """Return the weights of the classes, once they are known to fit."""
     classes = target.num_classes
-    if weights is None:
-        omega = torch.full((classes,), 1 / classes, dtype=torch.float64)
-    else:
-        omega = weights.detach().double().cpu()
-        if omega.shape != (classes,) or not bool((omega >= 0).all()):
-            raise ValueError(f"expected {classes} weights >= 0, one for each class, got {weights}")
+    omega: list[float] = [1 / classes] * classes if weights is None else weights.detach().double().tolist()
+    if len(omega) != classes or not all(0 <= weight < math.inf for weight in omega):
+        raise ValueError(f"expected {classes} finite weights >= 0, one for each class, got {weights}")
     needed = 2 if estimator == "u" else 1
-    records = target.counts.tolist()
-    for label, weight in enumerate(omega.tolist()):
-        if weight and counts[label] < needed:
+    for label, (weight, count, records) in enumerate(zip(omega, counts, target.counts.tolist(), strict=True)):
+        if weight and count < needed:
             raise ValueError(
-                f"expected at least {needed} samples of class {label} (estimator {estimator!r}), got {counts[label]}: "
-                "draw more of each class, or give the class weight 0"
+                f"expected at least {needed} samples of class {label} (estimator {estimator!r}), got {count}: draw more "
+                "of each class, or give the class weight 0"
             )
-        if weight and not records[label] > 0:
-            raise ValueError(f"class {label} has a count of {records[label]}: give it weight 0, it has no mean")
+        if weight and not records > 0:
+            raise ValueError(f"class {label} has a count of {records}: give it weight 0, it has no mean")
     return omega

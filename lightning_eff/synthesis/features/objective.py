@@ -53,7 +53,7 @@ def mmd2_terms(
     recording: Recording | SketchRecording,
     counts: Sequence[int],
     target: MeanEmbedding,
-    weights: Tensor,
+    weights: Sequence[float],
     estimator: Estimator,
     backend: Backend,
 ) -> MMD2Terms:
@@ -63,30 +63,23 @@ def mmd2_terms(
         recording: Of the samples, in ascending order of their classes.
         counts: Samples of each class.
         target: Class sums on the samples' device, in their precision.
-        weights: ``(C,)`` weights of the classes, float64.
+        weights: Weights of the classes.
         estimator: ``"u"`` leaves out each sample's product with itself, ``"v"`` does not.
         backend: See ``NTKFeatures.mmd2``.
     """
-    records = target.counts.double().cpu()
-    attract, parts, start = (-2 * weights / records).tolist(), [], 0
-    for label, (count, weight) in enumerate(zip(counts, weights.tolist(), strict=True)):
+    parts, start, constant = [], 0, 0.0
+    classes = zip(counts, weights, target.counts.tolist(), target.square_norms().tolist(), strict=True)
+    for label, (count, weight, records, square_norm) in enumerate(classes):
+        attract = repel = 0.0
+        if weight:
+            attract = -2 * weight / (records * count)
+            repel = weight / (count * (count - 1 if estimator == "u" else count))
+            constant += weight * square_norm / records**2
         if count:
-            pairs = count * (count - 1) if estimator == "u" else count * count
-            used = weight != 0
-            parts.append(
-                Part(
-                    label,
-                    start,
-                    start + count,
-                    attract[label] / count if used else 0.0,
-                    weight / pairs if used else 0.0,
-                )
-            )
-            start += count
+            parts.append(Part(label, start, start + count, attract, repel))
+        start += count
     terms = _Terms()
     moving = _Objective.apply(recording, parts, target.blocks, estimator, backend, terms, *recording.tensors)
-    used = weights != 0
-    constant = float((weights * target.square_norms().cpu() / records.square())[used].sum())
     return MMD2Terms(moving + constant, moving.new_tensor(constant), terms.cross, terms.spread)
 
 
@@ -122,8 +115,8 @@ class _Objective(torch.autograd.Function):
         spread = repel.dot(sum_of(pull.square for pull in pulls))
         if estimator == "u":
             # a sample's product with itself is 1 and has no derivative, or 0 where there is no gradient
-            lengths = factors.square() * square_norms
-            spread = spread - sum_of(part.repel * lengths[part.start : part.stop].sum() for part in parts)
+            lengths = factors.square().mul_(square_norms).split([part.stop - part.start for part in parts])
+            spread = spread - repel.dot(torch.stack([piece.sum() for piece in lengths]))
         terms.cross, terms.spread = cross / -2, spread
         if derive:
             by_factor = sum_of(pull.by_weight for pull in pulls if pull.by_weight is not None)

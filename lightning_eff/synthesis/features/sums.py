@@ -116,7 +116,7 @@ def sorted_by_class(x: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, lis
         raise ValueError(f"expected labels from 0 to {num_classes - 1}, got labels from {low} to {high}")
     counts: list[int] = torch.bincount(y, minlength=num_classes).tolist()
     if bool((y[1:] < y[:-1]).any()):
-        x = x[torch.argsort(y, stable=True).to(x.device)]
+        x = x.index_select(0, torch.argsort(y, stable=True).to(x.device))
     return x, counts
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "kernel", "dense"]
+TOGETHER = 400_000
+"""Weights of a layer up to which all classes are taken in one call; a larger block is worked on while it is in cache."""
 
 
 class Part(NamedTuple):
@@ -107,8 +109,8 @@ class RowUse(LayerUse):
 
     def square_norms(self) -> Tensor:
         if self.positions == 1:
-            self._a_square = self.a.square().sum((1, 2)) + self.has_bias
-            self._delta_square = self.delta.square().sum((1, 2))
+            self._a_square = _square_lengths(self.a) + float(self.has_bias)
+            self._delta_square = _square_lengths(self.delta)
             return self._a_square * self._delta_square
         # T x T Gram matrices: cheaper than the gradient where T * T < O * I
         self._a_gram = self.a @ self.a.mT + float(self.has_bias)
@@ -143,6 +145,10 @@ class RowUse(LayerUse):
         a = self.a.flatten(0, 1)
         if derive:
             self._by_u, self._by_a = torch.empty_like(u), torch.empty_like(a)
+        small = u.shape[1] * a.shape[1] <= TOGETHER
+        if backend != "dense" and small and _alike(parts) and _kernel_is_cheaper(u[: len(u) // len(parts)], a):
+            terms = self._pull_together(u, a, parts, target)
+            return Pull(*terms, self._by_weight())
         cross, square = [], []
         for part in parts:
             rows = slice(part.start * self.positions, part.stop * self.positions)
@@ -155,10 +161,35 @@ class RowUse(LayerUse):
             terms = form(u[rows], a[rows], wanted, bias, part, by_u, by_a)
             cross.append(terms[0])
             square.append(terms[1])
-        by_weight = None
-        if self._by_u is not None:
-            by_weight = (self._by_u * self.delta.flatten(0, 1)).sum(1).view(-1, self.positions).sum(1)
-        return Pull(torch.stack(cross), torch.stack(square), by_weight)
+        return Pull(torch.stack(cross), torch.stack(square), self._by_weight())
+
+    def _by_weight(self) -> Tensor | None:
+        if self._by_u is None:
+            return None
+        return (self._by_u * self.delta.flatten(0, 1)).sum(1).view(-1, self.positions).sum(1)
+
+    def _pull_together(
+        self, u: Tensor, a: Tensor, parts: Sequence[Part], target: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The kernel form of all parts at once: for small layers, where the time goes into calls."""
+        labels = slice(parts[0].label, parts[-1].label + 1)
+        wanted = target[self.names[0]][labels].flatten(2)
+        u, a = u.unflatten(0, (len(parts), -1)), a.unflatten(0, (len(parts), -1))
+        if self.has_bias:
+            seen = torch.baddbmm(target[self.names[1]][labels, None], a, wanted.mT)
+        else:
+            seen = torch.bmm(a, wanted.mT)
+        a_gram = torch.bmm(a, a.mT).add_(float(self.has_bias))
+        u_gram = torch.bmm(u, u.mT)
+        cross, square = (u * seen).sum((1, 2)), (a_gram * u_gram).sum((1, 2))
+        if self._by_u is not None and self._by_a is not None:
+            attract = u.new_tensor([part.attract for part in parts])[:, None, None]
+            repel = u.new_tensor([2 * part.repel for part in parts])[:, None, None]
+            by_u, by_a = self._by_u.view_as(u), self._by_a.view_as(a)
+            torch.baddbmm(seen.mul_(attract), a_gram.mul_(repel), u, out=by_u)
+            torch.bmm(u * attract, wanted, out=by_a)
+            by_a.baddbmm_(u_gram.mul_(repel), a)
+        return cross, square
 
     def gradients(self, weights: Tensor, by_square_norm: Tensor) -> tuple[Tensor, ...]:
         assert self._by_u is not None and self._by_a is not None
@@ -181,11 +212,27 @@ class ConstantRowUse(RowUse):
         return super().gradients(weights, by_square_norm)[1:]
 
 
+def _square_lengths(rows: Tensor) -> Tensor:
+    """Return the squared norm of each of ``(n, 1, m)``; no tensor of that size is made unless it is differentiated."""
+    if rows.requires_grad:
+        return rows.square().sum((1, 2))
+    return torch.linalg.vector_norm(rows, dim=(1, 2)).square_()
+
+
+def _alike(parts: Sequence[Part]) -> bool:
+    """Whether the parts have the same size and consecutive labels."""
+    size = parts[0].stop - parts[0].start
+    return all(
+        part.stop - part.start == size and part.label == parts[0].label + index for index, part in enumerate(parts)
+    )
+
+
 def _kernel_is_cheaper(u: Tensor, a: Tensor) -> bool:
     """Compare the work on the rows' Gram matrices with that on one more matrix of the weight's size."""
     rows, outputs, inputs = len(u), u.shape[1], a.shape[1]
-    # 64: passes over the weight's memory that the dense form makes, in multiplications that take as long
-    return 3 * rows * rows * (outputs + inputs) < (rows + 64) * outputs * inputs
+    # 64: passes over the weight's memory that the dense form makes, in multiplications that take as long; below half a
+    # million multiplications the time goes into calls, of which the kernel form can serve all classes at once
+    return 3 * rows * rows * (outputs + inputs) < (rows + 64) * outputs * inputs + 500_000
 
 
 def _kernel_form(
