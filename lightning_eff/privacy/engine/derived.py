@@ -69,9 +69,14 @@ class DerivingRecorder(Recorder):
     ) -> Any:
         """Run what no example takes part in as it is, and remember its result; else record."""
         kwargs = kwargs or {}
-        tensors = list(_tensors((*args, *kwargs.values())))
-        trained = [tensor for tensor in tensors if id(tensor) in self._names]
-        if any(id(tensor) not in self._names and not self.is_constant(tensor) for tensor in tensors):
+        tensors = _tensors((*args, *kwargs.values()) if kwargs else args)
+        trained, given = [], False
+        for tensor in tensors:
+            if id(tensor) in self._names:
+                trained.append(tensor)
+            elif not given:
+                given = not self.is_constant(tensor)
+        if given:
             return super().__torch_function__(func, types, args, kwargs) if trained else func(*args, **kwargs)
         expand = EXPANSIONS.get(func)
         if expand is not None and trained and torch.is_grad_enabled():
@@ -207,10 +212,10 @@ class DerivedUse(LayerUse):
 
 def constants_of(module: nn.Module) -> list[Tensor]:
     """Buffers, frozen parameters and plain tensor attributes of a module and what is in it."""
-    held: list[Tensor] = [p for p in module.parameters() if not p.requires_grad]
-    held.extend(module.buffers())
+    held = []
     for part in module.modules():
-        held.extend(value for value in vars(part).values() if isinstance(value, Tensor) and not value.requires_grad)
+        for values in (part._parameters.values(), part._buffers.values(), vars(part).values()):
+            held.extend([value for value in values if isinstance(value, Tensor) and not value.requires_grad])
     return held
 
 
@@ -240,15 +245,17 @@ def _way_back(edge: GradientEdge, root: Tensor, gradients: Tensor) -> Tensor:
         return torch.stack([back(gradient, False) for gradient in gradients])
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
     """Tensors among values and in the lists, tuples and dicts of them."""
+    found = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+            found.extend(_tensors(value))
         elif isinstance(value, dict):
-            yield from _tensors(value.values())
+            found.extend(_tensors(value.values()))
+    return found
 
 
 def _version(tensor: Tensor) -> int:
