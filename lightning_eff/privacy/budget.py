@@ -71,7 +71,7 @@ class Budget:
         self.plan: PrivacyPlan | None = None
         self.steps_left = 0
         self.given_delta = delta
-        self._given_noise = noise_multiplier
+        self.given_noise = noise_multiplier
         self._ends_early = False
         self._resumed_data: Mapping[str, Any] | None = None
 
@@ -180,7 +180,7 @@ class Budget:
             for sentence in getattr(theirs, name):
                 note(getattr(self.ledger, name), sentence)
         self._resumed_data = state["data"]
-        if self._given_noise is None and state["target_epsilon"] == self.target_epsilon:
+        if self.given_noise is None and state["target_epsilon"] == self.target_epsilon:
             self.noise_multiplier = state["noise_multiplier"]
 
     def _find_noise(self, data: PrivateData, steps: int | None) -> None:

@@ -19,7 +19,7 @@ from lightning_eff.privacy.isolation import check_sample_isolation
 from lightning_eff.privacy.options import IsolationCheck
 
 # enough for several classes to be among them; each is run alone once
-_MOST = 8
+_MOST = 16
 
 
 class FirstBatch:

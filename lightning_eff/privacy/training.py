@@ -142,7 +142,7 @@ class PrivateTraining(Strategy):
             num_samples,
             batch_size,
             epochs=epochs,
-            noise_multiplier=None if budget.target_epsilon is not None else budget.noise_multiplier,
+            noise_multiplier=budget.given_noise,
             target_epsilon=budget.target_epsilon,
             delta=budget.given_delta,
             accountant=self.ledger.accountant,
@@ -166,7 +166,7 @@ class PrivateTraining(Strategy):
     def setup(self, trainer: Trainer) -> None:
         """Check, set up as ever, check the optimizer."""
         if trainer.state.fn == TrainerFn.FITTING:
-            check_one_of(self._budget.noise_multiplier, self._budget.target_epsilon)
+            check_one_of(self._budget.given_noise, self._budget.target_epsilon)
             checks.check_trainer(trainer, self._module())
             checks.check_precision(self.precision_plugin)
             self._static = self._step = None
