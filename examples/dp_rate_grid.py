@@ -9,6 +9,7 @@ Run: python examples/dp_rate_grid.py        (about 6 minutes on one core)
 """
 
 import argparse
+import logging
 import time
 import warnings
 from pathlib import Path
@@ -25,7 +26,10 @@ from lightning_eff.privacy.prepruning.callback import DPPrePruneCallback
 from lightning_eff.privacy.strategy import DPGradientDropStrategy
 from lightning_eff.reporting import Column, Table, progress, save_figure
 
+for name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(name).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
+warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
 warnings.filterwarnings("ignore", message="prune_rate=.* would leave")  # in cells where nearly everything is pruned
 
 COLUMNS: list[str | Column] = [
@@ -101,10 +105,9 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
     """1,437 images to train on and 360 to test."""
     data = DigitsDataModule(normalize=False)
     data.setup()
-    parts = [[torch.stack(column) for column in zip(*part, strict=True)] for part in
-             ([*data.train_set, *data.val_set], [*data.test_set])]  # fmt: skip
-    (images, labels), (test_images, test_labels) = parts
-    return TensorDataset(images, labels), TensorDataset(test_images, test_labels)
+    parts = [*data.train_set, *data.val_set], [*data.test_set]
+    train, test = ([torch.stack(column) for column in zip(*part, strict=True)] for part in parts)
+    return TensorDataset(*train), TensorDataset(*test)
 
 
 def mean(rows: list[list[Any]]) -> list[Any]:

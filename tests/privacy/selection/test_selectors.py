@@ -205,5 +205,6 @@ print("agrees")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_choose_the_same(tmp_path: Path) -> None:
     assert run_ddp(TWO_PROCESSES, tmp_path).stdout.count("agrees") == 2
