@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Value = str | int | float | bool
+Encoding = Literal["bins", "minmax", "unit"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class NumericColumn:
     name: str
     low: float
     high: float
-    encoding: Literal["bins", "minmax", "unit"] = "bins"
+    encoding: Encoding = "bins"
     bins: int | Sequence[float] = 16
     transform: Literal["none", "log1p"] = "none"
     zero_inflated: bool = False
@@ -76,7 +77,7 @@ class NumericColumn:
             raise ValueError(
                 f"{where}expected public bounds low < high, both finite, got {self.low!r} and {self.high!r}"
             )
-        for argument, known in {"encoding": ("bins", "minmax", "unit"), "transform": ("none", "log1p")}.items():
+        for argument, known in {"encoding": get_args(Encoding), "transform": ("none", "log1p")}.items():
             if getattr(self, argument) not in known:
                 raise ValueError(f"{where}expected {argument} to be one of {known}, got {getattr(self, argument)!r}")
         if self.transform == "log1p" and self.low < 0:

@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_eff.reporting import Table
-from lightning_eff.synthesis.tables.columns import CategoricalColumn, Head, NumericColumn, TableColumn, Value
+from lightning_eff.synthesis.tables.columns import (
+    CategoricalColumn,
+    Encoding,
+    Head,
+    NumericColumn,
+    TableColumn,
+    Value,
+)
 
 Rows = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]] | Any
 """A table: values by column name, one mapping a row, or a pandas data frame."""
@@ -253,7 +260,14 @@ class TableSchema:
 
     @classmethod
     def infer(
-        cls, rows: Rows, label: str | None = None, *, public: bool = False, bins: int = 16, max_categories: int = 20
+        cls,
+        rows: Rows,
+        label: str | None = None,
+        *,
+        public: bool = False,
+        encoding: Encoding = "bins",
+        bins: int = 16,
+        max_categories: int = 20,
     ) -> TableSchema:
         """Take bounds and categories from rows whose domain is public, e.g. an earlier release; reports will say so.
 
@@ -261,7 +275,8 @@ class TableSchema:
             rows: Never the private ones.
             label: Name of the label, if there is one.
             public: Your statement that the rows say nothing private; without it nothing is read.
-            bins: Cells of each numeric column.
+            encoding: Of the numeric columns.
+            bins: Their cells.
             max_categories: Columns of numbers with at most this many different values count as categories.
 
         Raises:
@@ -275,7 +290,9 @@ class TableSchema:
         table = columns_of(rows)
         if label is not None and label not in table:
             raise ValueError(f"expected the label among the columns {list(table)}, got {label!r}")
-        columns = [_inferred(name, values, bins, max_categories) for name, values in table.items() if name != label]
+        columns = [
+            _inferred(name, values, encoding, bins, max_categories) for name, values in table.items() if name != label
+        ]
         classes = None if label is None else _distinct(table[label])
         return cls(columns, label, classes, source=INFERRED)
 
@@ -385,7 +402,7 @@ def _is_missing(value: Any) -> bool:
     return value is None or value != value or str(value) in ("", "<NA>")  # NaN differs from itself
 
 
-def _inferred(name: str, values: Sequence[Any], bins: int, max_categories: int) -> TableColumn:
+def _inferred(name: str, values: Sequence[Any], encoding: Encoding, bins: int, max_categories: int) -> TableColumn:
     plain = values.tolist() if hasattr(values, "tolist") else list(values)
     missing, distinct = any(map(_is_missing, plain)), _distinct(plain)
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct)
@@ -393,4 +410,4 @@ def _inferred(name: str, values: Sequence[Any], bins: int, max_categories: int) 
         return CategoricalColumn(name, distinct, missing=missing)
     numbers = [float(value) for value in distinct]
     whole = all(number.is_integer() for number in numbers)
-    return NumericColumn(name, min(numbers), max(numbers), bins=bins, integer=whole, missing=missing)
+    return NumericColumn(name, min(numbers), max(numbers), encoding, bins, integer=whole, missing=missing)
