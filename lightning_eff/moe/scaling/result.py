@@ -1,0 +1,221 @@
+"""What a fit found: the law, how sure its coefficients and its predictions are, how well it holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lightning_eff.moe.scaling.laws import ScalingLaw, law_from_dict
+from lightning_eff.moe.scaling.objective import Objective
+from lightning_eff.moe.scaling.runs import Runs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lightning_eff.reporting import Table
+
+Floats = NDArray[np.float64]
+_VERSION = 1
+_COLUMNS = ("n_total", "n_tokens", "loss", "granularity", "n_active", "expansion_rate", "flops", "weight")
+
+
+class Prediction(NamedTuple):
+    """Losses in nats a token with a band; without bootstrap the band is NaN.
+
+    Args:
+        loss: of the fitted law.
+        low: lower end of the band of the resampled laws.
+        high: its upper end.
+    """
+
+    loss: Floats
+    low: Floats
+    high: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """A fitted law, by :func:`fit_scaling_law`.
+
+    Args:
+        law: the law; ``law(n_total, n_tokens, granularity)`` predicts.
+        objective: what was minimised.
+        fixed: names of coefficients that were held.
+        value: the objective reached.
+        spread: how far the worst of the starts ended above it.
+        converged: two starts or more ended at the same optimum.
+        rmse: root mean squared residual of the loss, nats a token.
+        r2: share of the variance of the loss that is explained.
+        holdout_rmse: RMSE on the runs of lowest loss of a law fitted without them; None if not measured.
+        runs: the runs it was fitted to.
+        samples: coefficients fitted to resampled runs, [S] by name; empty without bootstrap.
+        notes: what the runs do not identify.
+    """
+
+    law: ScalingLaw
+    objective: Objective
+    fixed: tuple[str, ...]
+    value: float
+    spread: float
+    converged: bool
+    rmse: float
+    r2: float
+    holdout_rmse: float | None
+    runs: Runs
+    samples: dict[str, Floats] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def params(self) -> dict[str, float]:
+        """Coefficients and exponents by name."""
+        return self.law.coefficients
+
+    @property
+    def identifiable(self) -> bool:
+        """Nothing in ``notes``: every coefficient is one that the runs determine."""
+        return not self.notes
+
+    def intervals(self, ci: float = 0.8) -> dict[str, tuple[float, float]]:
+        """Percentiles of the coefficients over the resampled fits, by name; empty without bootstrap.
+
+        Args:
+            ci: share of the fits between the two, in (0, 1).
+        """
+        edges = _edges(ci)
+        return {
+            name: (float(low), float(high))
+            for name in self.law.parameters
+            if name in self.samples
+            for low, high in [np.percentile(self.samples[name], edges)]
+        }
+
+    def laws(self) -> Iterator[ScalingLaw]:
+        """The laws fitted to resampled runs."""
+        state = self.law.to_dict()
+        for values in zip(*(self.samples[name] for name in self.samples), strict=True):
+            yield law_from_dict({**state, **dict(zip(self.samples, map(float, values), strict=True))})
+
+    def predict(
+        self, n_total: ArrayLike, n_tokens: ArrayLike, granularity: ArrayLike = 1.0, ci: float = 0.8
+    ) -> Prediction:
+        """Predict losses with a band.
+
+        Args:
+            n_total: N, > 0.
+            n_tokens: D, > 0.
+            granularity: G, >= 1.
+            ci: share of the resampled laws inside of the band, in (0, 1).
+
+        Returns:
+            Three arrays of the shape the arguments broadcast to.
+        """
+        loss = np.asarray(self.law(n_total, n_tokens, granularity))
+        every = np.array([law(n_total, n_tokens, granularity) for law in self.laws()])
+        if not len(every):
+            return Prediction(loss, np.full_like(loss, np.nan), np.full_like(loss, np.nan))
+        low, high = np.percentile(every, _edges(ci), axis=0)
+        return Prediction(loss, low, high)
+
+    def table(self, ci: float = 0.8) -> Table:
+        """Coefficients with intervals."""
+        from lightning_eff.reporting import Column, Table
+
+        low, high = _edges(ci)
+        intervals = self.intervals(ci)
+        rows = [
+            (name, value, *((None, None) if name in self.fixed else intervals.get(name, (None, None))), how)
+            for name, value in self.params.items()
+            for how in ["fixed" if name in self.fixed else "fitted"]
+        ]
+        columns = [Column("parameter"), Column("estimate", ".4g"), Column(f"{low:g} %", ".4g")]
+        columns += [Column(f"{high:g} %", ".4g"), Column("")]
+        held = "" if self.holdout_rmse is None else f", {self.holdout_rmse:.4f} on the lowest losses when left out"
+        again = self.runs.duplicates
+        counts = f"{len(self.runs)} runs" + (f" ({again} again at the place of another)" if again else "")
+        counts += f", {self.runs.diverged} diverged left out" if self.runs.diverged else ""
+        caption = [
+            f"{counts}; RMSE {self.rmse:.4f} nats a token{held}; R2 {self.r2:.4f}; objective {self.value:.6g}.",
+            *(f"Mind: {note}." for note in self.notes),
+        ]
+        return Table(f"Scaling law, {self.law.to_dict()['law']}", columns, rows, "\n".join(caption))
+
+    def summary(self) -> str:
+        """The table as text."""
+        return str(self.table())
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw predicted against measured losses; write it if a path is given."""
+        from lightning_eff.moe.scaling.figures import draw_fit
+        from lightning_eff.reporting import save_figure
+
+        figure = draw_fit(self)
+        if path is not None:
+            save_figure(figure, path)
+        return figure
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything as JSON; folders are made. :func:`load_law` reads the law alone from it."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs: dict[str, Any] = {"names": self.runs.names, "diverged": self.runs.diverged}
+        for name in _COLUMNS:
+            column = getattr(self.runs, name)
+            runs[name] = None if column is None else column.tolist()
+        state = {
+            "version": _VERSION,
+            "law": self.law.to_dict(),
+            "objective": asdict(self.objective),
+            "runs": runs,
+            "samples": {name: values.tolist() for name, values in self.samples.items()},
+        }
+        for name in ("fixed", "value", "spread", "converged", "rmse", "r2", "holdout_rmse", "notes"):
+            state[name] = getattr(self, name)
+        path.write_text(json.dumps(state) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> FitResult:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file holds no fit, or one of a later version.
+        """
+        try:
+            state = json.loads(Path(path).read_text(encoding="utf-8"))
+            if (version := state.pop("version")) != _VERSION:
+                raise ValueError(f"expected version {_VERSION}, got {version!r}")
+            runs = state.pop("runs")
+            columns = {
+                name: None if runs[name] is None else np.array(runs[name], dtype=np.float64) for name in _COLUMNS
+            }
+            return cls(
+                law=law_from_dict(state.pop("law")),
+                objective=Objective(**state.pop("objective")),
+                runs=Runs(**columns, names=tuple(runs["names"]), diverged=runs["diverged"]),  # type: ignore[arg-type]
+                samples={name: np.array(values) for name, values in state.pop("samples").items()},
+                fixed=tuple(state.pop("fixed")),
+                **state,
+            )
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no fit of a scaling law: {error!r}") from error
+
+
+def quality(law: ScalingLaw, runs: Runs) -> tuple[float, float]:
+    """Root mean squared residual of the loss, and the share of its variance that is explained."""
+    granularity = 1.0 if runs.granularity is None else runs.granularity
+    residual = law(runs.n_total, runs.n_tokens, granularity) - runs.loss
+    variance = ((runs.loss - runs.loss.mean()) ** 2).sum()
+    rmse = float(np.sqrt((residual**2).mean()))
+    return rmse, float(1 - (residual**2).sum() / variance) if variance else float("nan")
+
+
+def _edges(ci: float) -> tuple[float, float]:
+    if not 0 < ci < 1:
+        raise ValueError(f"expected ci in (0, 1), got {ci}")
+    return round(50 * (1 - ci), 10), round(50 * (1 + ci), 10)
