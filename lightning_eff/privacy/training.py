@@ -429,7 +429,8 @@ class PrivateTraining(Strategy):
             self._stop(trainer)
         every = self.options.log_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = every and (trainer.global_step + 1) % every == 0
-        if trainer.barebones or not (due or trainer.is_last_batch or trainer.should_stop):
+        ends = trainer.should_stop or trainer.global_step + 1 == trainer.max_steps
+        if trainer.barebones or not (due or trainer.is_last_batch or ends):
             return
         assert self._budget.plan is not None
         plan = self._budget.plan
