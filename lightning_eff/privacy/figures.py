@@ -29,9 +29,9 @@ def epsilon_figure(ledger: PrivacyLedger, *, points: int = 25) -> Figure:
         raise ValueError("the ledger holds no step: there is nothing to draw")
     ends = {0, whole, *(round(whole * point / points) for point in range(1, points))}
     phase = 0
-    for event in history:  # a curve bends where settings change
+    for event in history:  # the first step with new settings spends most
+        ends |= {phase, phase + 1}
         phase += event.steps
-        ends.add(phase)
     steps = sorted(ends)
     epsilons = [subsampled_epsilon(_first(history, step), ledger.delta, ledger.accountant) for step in steps]
     figure, ((axis,),) = new_figure()

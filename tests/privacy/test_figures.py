@@ -19,14 +19,14 @@ def test_epsilon_grows_to_what_the_ledger_says_and_bends_where_settings_change(t
     ledger.record(2.0, 0.02, 150)
     figure = epsilon_figure(ledger, points=5)
     curve, bound = figure.axes[0].lines
-    assert curve.get_xdata().tolist() == [0, 50, 100, 150, 200, 250]
+    assert curve.get_xdata().tolist() == [0, 1, 50, 100, 101, 150, 200, 250]
     epsilons = curve.get_ydata().tolist()
     assert epsilons[0] == 0
     assert epsilons == sorted(epsilons)
     assert epsilons[-1] == ledger.epsilon()
     first = PrivacyLedger(delta=1e-5, accountant="rdp")
     first.record(1.0, 0.01, 100)
-    assert epsilons[2] == first.epsilon()
+    assert epsilons[3] == first.epsilon()
     assert bound.get_ydata()[0] == 3.0
     assert save_figure(figure, tmp_path / "epsilon.png").stat().st_size > 5_000
     with pytest.raises(ValueError, match="the ledger holds no step"):
