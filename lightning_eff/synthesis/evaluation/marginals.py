@@ -58,7 +58,8 @@ class Cells:
         kind = self.columns[column]
         if isinstance(kind, CategoricalColumn):
             return [*map(str, kind.categories), *(["missing"] if kind.missing else [])]
-        return [human(edge) if abs(edge) >= 1000 else f"{edge:.3g}" for edge in kind.edges[:-1]] + list(kind.flags)
+        edges = np.ceil(kind.edges) if kind.integer else kind.edges  # the first number of each cell
+        return [human(edge) if abs(edge) >= 1000 else f"{edge:.3g}" for edge in edges[:-1].tolist()] + list(kind.flags)
 
     def single(self, real: Tensor, synthetic: Tensor) -> Tensor:
         """Total variation of each column ``[d]`` from the counts of both sides."""
@@ -141,6 +142,7 @@ def _counted(column: TableColumn, bins: int | None) -> TableColumn:
         bins=bins or 16,
         transform=column.transform,
         zero_inflated=column.zero_inflated,
+        integer=column.integer,
         missing=column.missing,
     )
 
