@@ -200,7 +200,7 @@ def fashion(epsilons: Sequence[float], seeds: int, fast: bool) -> Table:
                 if features is not None:
                     model.features = features()  # type: ignore[assignment]
                 seconds = fit(model, data, 1 if fast else 5)
-                made = model.generate(6000, seed=seed)
+                made = model.generate(1000 if fast else 6000, seed=seed)
                 result = train_synthetic_test_real(
                     (made.x.flatten(1), made.y), target, classifiers=names, show_progress=False
                 )

@@ -45,8 +45,12 @@ class Cells:
 
     def count(self, rows: Rows) -> Tensor:
         """How many rows lie in each pair of cells, float64 ``[W, W]``; the diagonal counts single cells."""
-        members = torch.from_numpy(self.members(rows)).double()
-        return members.T @ members
+        counted = torch.zeros(self.width, self.width, dtype=torch.float64)
+        for part in torch.split(
+            torch.from_numpy(self.members(rows)), 2**20
+        ):  # up to 2^24 single precision counts exactly
+            counted += part.T @ part
+        return counted
 
     def members(self, rows: Rows) -> NDArray[np.float32]:
         """Which cells each of N rows lies in, zeros and d ones, ``[N, W]``."""
