@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Any
 from lightning_eff.strategy_names import register_strategies
 
 if TYPE_CHECKING:
-    from lightning_eff import accounting, cli, data, early_exit, lidar, models, pruning, reporting, shapley, surgery
+    from lightning_eff import (
+        accounting,
+        cli,
+        data,
+        early_exit,
+        lidar,
+        models,
+        moe,
+        privacy,
+        pruning,
+        reporting,
+        shapley,
+        surgery,
+        synthesis,
+    )
     from lightning_eff.accounting import PrivacyLedger
     from lightning_eff.batch import BatchKeys, split_batch
     from lightning_eff.data import DigitsDataModule, FashionMNISTDataModule
@@ -49,6 +63,18 @@ if TYPE_CHECKING:
         line_shapley,
     )
     from lightning_eff.models import ImageClassifier, LeNet, SmallCNN, SmallResNet
+    from lightning_eff.moe import ChinchillaLaw, ComputePlanner, FineGrainedMoELaw, fit_scaling_law
+    from lightning_eff.privacy import (
+        DPGradientDropDDPStrategy,
+        DPGradientDropStrategy,
+        DPPrePruneCallback,
+        PerSampleEngine,
+        PrivateTrainingOptions,
+        RateSchedule,
+        SelectionPlan,
+        check_sample_isolation,
+        register_rule,
+    )
     from lightning_eff.pruning import (
         Allocation,
         Calibration,
@@ -78,10 +104,35 @@ if TYPE_CHECKING:
         prunable,
         save_pruned,
     )
+    from lightning_eff.synthesis import (
+        DPNTKGenerator,
+        FeatureOptions,
+        MatchingOptions,
+        ReleaseOptions,
+        SynthesisFigures,
+        SyntheticData,
+        TableSchema,
+        TabularDataModule,
+        release_mean_embedding,
+    )
 
 __version__ = "0.1.0"
 
-_ROOMS = ("accounting", "cli", "data", "early_exit", "lidar", "models", "pruning", "reporting", "shapley", "surgery")
+_ROOMS = (
+    "accounting",
+    "cli",
+    "data",
+    "early_exit",
+    "lidar",
+    "models",
+    "moe",
+    "privacy",
+    "pruning",
+    "reporting",
+    "shapley",
+    "surgery",
+    "synthesis",
+)
 
 _ROOM_OF = {
     "PrivacyLedger": "accounting",
@@ -148,6 +199,28 @@ _ROOM_OF = {
     "profile": "surgery",
     "prunable": "surgery",
     "save_pruned": "surgery",
+    "ChinchillaLaw": "moe",
+    "ComputePlanner": "moe",
+    "FineGrainedMoELaw": "moe",
+    "fit_scaling_law": "moe",
+    "DPGradientDropDDPStrategy": "privacy",
+    "DPGradientDropStrategy": "privacy",
+    "DPPrePruneCallback": "privacy",
+    "PerSampleEngine": "privacy",
+    "PrivateTrainingOptions": "privacy",
+    "RateSchedule": "privacy",
+    "SelectionPlan": "privacy",
+    "check_sample_isolation": "privacy",
+    "register_rule": "privacy",
+    "DPNTKGenerator": "synthesis",
+    "FeatureOptions": "synthesis",
+    "MatchingOptions": "synthesis",
+    "ReleaseOptions": "synthesis",
+    "SynthesisFigures": "synthesis",
+    "SyntheticData": "synthesis",
+    "TableSchema": "synthesis",
+    "TabularDataModule": "synthesis",
+    "release_mean_embedding": "synthesis",
 }
 
 __all__ = [
@@ -156,7 +229,13 @@ __all__ = [
     "Calibration",
     "ChannelGame",
     "ChannelGraph",
+    "ChinchillaLaw",
     "ColumnInterpolation",
+    "ComputePlanner",
+    "DPGradientDropDDPStrategy",
+    "DPGradientDropStrategy",
+    "DPNTKGenerator",
+    "DPPrePruneCallback",
     "DepthCompletionMetrics",
     "DepthCompletionModule",
     "DigitsDataModule",
@@ -169,6 +248,8 @@ __all__ = [
     "ExitLosses",
     "ExitReport",
     "FashionMNISTDataModule",
+    "FeatureOptions",
+    "FineGrainedMoELaw",
     "GameOptions",
     "GradientDominance",
     "Head",
@@ -184,26 +265,37 @@ __all__ = [
     "LineDropout",
     "LineGameOptions",
     "LineSelection",
+    "MatchingOptions",
     "MultiExitNetwork",
+    "PerSampleEngine",
     "Phase",
     "PhaseEarlyStopping",
     "PrivacyLedger",
+    "PrivateTrainingOptions",
     "PruningPlan",
     "PullPushCompletion",
     "RandomChannelPruningCallback",
+    "RateSchedule",
+    "ReleaseOptions",
     "Repair",
     "Schedule",
     "Search",
+    "SelectionPlan",
     "ShapleyPruningCallback",
     "SmallCNN",
     "SmallResNet",
     "SparseToDenseResNet",
     "Spread",
     "StructuredPruningCallback",
+    "SynthesisFigures",
+    "SyntheticData",
     "SyntheticLidarDataModule",
+    "TableSchema",
+    "TabularDataModule",
     "ThresholdCalibration",
     "accounting",
     "apply_plan",
+    "check_sample_isolation",
     "cli",
     "compare_criteria",
     "data",
@@ -212,19 +304,25 @@ __all__ = [
     "early_exit",
     "export_early_exit",
     "export_model",
+    "fit_scaling_law",
     "lidar",
     "line_shapley",
     "load_early_exit",
     "load_pruned",
     "models",
+    "moe",
+    "privacy",
     "profile",
     "prunable",
     "pruning",
+    "register_rule",
+    "release_mean_embedding",
     "reporting",
     "save_pruned",
     "shapley",
     "split_batch",
     "surgery",
+    "synthesis",
 ]
 
 
