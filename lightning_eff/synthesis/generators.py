@@ -62,12 +62,13 @@ class ConvImageGenerator(nn.Module):
         self.convolutions = nn.Sequential(
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), nn.Conv2d(16, 8, 5, padding=2), nn.ReLU(),
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), nn.Conv2d(8, channels, 5, padding=2),
-        )  # fmt: skip
+        ).to(memory_format=torch.channels_last)  # fmt: skip  # so few channels: half the time on a CPU
         self.output = _output(output)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """Map ``z [B, Z]`` and classes ``y [B]`` to images ``[B, channels, height, width]``."""
-        return _OUTPUTS[self.output](self.convolutions(self.first(_with_class(z, y, self.num_classes))))
+        small = self.first(_with_class(z, y, self.num_classes)).to(memory_format=torch.channels_last)
+        return _OUTPUTS[self.output](self.convolutions(small))
 
 
 class MLPGenerator(nn.Module):
