@@ -17,6 +17,7 @@ Run: python examples/dp_audit.py                (about two minutes on one core)
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -73,8 +74,9 @@ SETTINGS = (Setting(1.0, 1.0, 1, 0.0), Setting(2.0, 1.0, 4, 0.5), Setting(0.8, 0
 class Attack:
     """The private step of a small network on digits and a canary: an input that only the canary has."""
 
-    def __init__(self, setting: Setting, fault: str) -> None:
+    def __init__(self, setting: Setting, fault: str, noise_seed: int | None) -> None:
         self.setting, self.fault = setting, fault
+        self.seeds = None if noise_seed is None else itertools.count(1_000_000 * noise_seed)
         images, labels = load_digits(return_X_y=True)
         self.inputs = torch.zeros(OTHERS + 1, 65)
         self.inputs[:OTHERS, :64] = torch.as_tensor(images[:OTHERS], dtype=torch.float32) / 16
@@ -92,7 +94,8 @@ class Attack:
 
     def score(self, takes_part: bool) -> float:
         """Train once with secret noise and return what was released along the canary, in units of C."""
-        setting, total, streams = self.setting, 0.0, SecretStreams()
+        setting, total = self.setting, 0.0
+        streams = SecretStreams() if self.seeds is None else SecretStreams.from_seed(next(self.seeds))
         loose = 3.0 if self.fault == "loose-clipping" else 1.0
         noise = setting.noise_multiplier * (0.5 if self.fault == "little-noise" else 1.0)
         parameters = dict(self.model.named_parameters())
@@ -136,9 +139,9 @@ def lower_bound(hits: float, alarms: float, trials: int) -> float:
     return max(0.0, math.log((hit - DELTA) / alarm)) if hit > DELTA else 0.0
 
 
-def audit(setting: Setting, trials: int, fault: str) -> tuple[list[object], bool, dict[bool, Tensor]]:
+def audit(setting: Setting, trials: int, fault: str, seed: int | None) -> tuple[list[object], bool, dict[bool, Tensor]]:
     """Attack ``trials`` trainings with the canary and as many without; tell whether theory holds."""
-    attack, threshold = Attack(setting, fault), setting.threshold(trials)
+    attack, threshold = Attack(setting, fault, seed), setting.threshold(trials)
     scores = {True: torch.zeros(trials), False: torch.zeros(trials)}
     with progress(
         f"sigma {setting.noise_multiplier:g}, q {setting.sample_rate:g}", 2 * trials, unit="trainings"
@@ -187,13 +190,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trials", type=int, default=1000, help="trainings with the canary, and as many without")
     parser.add_argument("--fault", choices=FAULTS, default="none", help="break the private step on purpose")
+    parser.add_argument("--noise-seed", type=int, help="the same noise every time, to repeat a run")
     parser.add_argument("--dirpath", type=Path, default=Path("runs/dp_audit"))
     args = parser.parse_args()
     torch.set_num_threads(1)
 
     rows, found, sound = [], [], True
     for setting in SETTINGS:
-        row, holds, scores = audit(setting, args.trials, args.fault)
+        row, holds, scores = audit(setting, args.trials, args.fault, args.noise_seed)
         rows.append(row)
         found.append((setting, scores))
         sound = sound and holds
