@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from lightning_eff.accounting import PrivacyLedger
 from lightning_eff.data import FashionMNISTDataModule, ImageSet
 from lightning_eff.privacy.figures import accuracy_figure, epsilon_figure, kept_share_figure
+from lightning_eff.privacy.options import PrivateTrainingOptions
 from lightning_eff.privacy.prepruning.callback import DPPrePruneCallback
 from lightning_eff.privacy.selection.plan import SelectionPlan
 from lightning_eff.privacy.selection.selected import Selection
@@ -37,7 +38,7 @@ for name in ("lightning.pytorch", "lightning.fabric"):
 warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
 warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
 
-BATCH, EPOCHS, STEPS, SIGMA = 512, 4, 468, 0.883
+BATCH, EPOCHS, STEPS, SIGMA = 512, 4, 468, 0.8826
 
 
 @dataclass
@@ -47,8 +48,11 @@ class Setting:
     lr: float = 2.0
     selection: dict[str, Any] = field(default_factory=dict)
     prune_rate: float = 0.0
+    dropped: Literal["freeze", "zero_grad"] = "zero_grad"
 
 
+# With "freeze" momentum acts on a coordinate only in steps that train it: of the ten steps' worth that a gradient gives
+# at momentum 0.9, 1 + 9 (1 - drop rate) are left, which a higher learning rate makes up for.
 SETTINGS: dict[str, dict[str, Setting]] = {
     "cnn": {
         "dense": Setting(),
@@ -61,6 +65,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     "mlp": {
         "dense": Setting(),
         "element-0.9": Setting(selection={"drop_rate": 0.9}),
+        "element-0.9-freeze": Setting(lr=10.0, selection={"drop_rate": 0.9}, dropped="freeze"),
         "epoch-0.9": Setting(selection={"drop_rate": 0.9, "refresh": "epoch"}),
         "prune-0.9": Setting(prune_rate=0.9),
         "element-0.98": Setting(lr=4.0, selection={"drop_rate": 0.98}),
@@ -132,11 +137,12 @@ class Watch(L.Callback):
 
 def images() -> tuple[ImageSet, tuple[Tensor, Tensor]]:
     """All 60,000 training images, and the test images as tensors."""
-    data = FashionMNISTDataModule(normalize=False)
+    data = FashionMNISTDataModule()
     data.prepare_data()
     data.setup()
     one, two = data.train_set, data.val_set
-    train = ImageSet(torch.cat([one.images, two.images]), torch.cat([one.labels, two.labels]), scale=one.scale)
+    stored = torch.cat([one.images, two.images]), torch.cat([one.labels, two.labels])
+    train = ImageSet(*stored, scale=one.scale, mean=one.mean, std=one.std)
     test = [torch.stack(column) for column in zip(*data.test_set.__getitems__(list(range(10_000))), strict=True)]
     return train, (test[0], test[1])
 
@@ -146,7 +152,11 @@ def run(net: str, setting: Setting, train: ImageSet, watch: Watch, steps: int) -
     torch.manual_seed(0)
     model = Classifier(NETS[net](), setting.lr)
     strategy = DPGradientDropStrategy(
-        noise_multiplier=SIGMA, delta=1e-5, max_grad_norm=0.1, selection=SelectionPlan(**setting.selection)
+        noise_multiplier=SIGMA,
+        delta=1e-5,
+        max_grad_norm=0.1,
+        selection=SelectionPlan(**setting.selection),
+        options=PrivateTrainingOptions(dropped=setting.dropped),
     )
     prune = [DPPrePruneCallback(setting.prune_rate)] if setting.prune_rate else []
     trainer = L.Trainer(
