@@ -10,6 +10,7 @@ from lightning_eff.synthesis.generators import (
     ResNetImageGenerator,
     TabularGenerator,
 )
+from lightning_eff.synthesis.metrics import NTKMMD
 from lightning_eff.synthesis.module import DPNTKGenerator
 from lightning_eff.synthesis.networks import ConvFeatureNet, FCFeatureNet, paper_feature_net
 from lightning_eff.synthesis.options import FeatureOptions, MatchingOptions, ReleaseOptions
@@ -19,6 +20,7 @@ from lightning_eff.synthesis.synthetic import SyntheticData
 from lightning_eff.synthesis.tables import CategoricalColumn, NumericColumn, TableSchema, TabularDataModule
 
 __all__ = [
+    "NTKMMD",
     "CategoricalColumn",
     "ConvFeatureNet",
     "ConvImageGenerator",

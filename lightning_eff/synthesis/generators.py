@@ -226,7 +226,7 @@ class TabularGenerator(nn.Module):
 
 def _drawn(logits: Tensor, normal: Tensor, temperature: float) -> Tensor:
     # -log(-log u) for the u whose normal quantile is given: exact also where u rounds to 1
-    gumbel = -torch.log(-torch.special.log_ndtr(normal))
+    gumbel = -torch.log(torch.special.log_ndtr(normal).neg().clamp(min=torch.finfo(torch.float32).tiny))
     soft = torch.softmax((logits + gumbel) / temperature, dim=1)
     hard = F.one_hot(soft.argmax(dim=1), logits.size(1)).to(soft.dtype)
     return hard + (soft - soft.detach())

@@ -326,6 +326,13 @@ def test_classes_are_generated_in_the_shares_of_the_release_or_as_asked_for():
     assert module.generate(3, labels=[2, 0, 1]).y.tolist() == [2, 0, 1]
 
 
+def test_a_sketch_of_the_features_is_released_and_trained_on_in_the_same_way():
+    data = CountedData(records())
+    trainer().fit(module := small(feature_options={"sketch_dim": 32}), datamodule=data)
+    assert module.embedding.layout == {"sketch": (32,)}
+    assert data.train.reads == ONCE
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
