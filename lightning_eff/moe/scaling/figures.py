@@ -139,10 +139,9 @@ def draw_frontier(
     loss, sizes = axes[0]
     table = planner.frontier(f_min, f_max, 200)
     flops, granularity = table.column("flops"), table.column("granularity")
-    few, every = np.geomspace(f_min, f_max, _BAND_POINTS), planner.under(list(laws)[:_LAWS_DRAWN])
+    few, every = np.geomspace(f_min, f_max, _BAND_POINTS), list(laws)[:_LAWS_DRAWN]
     if every:
-        curves = [[other.at_optimum(budget) for budget in few.tolist()] for other in every]
-        low, high = np.percentile(curves, [50 * (1 - ci), 50 * (1 + ci)], axis=0)
+        low, high = np.transpose([planner.intervals(budget, every, ci)["loss"] for budget in few.tolist()])
         loss.fill_between(few, low, high, color=REFERENCE, alpha=0.3, linewidth=0, label=f"{ci:.0%} of resampled laws")
     for axis, column in ((loss, "loss"), (sizes, "n_active")):
         for number, value in enumerate(values := np.unique(granularity)):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_eff.moe.scaling.laws import ChinchillaLaw, FineGrainedMoELaw, ScalingLaw
-from lightning_eff.moe.scaling.objective import Objective, Problem
+from lightning_eff.moe.scaling.objective import WIDEST, Objective, Problem
 from lightning_eff.moe.scaling.result import FitResult, quality
 from lightning_eff.moe.scaling.runs import Runs, read_runs
 from lightning_eff.moe.scaling.sizes import FLOPS_PER_PARAMETER
@@ -159,7 +159,10 @@ def _law(runs: Runs, law: str, problem: Problem, z: Floats) -> ScalingLaw:
     if flops is None and law == "chinchilla" and rate in (None, 1.0):
         flops = FLOPS_PER_PARAMETER * runs.n_total * runs.n_tokens
     span = None if flops is None else (float(flops.min()), float(flops.max()))
-    return _LAWS[law](**coefficients, expansion_rate=rate, fitted_flops=span, source=f"fit to {len(runs)} runs")
+    told: dict[str, Any] = {"expansion_rate": rate, "fitted_flops": span, "source": f"fit to {len(runs)} runs"}
+    if law == "chinchilla" and runs.granularity is not None and len(np.unique(runs.granularity)) == 1:
+        told["granularity"] = float(runs.granularity[0])
+    return _LAWS[law](**{**coefficients, **told})
 
 
 def _bootstrap(problem: Problem, z: Floats, count: int, subsample: float | None, seed: int) -> dict[str, Floats]:
@@ -197,7 +200,9 @@ def _notes(result: FitResult) -> list[str]:
     notes = []
     for name in ("alpha", "beta", "gamma"):
         value = result.params.get(name)
-        if value is not None and value <= 0:
+        if value is not None and abs(value) > WIDEST and name not in result.fixed:
+            notes.append(f"{name} = {value:.3g} ran away: the runs do not tell it")
+        elif value is not None and value <= 0:
             notes.append(f"{name} = {value:.3g} is not positive: the runs do not show that more of it lowers the loss")
     intervals = result.intervals()
     low = intervals["c"][0] if "c" in intervals and "c" not in result.fixed else result.law.c
@@ -206,5 +211,8 @@ def _notes(result: FitResult) -> list[str]:
             "c cannot be told from zero: runs cover too little; fix it (fixed={'c': ...}) or trust predictions, not it"
         )
     if not result.converged:
-        notes.append("no two starts ended at the same optimum: the best was taken, another may be better")
+        notes.append(
+            f"no two starts ended at the same optimum (objectives differ by {result.spread:.2g}): the runs hardly "
+            "tell the coefficients apart"
+        )
     return notes

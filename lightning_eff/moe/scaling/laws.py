@@ -87,7 +87,8 @@ class ScalingLaw:
                 raise ValueError(f"expected {name} > {least:g}, got {value.min() if value.size else value}")
         if not (g >= 1).all():
             raise ValueError(f"expected granularity >= 1, got {g.min()}")
-        loss: Floats = np.asarray(self.c + self._size_coefficients(g) / n**self.alpha + self.b / d**self.beta)
+        size, data = np.exp(-self.alpha * np.log(n)), np.exp(-self.beta * np.log(d))
+        loss: Floats = np.asarray(self.c + self._size_coefficients(g) * size + self.b * data)
         return loss if loss.ndim else float(loss)
 
     def _size_coefficients(self, granularity: Floats) -> Any:
@@ -109,10 +110,15 @@ class ScalingLaw:
 class ChinchillaLaw(ScalingLaw):
     """L(N, D) = c + a/N^alpha + b/D^beta, for dense networks, or for mixtures of one granularity and expansion rate.
 
+    Args:
+        granularity: G of the networks it was fitted to; None if they had several, or none.
+
     Example:
         >>> round(ChinchillaLaw.paper_dense()(1e9, 2e10), 6)
         2.980305
     """
+
+    granularity: float | None = None
 
     def size_coefficient(self, granularity: float = 1.0) -> float:
         """A = a, whatever the granularity."""
@@ -178,8 +184,8 @@ class FineGrainedMoELaw(ScalingLaw):
 
     def at(self, granularity: float) -> ChinchillaLaw:
         """The law of the networks of one granularity."""
-        named = {field.name: getattr(self, field.name) for field in fields(ChinchillaLaw)}
-        return ChinchillaLaw(**{**named, "a": self.size_coefficient(granularity)})
+        shared = {field.name: getattr(self, field.name) for field in fields(ScalingLaw)}
+        return ChinchillaLaw(**{**shared, "a": self.size_coefficient(granularity)}, granularity=granularity)
 
     @classmethod
     def paper(cls, expansion_rate: int = 64) -> Self:

@@ -24,6 +24,9 @@ Evaluation = tuple[Floats, Floats, Floats]  # value [B], gradient [B, P], Hessia
 
 _DELTAS = (0.1, 0.01)
 _BEYOND = 0.3
+#: Exponents beyond it are pushed back: runs that tell nothing would drive them to infinity.
+WIDEST = 5.0
+_LARGEST = 700.0  # of a logarithm: e^709 is the largest number there is
 
 #: Terms of a law: coefficient, and the exponents of N, D and G in it.
 TERMS: dict[str, dict[str, tuple[str | None, str | None, str | None]]] = {
@@ -65,7 +68,10 @@ class Objective:
 
     @classmethod
     def paper(cls) -> Self:
-        """What arXiv 2402.07871 states: delta 0.1, lambda 5e-4, residual of the loss. It held c at 0.472 besides."""
+        """What arXiv 2402.07871 states: delta 0.1, lambda 5e-4, residual of the loss.
+
+        Its code held c at 0.472 (``fixed={"c": 0.472}``), took the mean over runs and other penalties.
+        """
         return cls(delta=0.1, target="loss", penalty=5e-4)
 
 
@@ -91,6 +97,7 @@ class Problem:
         names = [*self.terms, *dict.fromkeys(e for term in self.terms.values() for e in term if e)]
         self.free = tuple(name for name in names if name not in fixed)
         p = len(self.free)
+        self.exponents = np.array([name not in self.terms for name in self.free])  # [P]
         self.design = np.zeros((len(self.terms), len(runs), p))  # [K, R, P]: log of a term = offset + design z
         self.offset = np.zeros((len(self.terms), len(runs)))
         self.to_theta, self.theta_offset = np.eye(p), np.zeros(p)  # theta = theta_offset + to_theta z
@@ -136,7 +143,7 @@ class Problem:
         if self.objective.target == "log_loss":
             residual, stretch = predicted - self.log_loss, None
         else:
-            stretch = np.exp(np.minimum(predicted, 700.0))
+            stretch = np.exp(np.minimum(predicted, _LARGEST))
             residual = stretch - self.loss
         inside = np.abs(residual) <= delta
         huber = np.where(inside, 0.5 * residual**2, delta * (np.abs(residual) - 0.5 * delta))
@@ -160,6 +167,12 @@ class Problem:
             value = value + self.objective.penalty * (theta**2).sum(axis=1)
             gradient = gradient + 2 * self.objective.penalty * theta @ self.to_theta
             hessian = hessian + 2 * self.objective.penalty * self.to_theta.T @ self.to_theta
+        over = np.where(self.exponents, z - np.clip(z, -WIDEST, WIDEST), 0.0)
+        if over.any():
+            push = weights.sum(axis=1) * delta
+            value = value + push * (over**2).sum(axis=1)
+            gradient = gradient + 2 * push[:, None] * over
+            hessian = hessian + 2 * push[:, None, None] * np.eye(p) * (over != 0)[:, None, :]
         return value / delta, gradient / delta, hessian / delta
 
     def minimise(self, z: Floats, weights: Floats | None = None, *, polish_only: bool = False) -> tuple[Floats, Floats]:
@@ -187,9 +200,8 @@ class Problem:
     def parameters(self, z: Floats) -> dict[str, Floats]:
         """Coefficients and exponents as they stand in the law, [B] each."""
         theta = self.theta_offset + z @ self.to_theta.T
-        # a coefficient that went to infinity is told as a large number
         told = {
-            name: np.exp(np.minimum(theta[:, i], 700.0)) if name in self.terms else theta[:, i]
+            name: np.exp(np.minimum(theta[:, i], _LARGEST)) if name in self.terms else theta[:, i]
             for i, name in enumerate(self.free)
         }
         return {**told, **{name: np.full(len(z), float(value)) for name, value in self.fixed.items()}}

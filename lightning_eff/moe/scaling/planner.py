@@ -1,33 +1,21 @@
-"""Which network to train on how many tokens for a budget of FLOPs.
-
-arXiv 2402.07871; solved from the stationarity condition in place of a search. With d the width, r the aspect
-d / n_layers, F the budget and D = F / phi tokens:
-
-- N(d) = (8E + 4) d^3 / r parameters, phi(d, G) = (12 c_f d^2 + c_r E G d) d / r FLOPs a token;
-- A_G = a + g G^-gamma, rho = d ln phi / d ln d, between 2 and 3;
-- at the optimum 3 alpha A_G N^-alpha = beta b rho D^-beta, which in ln d has one root: the left side of
-  :meth:`ComputePlanner._slope` falls everywhere.
-"""
+"""Which network to train on how many tokens for a budget of FLOPs; the equations are in `optimum.py`."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 from scipy.optimize import brentq
 
-from lightning_eff.moe.scaling.laws import FineGrainedMoELaw, ScalingLaw
+from lightning_eff.moe.scaling.laws import ChinchillaLaw, FineGrainedMoELaw, ScalingLaw
+from lightning_eff.moe.scaling.optimum import Optimum
 from lightning_eff.moe.scaling.plan import Plan, PlanTable
-from lightning_eff.moe.scaling.sizes import (
-    FLOPS_PER_PARAMETER,
-    FLOPS_PER_ROUTER_PARAMETER,
-    DecoderShape,
-    router_width,
-)
+from lightning_eff.moe.scaling.sizes import FLOPS_PER_PARAMETER, FLOPS_PER_ROUTER_PARAMETER, DecoderShape
 
 #: Granularities that arXiv 2402.07871 chooses from.
 GRANULARITIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -35,8 +23,7 @@ GRANULARITIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PAPER_SIZES = (1e8, 1e9, 3e9, 7e9, 7e10, 3e11, 1e12)
 
 _FAR = 100.0  # times outside of the fitted budgets from which a plan is warned about
-_LOG_WIDTH = (0.0, math.log(1e9))  # where the width is looked for first
-_EXACT = 4 * np.finfo(float).eps
+_LARGEST = 400.0  # logarithm of a budget, 1e173 FLOPs: what needs more never gets there
 
 
 class ComputePlanner:
@@ -48,7 +35,8 @@ class ComputePlanner:
         aspect: r, width over number of layers, > 0.
         c_f: FLOPs a token of an ordinary weight, > 0.
         c_r: FLOPs a token of a router weight, >= 0; 0 makes routing free.
-        granularities: G to choose from, each >= 1; None is 1, 2, 4 ... 256, and 1 for a law without granularity.
+        granularities: G to choose from, each >= 1; None is 1, 2, 4 ... 256, and for a law without
+            granularity that of its runs.
 
     Raises:
         ValueError: an argument lies outside its range, or the law has no optimum (an exponent or a coefficient that is
@@ -73,13 +61,14 @@ class ComputePlanner:
         c_r: float = FLOPS_PER_ROUTER_PARAMETER,
         granularities: Sequence[float] | None = None,
     ) -> None:
-        _check_law(law)
         dense = not isinstance(law, FineGrainedMoELaw)
         if expansion_rate is None:
             expansion_rate = law.expansion_rate if law.expansion_rate is not None else 1.0 if dense else None
         if expansion_rate is None:
             raise ValueError("the law does not tell the expansion rate it was fitted at: give expansion_rate")
-        granularities = tuple(granularities if granularities is not None else (1,) if dense else GRANULARITIES)
+        if granularities is None:
+            granularities = (_granularity_of(law, expansion_rate),) if dense else GRANULARITIES
+        granularities = tuple(granularities)
         for name, value, least in (("expansion_rate", expansion_rate, 1.0), ("c_r", c_r, 0.0)):
             if not (math.isfinite(value) and value >= least):
                 raise ValueError(f"expected {name} >= {least:g}, got {value}")
@@ -99,6 +88,7 @@ class ComputePlanner:
             )
         self.law, self.expansion_rate, self.aspect = law, expansion_rate, float(aspect)
         self.c_f, self.c_r, self.granularities = float(c_f), float(c_r), tuple(sorted(set(granularities)))
+        self._optimum = Optimum(law, expansion_rate, self.aspect, self.c_f, self.c_r)
 
     def optimal(self, flops: float, granularity: float | Literal["continuous"] | None = None) -> Plan:
         """The network and tokens of least loss.
@@ -145,10 +135,6 @@ class ComputePlanner:
         if plans:
             self._warn(max(plans, key=lambda plan: plan.flops))
         return PlanTable(plans, "Compute-optimal training by active parameters")
-
-    def at_optimum(self, flops: float) -> float:
-        """The least loss of a budget, nats a token, without warnings."""
-        return self._optimal(_positive("flops", flops)).loss
 
     def compare(self, flops: float) -> PlanTable:
         """The best network of each granularity at one budget."""
@@ -199,9 +185,9 @@ class ComputePlanner:
             low -= 5
         while above(high) > 0:
             high += 5
-            if high > 690:  # e^709 is the largest number there is
+            if high > _LARGEST:
                 return math.inf
-        found = brentq(above, low, high, xtol=1e-12, rtol=_EXACT) if high > low else start
+        found = brentq(above, low, high, xtol=1e-12) if high > low else start
         return math.exp(found - start)
 
     def intervals(self, flops: float, laws: Iterable[ScalingLaw], ci: float = 0.8) -> dict[str, tuple[float, float]]:
@@ -220,25 +206,16 @@ class ComputePlanner:
         """
         if not 0 < ci < 1:
             raise ValueError(f"expected ci in (0, 1), got {ci}")
-        plans = [planner._optimal(_positive("flops", flops)) for planner in self.under(laws)]
+        _positive("flops", flops)
+        plans = []
+        for law in laws:
+            with suppress(ValueError):  # no optimum
+                plans.append(self._under(law)._optimal(flops))
         if not plans:
             raise ValueError("none of the laws has an optimum: fit with bootstrap > 0, to runs that identify it")
         edges = [50 * (1 - ci), 50 * (1 + ci)]
         columns = {name: PlanTable(plans).column(name) for name in ("n_tokens", "n_active", "granularity", "loss")}
         return {name: tuple(np.percentile(column, edges).tolist()) for name, column in columns.items()}
-
-    def under(self, laws: Iterable[ScalingLaw]) -> list[ComputePlanner]:
-        """This planner under other laws; those without an optimum are passed over."""
-        planners = []
-        for law in laws:
-            try:
-                _check_law(law)
-            except ValueError:
-                continue
-            settings = {"aspect": self.aspect, "c_f": self.c_f, "c_r": self.c_r}
-            law = replace(law, expansion_rate=self.expansion_rate)
-            planners.append(ComputePlanner(law, **settings, granularities=self.granularities))
-        return planners
 
     def realise(self, plan: Plan, head_dim: int = 64) -> Plan:
         """Round a plan to a network that can be built, at the same budget.
@@ -271,92 +248,28 @@ class ComputePlanner:
         )
         return replace(built, penalty=built.loss - plan.loss)
 
+    def _under(self, law: ScalingLaw) -> ComputePlanner:
+        settings = {"aspect": self.aspect, "c_f": self.c_f, "c_r": self.c_r}
+        law = replace(law, expansion_rate=self.expansion_rate)
+        return ComputePlanner(law, **settings, granularities=self.granularities)
+
     def _optimal(self, flops: float, granularity: float | Literal["continuous"] | None = None) -> Plan:
         return replace(self._optimal_log(math.log(flops), granularity), flops=flops)
 
     def _optimal_log(self, log_flops: float, granularity: float | Literal["continuous"] | None = None) -> Plan:
         if granularity == "continuous":
-            granularity = self._best_granularity(log_flops)
+            granularity = self._optimum.granularity(log_flops)
         every = self.granularities if granularity is None else (_check_granularity(granularity),)
-        plans = (self._plan(self._root(log_flops, g), log_flops, g) for g in every)
+        plans = (self._plan(self._optimum.log_width(log_flops, g), log_flops, g) for g in every)
         return min(plans, key=lambda plan: plan.loss)  # the first, smallest G of those that are equal
 
     def _tokens_for(self, n_active: float, granularity: float | None = None) -> Plan:
         log_width = math.log(self._width(n_active))
         every = self.granularities if granularity is None else (_check_granularity(granularity),)
-        plans = [self._plan(log_width, self._log_budget(log_width, g), g) for g in every]
+        plans = [self._plan(log_width, self._optimum.log_budget(log_width, g), g) for g in every]
         if len(plans) == 1:
             return plans[0]
         return min(plans, key=lambda plan: plan.loss - self._optimal_log(math.log(plan.flops)).loss)
-
-    def _log_budget(self, log_width: float, granularity: float) -> float:
-        """Logarithm of the budget F = phi D whose optimum has this width.
-
-        D = (beta b rho N^alpha / (3 alpha A_G))^(1/beta).
-        """
-        law, width = self.law, math.exp(log_width)
-        size = 3 * law.alpha * law.size_coefficient(granularity)
-        log_data = math.log(law.beta * law.b * self._rho(width, granularity) / size) + law.alpha * math.log(
-            self._n(width)
-        )
-        return log_data / law.beta + math.log(self._phi(width, granularity))
-
-    def _best_granularity(self, log_flops: float) -> float:
-        """The best real granularity.
-
-        Stationarity in G and d together has neither b, beta nor D in it:
-        d*(G) = c_r E G / (36 c_f) x (3 alpha (a G^gamma + g) / (gamma g) - 2), which rises with G.
-        """
-        law = self.law
-        if not isinstance(law, FineGrainedMoELaw):
-            raise ValueError("granularity='continuous' needs a law with granularity, FineGrainedMoELaw")
-        if self.c_r == 0:
-            raise ValueError("without routing cost (c_r=0) finer is always better: no granularity is the best")
-
-        def beyond(log_granularity: float) -> float:
-            granularity = math.exp(log_granularity)
-            balance = 3 * law.alpha * (law.a * granularity**law.gamma + law.g) / (law.gamma * law.g) - 2
-            if balance <= 0:  # at any width a finer network is better
-                return -math.inf
-            width = self.c_r * self.expansion_rate * granularity / (36 * self.c_f) * balance
-            return self._log_budget(math.log(width), granularity) - log_flops
-
-        if beyond(0.0) >= 0:
-            return 1.0
-        low, high = 0.0, 1.0
-        while beyond(high) < 0:
-            low, high = high, high + 1
-        while beyond(low) == -math.inf:  # where the width is not positive; it is at high, or beyond(high) were not >= 0
-            middle = (low + high) / 2
-            low, high = (middle, high) if beyond(middle) < 0 else (low, middle)
-        return math.exp(brentq(beyond, low, high, xtol=1e-13, rtol=_EXACT))
-
-    def _root(self, log_flops: float, granularity: float) -> float:
-        low, high = _LOG_WIDTH
-        while self._slope(low, log_flops, granularity) < 0:
-            low -= 10
-        while self._slope(high, log_flops, granularity) > 0:
-            high += 10
-        return float(brentq(self._slope, low, high, args=(log_flops, granularity), xtol=1e-13, rtol=_EXACT))
-
-    def _slope(self, log_width: float, log_flops: float, granularity: float) -> float:
-        """Logarithm of what a wider network gains over what fewer tokens lose; it falls with the width."""
-        law, width = self.law, math.exp(log_width)
-        gain = math.log(3 * law.alpha * law.size_coefficient(granularity)) - law.alpha * math.log(self._n(width))
-        log_tokens = log_flops - math.log(self._phi(width, granularity))
-        loss = math.log(law.beta * law.b * self._rho(width, granularity)) - law.beta * log_tokens
-        return gain - loss
-
-    def _n(self, width: float) -> float:
-        return (8 * self.expansion_rate + 4) * width**3 / self.aspect
-
-    def _phi(self, width: float, granularity: float) -> float:
-        routing = self.c_r * router_width(self.expansion_rate, granularity) * width
-        return (12 * self.c_f * width**2 + routing) * width / self.aspect
-
-    def _rho(self, width: float, granularity: float) -> float:
-        routing = self.c_r * router_width(self.expansion_rate, granularity)
-        return (36 * self.c_f * width + 2 * routing) / (12 * self.c_f * width + routing)
 
     def _width(self, n_active: float) -> float:
         return float((n_active * self.aspect / 12) ** (1 / 3))
@@ -408,12 +321,12 @@ class ComputePlanner:
             )
 
 
-def _check_law(law: ScalingLaw) -> None:
-    names = [name for name in law.parameters if name != "c"]
-    wrong = {name: value for name, value in law.coefficients.items() if name in names and value <= 0}
-    if wrong or law.c < 0:
-        told = ", ".join(f"{name} = {value:g}" for name, value in (wrong or {"c": law.c}).items())
-        raise ValueError(f"the law has no optimum: expected positive coefficients and exponents, got {told}")
+def _granularity_of(law: ScalingLaw, expansion_rate: float) -> float:
+    """Granularity of the networks that a law without it was fitted to."""
+    granularity = law.granularity if isinstance(law, ChinchillaLaw) else None
+    if granularity is None and expansion_rate > 1:
+        raise ValueError("the law does not tell the granularity of its mixtures: give granularities=(G,)")
+    return granularity or 1
 
 
 def _check_granularity(granularity: Any) -> float:

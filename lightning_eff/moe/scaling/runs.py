@@ -39,9 +39,10 @@ RUN_COLUMNS = (
     "seed",
     "version",
 )
+_BELOW_ONE = math.nextafter(1.0, 0.0)
 # columns of numbers, and what each must exceed
 _REQUIRED = {"n_total": 0.0, "n_tokens": 0.0, "loss": 0.0}
-_OPTIONAL = {"granularity": 0.0, "n_active": 0.0, "expansion_rate": 0.0, "flops": 0.0, "weight": 0.0}
+_OPTIONAL = {"granularity": _BELOW_ONE, "n_active": 0.0, "expansion_rate": 0.0, "flops": 0.0, "weight": 0.0}
 _BLANK = ("", None)
 
 
@@ -166,7 +167,7 @@ def append_run(path: str | Path, run: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the run has no name, or the file is no table of runs.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # the target of a link, not the link, is replaced
     name = str(run.get("run_name") or "")
     if not name:
         raise ValueError(f"expected a run with a run_name, got {dict(run)}")
@@ -258,7 +259,8 @@ def _numbers(values: list[Any], name: str, least: float, at: list[str], what: st
             raise ValueError(f"{what}, {where}: column {name!r} holds no number: {value!r}") from None
         wrong = not math.isfinite(numbers[i]) if finite else numbers[i] == -math.inf
         if wrong or numbers[i] <= least:
-            raise ValueError(f"{what}, {where}: expected {name} > {least:g}, got {value}")
+            bound = ">= 1" if least == _BELOW_ONE else f"> {least:g}"
+            raise ValueError(f"{what}, {where}: expected {name} {bound}, got {value}")
     return numbers
 
 
@@ -268,4 +270,4 @@ def _same(cell: Any, wanted: Any) -> bool:
     try:
         return bool(float(cell) == float(wanted))
     except (TypeError, ValueError):
-        return bool(cell == wanted)
+        return str(cell) == str(wanted)

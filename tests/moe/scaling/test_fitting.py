@@ -43,7 +43,7 @@ def objective(runs, law: str, theta: np.ndarray, delta: float = 1e-3) -> float:
     return float(np.where(residual <= delta, residual**2 / 2, delta * (residual - delta / 2)).sum())
 
 
-# Fitted by 4500-start quasi-Newton searches elsewhere; runs of mlfoundations/scaling
+# Optima that another implementation found; runs of mlfoundations/scaling
 @pytest.mark.parametrize(
     ("dataset", "count", "value", "expected"),
     [
@@ -209,6 +209,42 @@ def test_loss_that_grows_with_size_is_warned_about() -> None:
     with pytest.warns(UserWarning, match="alpha = -.* is not positive"):
         fit = fit_scaling_law({"n_total": n, "n_tokens": d, "loss": loss}, "chinchilla", bootstrap=0)
     assert not fit.identifiable
+
+
+@pytest.mark.parametrize("law", ["fine_grained", "chinchilla"])
+def test_runs_that_tell_nothing_give_a_warning_and_numbers(law) -> None:
+    random = np.random.default_rng(11)
+    runs = {
+        "n_total": 10 ** random.uniform(5, 11, 20),
+        "n_tokens": 10 ** random.uniform(6, 13, 20),
+        "granularity": 2.0 ** random.integers(0, 6, 20),
+        "loss": np.exp(random.normal(1, 1, 20)),
+    }
+    with pytest.warns(UserWarning, match=r"."):
+        fit = fit_scaling_law(runs, law, bootstrap=30)
+    assert not fit.identifiable
+    assert all(np.isfinite(list(fit.params.values())))
+    assert np.isfinite(fit.predict([1e6, 1e10], 1e9, 4)).all()
+
+
+def test_exponent_that_runs_away_is_warned_about() -> None:
+    # one small network is far worse than all others: no power law of size
+    n = np.repeat([1e8, 1.01e8, 1e9, 1e10], 4)
+    d = np.tile([1e9, 1e10, 1e11, 1e12], 4)
+    loss = 2 + 30 / d**0.2 + np.where(n < 1.005e8, 3.0, 0.0)
+    with pytest.warns(UserWarning, match="alpha = 5.* ran away"):
+        fit = fit_scaling_law({"n_total": n, "n_tokens": d, "loss": loss}, "chinchilla", bootstrap=0)
+    assert 5 < fit.params["alpha"] < 6
+
+
+def test_fit_of_one_granularity_plans_for_it() -> None:
+    columns = paper_runs()
+    rows = {name: column[columns["granularity"] == 4] for name, column in columns.items()}
+    fit = fit_scaling_law(rows, "chinchilla", bootstrap=0)
+    assert fit.law.granularity == 4
+    plan = ComputePlanner(fit.law).optimal(1e19)
+    assert plan.n_experts == 256
+    assert plan.loss == pytest.approx(ComputePlanner(FineGrainedMoELaw.paper()).optimal(1e19, 4).loss, rel=1e-5)
 
 
 def test_resampling_is_repeatable_and_its_bands_hold_the_fit() -> None:

@@ -146,7 +146,7 @@ def test_dense_law_has_the_closed_form_too() -> None:
 
 def test_law_of_one_granularity_plans_as_the_joint_law_held_there() -> None:
     joint = ComputePlanner(PAPER).optimal(1e20, 8)
-    single = ComputePlanner(PAPER.at(8), granularities=(8,)).optimal(1e20)
+    single = ComputePlanner(PAPER.at(8)).optimal(1e20)
     assert single.d_model == pytest.approx(joint.d_model, rel=1e-9)
     assert single.loss == pytest.approx(joint.loss, rel=1e-12)
     assert single.n_experts == 512
@@ -286,11 +286,21 @@ def test_budgets_that_are_none_are_refused(flops: float) -> None:
         ({"granularities": ()}, "at least one granularity"),
         ({"granularities": (1, 0.5)}, "granularity >= 1, got 0.5"),
         ({"law": PAPER.at(8), "granularities": (1, 2)}, "one granularity, that of its runs"),
+        ({"law": replace(PAPER.at(8), granularity=None)}, r"give granularities=\(G,\)"),
     ],
 )
 def test_planner_checks_its_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ComputePlanner(**{"law": PAPER, **arguments})
+
+
+def test_optima_that_no_network_has_are_refused() -> None:
+    endless = replace(ChinchillaLaw.paper_dense(), a=1e300)
+    with pytest.raises(ValueError, match="no optimum: it lies at a network of next to nothing"):
+        ComputePlanner(endless).optimal(1e20)
+    planner = ComputePlanner(ChinchillaLaw.paper_dense())
+    intervals = planner.intervals(1e20, [ChinchillaLaw.paper_dense(), endless])
+    assert intervals["loss"] == (planner.optimal(1e20).loss,) * 2
 
 
 def test_questions_without_an_answer_are_refused() -> None:

@@ -56,6 +56,7 @@ def test_columns_of_other_names_and_rows_of_one_kind(tmp_path) -> None:
         ("1,3.5", "1,-3.5", "line 2: expected loss > 0, got -3.5"),
         ("1,3.5", "1,0", "line 2: expected loss > 0"),
         ("1,3.5", ",3.5", "line 2: column 'granularity' holds no number"),
+        ("1,3.5", "0.5,3.5", "line 2: expected granularity >= 1, got 0.5"),
         ("1,3.5", "1,3.5,7", "line 2: expected 5 values, got 6"),
         ("granularity", "loss", "column twice"),
     ],
