@@ -296,6 +296,7 @@ class PrivateTraining(Strategy):
             **self._budget.state_dict(),
             "max_grad_norm": self.max_grad_norm,
             "clipping": self.clipping,
+            "selector": type(self._plan.selector).__name__,
             "selection": self._plan.state_dict(),
         }
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -312,7 +313,8 @@ class PrivateTraining(Strategy):
         if state is not None:
             if fitting or not self.ledger.steps:
                 self._budget.load_state_dict(state)
-            if fitting:
+            # another rule starts from nothing
+            if fitting and state["selector"] == type(self._plan.selector).__name__:
                 self._plan.load_state_dict(state["selection"])
         elif fitting:
             if not self.options.allow_unaccounted_resume:

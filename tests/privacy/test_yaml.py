@@ -8,6 +8,8 @@ import torch
 import yaml
 
 from lightning_eff import cli
+from lightning_eff.data import DigitsDataModule
+from lightning_eff.models import ImageClassifier
 from lightning_eff.privacy import (
     DPGradientDropDDPStrategy,
     DPGradientDropStrategy,
@@ -84,11 +86,21 @@ def test_a_printed_config_can_be_read_again(capsys):
     assert again.trainer.strategy.ledger.steps == 1
 
 
-def test_strategies_can_be_made_before_they_know_a_budget_as_names_do():
-    trainer = L.Trainer(strategy=DPGradientDropStrategy(), accelerator="cpu", devices=1, logger=False)
-    assert trainer.strategy.root_device == torch.device("cpu")
-    trainer = L.Trainer(strategy=DPGradientDropDDPStrategy(), accelerator="cpu", devices=2, logger=False)
-    assert trainer.strategy.num_processes == 2
+@pytest.mark.parametrize(
+    ("name", "kind", "devices"),
+    [
+        ("dp_gradient_drop", DPGradientDropStrategy, 1),
+        ("dp_gradient_drop_ddp", DPGradientDropDDPStrategy, 2),
+        ("dp_gradient_drop_ddp_spawn", DPGradientDropDDPStrategy, 2),
+    ],
+)
+def test_strategies_are_known_by_name_and_say_what_a_fit_wants(name, kind, devices):
+    trainer = L.Trainer(max_epochs=1, strategy=name, accelerator="cpu", devices=devices, logger=False)
+    assert type(trainer.strategy) is kind
+    assert trainer.num_devices == devices
+    if devices == 1:
+        with pytest.raises(ValueError, match="exactly one of noise_multiplier and target_epsilon"):
+            trainer.fit(ImageClassifier(TanhMLP(64, [])), DigitsDataModule())
 
 
 def test_networks_have_the_sizes_their_names_stand_for():
