@@ -277,6 +277,7 @@ class DPNTKGenerator(LightningModule):
         assert self.embedding is not None
         self.embedding, _ = self.embedding.to(self.device), self.features.to(self.device)
         self._weights = None
+        self._class_weights()  # there may be no class with enough records
         if self.trainer.ckpt_path is None:
             self._log_release()
 

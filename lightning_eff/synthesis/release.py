@@ -177,9 +177,8 @@ def device_of(features: NTKFeatures) -> torch.device:
 def _check_number(n: int, delta: float, options: ReleaseOptions) -> None:
     if not n:
         raise ValueError("expected private records, got none")
-    if options.adjacency == "add_remove":
-        return
-    if options.num_records is not None and n != options.num_records:
+    public = options.adjacency == "replace_one"
+    if public and options.num_records is not None and n != options.num_records:
         raise ValueError(
             f"expected num_records = {options.num_records} records, read {n}: under adjacency='replace_one' their "
             "number is public and must be right; drop num_records to take the number read"
@@ -187,9 +186,10 @@ def _check_number(n: int, delta: float, options: ReleaseOptions) -> None:
     if n == 1:
         rank_zero_warn("the release is of one record: it can say nothing about a population")
     if delta >= 1 / n:
+        number = f" = {1 / n:.3g} for n = {n} records" if public else ""
         rank_zero_warn(
-            f"delta = {delta:g} is not below 1 / n = {1 / n:.3g} for n = {n} records: a mechanism that publishes one "
-            "record at random would be as private; choose a smaller delta"
+            f"delta = {delta:g} is not below 1 / n{number}: a mechanism that publishes one record at random would be as "
+            "private; choose a smaller delta"
         )
 
 
