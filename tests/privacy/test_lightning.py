@@ -1,6 +1,7 @@
 """Private training with everything else of Lightning: it goes on as one knows it."""
 
 import copy
+import signal
 
 import lightning as L
 import pytest
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from private_runs import Classifier, Gradients, dataset, equal, fit, loader, private, trainer_of, weights_of
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_eff.privacy.strategy import DPGradientDropStrategy
@@ -288,3 +290,68 @@ def test_memory_and_devices_are_the_trainers():
     trainer = trainer_of(strategy)
     assert trainer.strategy.root_device == torch.device("cpu")
     assert trainer.num_devices == 1
+
+
+def test_epsilon_of_the_last_step_is_logged_where_a_fit_ends_within_an_epoch():
+    trainer = fit(trainer={"max_steps": 3})[1]
+    assert trainer.callback_metrics["dp/epsilon"] == pytest.approx(trainer.strategy.epsilon, rel=1e-5)
+    assert trainer.strategy.ledger.steps == 3
+
+
+@pytest.mark.parametrize("how", ["with_closure", "closure_first"])
+def test_an_optimizer_step_of_the_users_own_takes_private_gradients(how):
+    class Own(Classifier):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            optimizer.param_groups[0]["lr"] = 0.1 * (batch_idx + 1)
+            if how == "with_closure":
+                optimizer.step(closure=optimizer_closure)
+            else:
+                optimizer_closure()
+                optimizer.step()
+
+    gradients = Gradients()
+    module, trainer = fit(Own(), callbacks=[gradients])
+    assert trainer.strategy.ledger.steps == len(gradients.seen) == 5
+    assert not equal(weights_of(Classifier()), weights_of(module))
+
+
+def test_a_run_stopped_by_hand_counts_the_steps_taken_and_lets_go_of_the_key():
+    class Stopped(Classifier):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                raise KeyboardInterrupt
+            return super().training_step(batch, batch_idx)
+
+    strategy = private()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            trainer_of(strategy).fit(Stopped(), loader())
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning lets it be ignored from then on
+    assert strategy.ledger.steps == 2
+    assert strategy._streams is None
+
+
+def test_activations_may_be_computed_again_in_backward():
+    class Again(Classifier):
+        again = False
+
+        def training_step(self, batch, batch_idx):
+            layer = self.net[0]
+            inner = checkpoint(layer, batch[0], use_reentrant=False) if self.again else layer(batch[0])
+            return nn.functional.cross_entropy(self.net[2](self.net[1](inner)), batch[1])
+
+    once, again = Again(), Again()
+    again.again = True
+    for module in (once, again):
+        fit(module, noise_seed=2)
+    assert equal(weights_of(once), weights_of(again))
+
+
+def test_a_dict_of_one_loader_is_one_loader():
+    class Named(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["a"], batch_idx)
+
+    assert fit(Named(), data={"a": loader()})[1].strategy.ledger.steps == 5

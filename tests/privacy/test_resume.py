@@ -252,3 +252,9 @@ def test_histories_are_compared_by_their_steps():
     assert not _begins_with(of(5, 2), of(4, 1))
     assert not _begins_with(of(3), of(5))
     assert not _begins_with([], of(1))
+
+
+def test_another_selection_rule_starts_from_nothing(tmp_path):
+    train(1, tmp_path / "one.ckpt", drop_rate=0.5)
+    _, runner = train(2, resume=tmp_path / "one.ckpt", selection=SelectionPlan(0.5, "noisy_gradient"))
+    assert runner.strategy.ledger.steps == 10
