@@ -318,7 +318,7 @@ class DPNTKGenerator(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Begin new class sums."""
-        self._validation = self.features.sums(self.num_classes)
+        self._validation = self.features.to(self.device).sums(self.num_classes)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add private records to class sums, where that was allowed.

@@ -188,8 +188,8 @@ def _check_number(n: int, delta: float, options: ReleaseOptions) -> None:
     if delta >= 1 / n:
         number = f" = {1 / n:.3g} for n = {n} records" if public else ""
         rank_zero_warn(
-            f"delta = {delta:g} is not below 1 / n{number}: a mechanism that publishes one record at random would be as "
-            "private; choose a smaller delta"
+            f"delta = {delta:g} is not below 1 / n{number}: a mechanism that publishes one record at random would be "
+            "as private; choose a smaller delta"
         )
 
 
