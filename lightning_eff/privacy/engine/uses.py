@@ -188,8 +188,8 @@ def block(gradients: Tensor, selection: Selection) -> Tensor:
 def masked(blocks: Tensor, selection: Selection) -> Tensor:
     """Make blocks ``[..., *block]`` zero where the mask is False."""
     mask = selection.block_mask
-    # no product with 0: a dropped coordinate that is inf must not become nan
-    return blocks if mask is None else torch.where(mask, blocks, blocks.new_zeros(()))
+    # several times faster than torch.where; a dropped coordinate that is not finite takes its example out
+    return blocks if mask is None else blocks * mask
 
 
 def square_norm(gradients: Tensor) -> Tensor:
