@@ -198,13 +198,15 @@ def _holdout(runs: Runs, law: str, objective: Objective, fixed: Mapping[str, flo
 
 def _notes(result: FitResult) -> list[str]:
     notes = []
+    intervals = result.intervals()
     for name in ("alpha", "beta", "gamma"):
         value = result.params.get(name)
         if value is not None and abs(value) > WIDEST and name not in result.fixed:
             notes.append(f"{name} = {value:.3g} ran away: the runs do not tell it")
         elif value is not None and value <= 0:
             notes.append(f"{name} = {value:.3g} is not positive: the runs do not show that more of it lowers the loss")
-    intervals = result.intervals()
+        elif name not in result.fixed and name in intervals and intervals[name][0] <= 0:
+            notes.append(f"{name} cannot be told from zero: its interval begins at {intervals[name][0]:.3g}")
     low = intervals["c"][0] if "c" in intervals and "c" not in result.fixed else result.law.c
     if "c" not in result.fixed and low < _NO_LOSS * result.runs.loss.min():
         notes.append(

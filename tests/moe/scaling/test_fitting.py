@@ -227,6 +227,15 @@ def test_runs_that_tell_nothing_give_a_warning_and_numbers(law) -> None:
     assert np.isfinite(fit.predict([1e6, 1e10], 1e9, 4)).all()
 
 
+def test_exponent_whose_interval_holds_zero_is_warned_about() -> None:
+    random = np.random.default_rng(0)
+    n, d = (grid.ravel() for grid in np.meshgrid(np.geomspace(1e8, 1.5e8, 4), np.geomspace(1e9, 1e12, 5)))
+    loss = ChinchillaLaw.chinchilla2022()(n, d) * np.exp(2e-2 * random.standard_normal(20))
+    with pytest.warns(UserWarning, match="alpha cannot be told from zero"):
+        fit = fit_scaling_law({"n_total": n, "n_tokens": d, "loss": loss}, "chinchilla", fixed={"c": 1.69})
+    assert fit.intervals()["alpha"][0] <= 0 < fit.params["alpha"]
+
+
 def test_exponent_that_runs_away_is_warned_about() -> None:
     # one small network is far worse than all others: no power law of size
     n = np.repeat([1e8, 1.01e8, 1e9, 1e10], 4)
