@@ -170,7 +170,7 @@ def adult(folder: Path, epsilons: Sequence[float], seeds: int, fast: bool) -> Ta
                 rows.append([title, epsilon, seed, *(result.mean("roc_auc", n) for n in names), tv, seconds])
                 print(*(f"{v:.3f}" if isinstance(v, float) else v for v in rows[-1]), sep="  ", flush=True)
     columns = ["features", Column("epsilon", "g"), "seed", Column("LogReg AUC", ".3f"), Column("boosting AUC", ".3f")]
-    caption = "Adult, delta = 1e-5: trained on 32,561 synthetic rows, tested on 16,281 real ones; CPU seconds to train."
+    caption = "delta = 1e-5: trained on 32,561 synthetic rows, tested on 16,281 real ones; CPU seconds to train."
     return Table("Adult", [*columns, Column("mean TV", ".3f"), Column("train [s]", ".1f")], rows, caption)
 
 
@@ -181,7 +181,7 @@ def fashion(epsilons: Sequence[float], seeds: int, fast: bool) -> Table:
     data = FashionMNISTDataModule(normalize=False, batch_size=1000, val_size=1)
     data.prepare_data()
     data.setup()
-    names, rows = ("logistic_regression", "mlp"), []
+    names, rows, size = ("logistic_regression", "mlp"), [], 1000 if fast else 6000
     x, y = (torch.cat(part) for part in zip(*data.test_dataloader(), strict=True))
     target = (x.flatten(1), y)
     contenders: dict[str, Callable[[], nn.Module] | None] = {
@@ -200,7 +200,7 @@ def fashion(epsilons: Sequence[float], seeds: int, fast: bool) -> Table:
                 if features is not None:
                     model.features = features()  # type: ignore[assignment]
                 seconds = fit(model, data, 1 if fast else 5)
-                made = model.generate(1000 if fast else 6000, seed=seed)
+                made = model.generate(size, seed=seed)
                 result = train_synthetic_test_real(
                     (made.x.flatten(1), made.y), target, classifiers=names, show_progress=False
                 )
