@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_eff.synthesis.features.patches import Geometry
 from lightning_eff.synthesis.features.uses import Backend, LayerUse, Part, Pull
 
 
@@ -33,24 +34,29 @@ class BlockUse(LayerUse):
         self.matrix = matrix
 
     def square_norms(self) -> Tensor:
+        """Return ``(n,)`` squared norms of the gradients."""
         return self.matrix.square().sum(1)
 
     def per_sample(self) -> Tensor:
+        """Return the gradients, ``(n, P)``."""
         return self.matrix
 
     def gram(self, other: LayerUse) -> Tensor:
+        """Return ``(n, n2)`` inner products of gradients."""
         return self.matrix @ other.per_sample().mT
 
     def add_sums(self, weights: Tensor, parts: Sequence[Part], sums: Mapping[str, Tensor]) -> None:
+        """Add the weighted gradients of each part to its class."""
         for part in parts:
             rows = slice(part.start, part.stop)
             total = weights[rows] @ self.matrix[rows]
-            for name, piece in zip(self.names, total.split(self.sizes), strict=True):
+            for name, piece in zip(self.names, torch.split(total, list(self.sizes)), strict=True):
                 sums[name][part.label].view(-1).add_(piece)
 
     def pull(
         self, weights: Tensor, parts: Sequence[Part], target: Mapping[str, Tensor], backend: Backend, derive: bool
     ) -> Pull:
+        """Work out the terms from the sum of each part, and keep their derivative by it."""
         cross, square, by_weight = [], [], []
         self._residuals: list[tuple[Part, Tensor]] = []
         for part in parts:
@@ -66,6 +72,7 @@ class BlockUse(LayerUse):
         return Pull(torch.stack(cross), torch.stack(square), torch.cat(by_weight) if derive else None)
 
     def gradients(self, weights: Tensor, by_square_norm: Tensor) -> tuple[Tensor, ...]:
+        """Return the derivatives, by way of that by the gradients."""
         by_matrix = self.matrix * (2 * by_square_norm)[:, None]
         for part, residual in self._residuals:
             rows = slice(part.start, part.stop)
@@ -81,7 +88,8 @@ class FactorBlockUse(BlockUse):
     """Gradients formed from a layer's delta and input."""
 
     @abstractmethod
-    def pull_back(self, by_matrix: Tensor) -> tuple[Tensor, ...]: ...
+    def pull_back(self, by_matrix: Tensor) -> tuple[Tensor, ...]:
+        """Return the derivatives by delta and by the input."""
 
 
 class PositionBlockUse(FactorBlockUse):
@@ -90,7 +98,8 @@ class PositionBlockUse(FactorBlockUse):
     def __init__(self, names: Sequence[str], delta: Tensor, a: Tensor) -> None:
         self.delta, self.a = delta, a
         outputs, inputs = delta.shape[2], a.shape[2]
-        matrix = (delta.mT @ a).flatten(1)
+        # in this order, as libraries are slow with a narrow left factor that is transposed
+        matrix = (a.mT @ delta).mT.flatten(1)
         sizes = [outputs * inputs]
         if len(names) == 2:
             matrix = torch.cat([matrix, delta.sum(1)], 1)
@@ -98,11 +107,33 @@ class PositionBlockUse(FactorBlockUse):
         super().__init__(names, sizes, matrix)
 
     def pull_back(self, by_matrix: Tensor) -> tuple[Tensor, ...]:
-        weight = by_matrix[:, : self.sizes[0]].unflatten(1, (self.delta.shape[2], self.a.shape[2]))
+        """Return the derivatives by delta and by the input."""
+        weight = torch.unflatten(by_matrix[:, : self.sizes[0]], 1, (self.delta.shape[2], self.a.shape[2]))
         by_delta = self.a @ weight.mT
         if len(self.sizes) == 2:
             by_delta += by_matrix[:, None, self.sizes[0] :]
-        return by_delta, self.delta @ weight
+        return by_delta, (weight.mT @ self.delta.mT).mT
+
+
+class PatchBlockUse(PositionBlockUse):
+    """A convolution of few input channels: a dense layer on its patches.
+
+    Args:
+        names: Name of the weight and, where there is one, of the bias.
+        geometry: Where the layer reads.
+        delta: ``(n, O, *space)``.
+        a: ``(n, I, *space)``.
+    """
+
+    def __init__(self, names: Sequence[str], geometry: Geometry, delta: Tensor, a: Tensor) -> None:
+        self._geometry, self._space, self._inputs = geometry, delta.shape[2:], a.shape[2:]
+        super().__init__(names, delta.flatten(2).mT, geometry.patches(a).mT)
+
+    def pull_back(self, by_matrix: Tensor) -> tuple[Tensor, ...]:
+        """Return the derivatives by delta and by the input."""
+        by_delta, by_patches = super().pull_back(by_matrix)
+        by_a = self._geometry.fold(by_patches.mT, self._space, self._inputs)
+        return torch.unflatten(by_delta, 1, self._space).movedim(-1, 1), by_a
 
 
 class ConvolutionBlockUse(FactorBlockUse):
@@ -111,31 +142,20 @@ class ConvolutionBlockUse(FactorBlockUse):
     Args:
         names: Name of the weight and, where there is one, of the bias.
         weight_shape: ``(O, I / groups, *kernel)``.
+        geometry: Where the layer reads.
         delta: ``(n, O, *space)``.
-        a: ``(n, I, *space)``, already padded where the padding is not with zeros.
-        stride: As in the layer, one number a dimension.
-        padding: Zeros on both sides, one number a dimension.
-        dilation: As in the layer.
-        groups: As in the layer.
+        a: ``(n, I, *space)``.
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        weight_shape: torch.Size,
-        delta: Tensor,
-        a: Tensor,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
+        self, names: Sequence[str], weight_shape: torch.Size, geometry: Geometry, delta: Tensor, a: Tensor
     ) -> None:
         self.delta, self.a, self.weight_shape = delta, a, weight_shape
-        n = len(a)
+        n, (_, stride, padding, dilation, groups) = len(a), geometry
         # one long sample whose groups are the samples, each with the layer's groups
         self._delta = delta.reshape(1, -1, *delta.shape[2:])
         self._a = a.reshape(1, -1, *a.shape[2:])
-        self._settings = (list(stride), list(padding), list(dilation), False, [0] * len(stride), n * groups)
+        self._settings = (stride, padding, dilation, False, [0] * len(stride), n * groups)
         like = a.new_empty(1).expand(n * weight_shape[0], *weight_shape[1:])
         matrix = torch.ops.aten.convolution_backward(
             self._delta, self._a, like, None, *self._settings, [False, True, False]
@@ -147,6 +167,7 @@ class ConvolutionBlockUse(FactorBlockUse):
         super().__init__(names, sizes, matrix)
 
     def pull_back(self, by_matrix: Tensor) -> tuple[Tensor, ...]:
+        """Return the derivatives by delta and by the input."""
         stride, padding, dilation, _, _, groups = self._settings
         weight = by_matrix[:, : self.sizes[0]].reshape(-1, *self.weight_shape[1:])
         bias = by_matrix[:, self.sizes[0] :].reshape(-1) if len(self.sizes) == 2 else None

@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lightning_eff.synthesis.features.blocks import ConvolutionBlockUse, PositionBlockUse
+from lightning_eff.synthesis.features.blocks import ConvolutionBlockUse, PatchBlockUse, PositionBlockUse
+from lightning_eff.synthesis.features.patches import Geometry, convolve
 from lightning_eff.synthesis.features.uses import ConstantRowUse, LayerUse, RowUse
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -55,6 +53,7 @@ class LinearLayer(Layer):
         self.weight_shape = module.weight.shape
 
     def use(self, delta: Tensor | None, a: Tensor) -> LayerUse:
+        """Describe one call."""
         assert delta is not None
         n, (outputs, inputs) = len(a), self.weight_shape
         rows, deltas = a.reshape(n, -1, inputs), delta.reshape(n, -1, outputs)
@@ -62,6 +61,7 @@ class LinearLayer(Layer):
         return form(self.names, deltas, rows)
 
     def sample_floats(self, delta: Sequence[int], a: Sequence[int]) -> int:
+        """Return how many numbers a sample needs."""
         positions = math.prod(a) // self.weight_shape[1]
         return min(positions**2, self.weight_shape.numel()) if positions > 1 else 0
 
@@ -86,9 +86,11 @@ class CollapsedLayer(Layer):
             self.shapes[bias[0]] = (self._rows,)
 
     def use(self, delta: Tensor | None, a: Tensor) -> LayerUse:
+        """Describe one call."""
         return ConstantRowUse(self.names, a.new_full((len(a), 1, self._rows), self._value), a[:, None])
 
     def sample_floats(self, delta: Sequence[int], a: Sequence[int]) -> int:
+        """Return how many numbers a sample needs."""
         return 0
 
 
@@ -98,23 +100,32 @@ class ConvolutionLayer(Layer):
     def __init__(self, path: str, module: Convolution) -> None:
         super().__init__(path, module)
         self.weight_shape = module.weight.shape
-        self.settings = module.stride, _padding(module)[0], module.dilation
-        self.groups = module.groups
+        padding = tuple(_padding(module)[0])
+        self.geometry = Geometry(module.kernel_size, module.stride, padding, module.dilation, module.groups)
+
+    def run(self, module: nn.Module, input: Tensor) -> Tensor:
+        """Do what the module does; the name of the argument is that of the module."""
+        assert isinstance(module, Convolution)
+        return convolve(input, module.weight, module.bias, self.geometry)
 
     def use(self, delta: Tensor | None, a: Tensor) -> LayerUse:
+        """Describe one call."""
         assert delta is not None
-        if self._by_blocks(delta.shape[2:]):
-            return ConvolutionBlockUse(self.names, self.weight_shape, delta, a, *self.settings, self.groups)
-        return UnfoldedUse(self.names, self.weight_shape, delta, a, *self.settings)
+        if not self._by_blocks(delta.shape[2:]):
+            return UnfoldedUse(self.names, self.geometry, delta, a)
+        if self.geometry.patches_are_faster(self.weight_shape, a.device):
+            return PatchBlockUse(self.names, self.geometry, delta, a)
+        return ConvolutionBlockUse(self.names, self.weight_shape, self.geometry, delta, a)
 
     def sample_floats(self, delta: Sequence[int], a: Sequence[int]) -> int:
+        """Return how many numbers a sample needs."""
         if self._by_blocks(delta[1:]):
             return self.weight_shape.numel()
         positions = math.prod(delta[1:])
         return positions * (math.prod(self.weight_shape[1:]) + 2 * positions)
 
     def _by_blocks(self, space: Sequence[int]) -> bool:
-        return self.groups > 1 or _blocks_are_smaller(math.prod(space), self.weight_shape.numel())
+        return self.geometry.groups > 1 or _blocks_are_smaller(math.prod(space), self.weight_shape.numel())
 
 
 class UnfoldedUse(RowUse):
@@ -122,50 +133,20 @@ class UnfoldedUse(RowUse):
 
     Args:
         names: Name of the weight and, where there is one, of the bias.
-        weight_shape: ``(O, I, *kernel)``.
+        geometry: Where the layer reads.
         delta: ``(n, O, *space)``.
         a: ``(n, I, *space)``.
-        stride: As in the layer, one number a dimension.
-        padding: Zeros on both sides, one number a dimension.
-        dilation: As in the layer.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        weight_shape: torch.Size,
-        delta: Tensor,
-        a: Tensor,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-    ) -> None:
-        self._kernel, self._stride, self._padding, self._dilation = weight_shape[2:], stride, padding, dilation
-        self._delta_shape, self._a_shape = delta.shape, a.shape
-        dims = len(self._kernel)
-        patches = F.pad(a, [size for pad in reversed(padding) for size in (pad, pad)])
-        self._padded_shape = patches.shape
-        for axis in range(dims):
-            span = (self._kernel[axis] - 1) * dilation[axis] + 1
-            patches = patches.unfold(2 + axis, span, stride[axis])[..., :: dilation[axis]]
-        # (n, I, *space, *kernel) -> (n, T, I * kernel)
-        order = [0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims)]
-        rows = patches.permute(order).reshape(len(a), -1, weight_shape[1:].numel())
-        super().__init__(names, delta.flatten(2).mT.contiguous(), rows)
+    def __init__(self, names: Sequence[str], geometry: Geometry, delta: Tensor, a: Tensor) -> None:
+        self._geometry, self._delta_shape, self._a_shape = geometry, delta.shape, a.shape
+        super().__init__(names, delta.flatten(2).mT.contiguous(), geometry.patches(a).mT.contiguous())
 
     def gradients(self, weights: Tensor, by_square_norm: Tensor) -> tuple[Tensor, ...]:
+        """Return the derivatives by delta and by the input."""
         by_delta, by_rows = super().gradients(weights, by_square_norm)
-        space = self._delta_shape[2:]
-        patches = by_rows.view(len(by_rows), *space, self._a_shape[1], *self._kernel)
-        padded = by_rows.new_zeros(len(by_rows), *self._padded_shape[2:], self._a_shape[1])
-        for offset in itertools.product(*map(range, self._kernel)):
-            window = [
-                slice(at * d, at * d + (size - 1) * s + 1, s)
-                for at, d, s, size in zip(offset, self._dilation, self._stride, space, strict=True)
-            ]
-            padded[(slice(None), *window)] += patches[(..., *offset)]
-        inner = [slice(p, p + size) for p, size in zip(self._padding, self._a_shape[2:], strict=True)]
-        return by_delta.mT.reshape(self._delta_shape), padded[(slice(None), *inner)].movedim(-1, 1)
+        by_a = self._geometry.fold(by_rows.mT, self._delta_shape[2:], self._a_shape[2:])
+        return by_delta.mT.reshape(self._delta_shape), by_a
 
 
 def closed_form(path: str, module: nn.Module) -> Layer | None:

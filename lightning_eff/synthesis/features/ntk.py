@@ -199,7 +199,7 @@ class NTKFeatures(nn.Module):
 
     def _pieces(self, use: LayerUse) -> dict[str, Tensor]:
         sizes = [math.prod(self.layout[name]) for name in use.names]
-        return dict(zip(use.names, use.per_sample().split(sizes, 1), strict=True))
+        return dict(zip(use.names, torch.split(use.per_sample(), sizes, 1), strict=True))
 
     def _add_parts(self, x: Tensor, parts: Sequence[Part], sums: Mapping[str, Tensor]) -> Tensor:
         """Add features of ``x``, sorted by class, to ``sums``; return the squared norms of the gradients ``(B,)``."""
@@ -239,8 +239,8 @@ def _class_weights(
     for label, (weight, count, records) in enumerate(zip(omega, counts, target.counts.tolist(), strict=True)):
         if weight and count < needed:
             raise ValueError(
-                f"expected at least {needed} samples of class {label} (estimator {estimator!r}), got {count}: draw more "
-                "of each class, or give the class weight 0"
+                f"expected at least {needed} samples of class {label} (estimator {estimator!r}), got {count}: draw "
+                "more of each class, or give the class weight 0"
             )
         if weight and not records > 0:
             raise ValueError(f"class {label} has a count of {records}: give it weight 0, it has no mean")

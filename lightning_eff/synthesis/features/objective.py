@@ -115,7 +115,7 @@ class _Objective(torch.autograd.Function):
         spread = repel.dot(sum_of(pull.square for pull in pulls))
         if estimator == "u":
             # a sample's product with itself is 1 and has no derivative, or 0 where there is no gradient
-            lengths = factors.square().mul_(square_norms).split([part.stop - part.start for part in parts])
+            lengths = torch.split(factors.square() * square_norms, [part.stop - part.start for part in parts])
             spread = spread - repel.dot(torch.stack([piece.sum() for piece in lengths]))
         terms.cross, terms.spread = cross / -2, spread
         if derive:
@@ -126,7 +126,7 @@ class _Objective(torch.autograd.Function):
         return cross + spread
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, by_value: Tensor) -> Any:
         gradients = [by_value * gradient for gradient in ctx.saved_tensors]
         return None, None, None, None, None, None, *gradients

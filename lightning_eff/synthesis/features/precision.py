@@ -1,6 +1,6 @@
 """Single precision that is meant: no TF32 and no bfloat16 inside of matrix products, whatever the process asked for.
 
-A feature's norm is at most one, on which the sensitivity of a release rests; with reduced products it is only nearly so.
+A feature is at most one long, and the sensitivity of a release rests on that; with reduced products it nearly is.
 """
 
 from __future__ import annotations

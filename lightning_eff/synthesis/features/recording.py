@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_eff.synthesis.features.blocks import BlockUse
 from lightning_eff.synthesis.features.fallback import OtherParameters
-from lightning_eff.synthesis.features.layers import CollapsedLayer, Layer
+from lightning_eff.synthesis.features.layers import CollapsedLayer, ConvolutionLayer, Layer
 from lightning_eff.synthesis.features.uses import LayerUse
 
 
@@ -29,8 +31,8 @@ class Call(NamedTuple):
 
 
 @contextmanager
-def _recorded_calls(network: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Call]]:
-    """Yield a dict that is filled while the network runs."""
+def _recorded_calls(network: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, Call]]:
+    """Yield a dict that is filled while the network runs; convolutions are run as linear maps meanwhile."""
     calls: dict[str, Call] = {}
 
     def hook_for(path: str) -> Callable[..., None]:
@@ -39,12 +41,26 @@ def _recorded_calls(network: nn.Module, paths: Sequence[str]) -> Iterator[dict[s
 
         return hook
 
-    handles = [network.get_submodule(p).register_forward_hook(hook_for(p), with_kwargs=True) for p in paths]
+    modules = {layer.path: network.get_submodule(layer.path) for layer in layers}
+    handles = [module.register_forward_hook(hook_for(path), with_kwargs=True) for path, module in modules.items()]
     try:
+        for layer in layers:
+            if isinstance(layer, ConvolutionLayer):
+                module = modules[layer.path]
+                module.forward = partial(layer.run, module)
         yield calls
     finally:
         for handle in handles:
             handle.remove()
+        for module in modules.values():
+            module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """No reduced precision, and attention in the one form that can be differentiated twice."""
+    with torch.autocast(device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 class Recording(NamedTuple):
@@ -80,13 +96,13 @@ def record(
         x: ``(n, *input_shape)``.
         differentiable: Whether what is recorded is to be differentiable in ``x``.
     """
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), _plain_arithmetic(x.device):
         if x.is_inference():
             x = x.clone()
         if not differentiable:
             # the graph must begin somewhere; no derivative by x is worked out
             x = x.detach().requires_grad_()
-        with _recorded_calls(network, [layer.path for layer in layers]) as calls:
+        with _recorded_calls(network, layers) as calls:
             result = network(x)
         inner = [calls[layer.path].output for layer in layers if not isinstance(layer, CollapsedLayer)]
         deltas: Iterator[Tensor] = iter(())

@@ -78,7 +78,8 @@ class Sketch(nn.Module):
             assert plain is not None
             return plain
         folded = torch.fft.irfft(spectrum, n=self.dim)
-        return folded if plain is None else folded + plain
+        result: Tensor = folded if plain is None else folded + plain
+        return result
 
     def _hash(self, name: str, axis: str) -> tuple[Tensor, Tensor]:
         prefix = f"{self._names[name]}_{axis}"
@@ -94,7 +95,8 @@ class Sketch(nn.Module):
         spectrum = rows * columns
         if use.has_bias:
             spectrum = spectrum + torch.fft.rfft(self._count(use.delta[:, 0], *self._hash(use.names[1], "rows")))
-        return spectrum
+        result: Tensor = spectrum
+        return result
 
     def _of_block(self, use: LayerUse) -> Tensor:
         places, signs = [], []

@@ -40,7 +40,7 @@ def frozen_copy(network: nn.Module) -> nn.Module:
                 "use track_running_stats=True or another normalisation"
             )
         if getattr(module, "inplace", False) is True:
-            module.inplace = False  # type: ignore[assignment]
+            module.inplace = False
     return inner
 
 
@@ -83,7 +83,7 @@ def examine(network: nn.Module, input_shape: Sequence[int], collapse_last: bool,
     rest = {name: tuple(gradient.shape[1:]) for name, gradient in expected.items() if name not in known}
     others = OtherParameters(rest) if rest else None
     if others is not None:
-        actual = others.gradients(network, x, differentiable=False).split(others.sizes, 1)
+        actual = torch.split(others.gradients(network, x, differentiable=False), others.sizes, 1)
         for name, found in zip(rest, actual, strict=True):
             if not _close(found, expected[name], slack):
                 raise ValueError(
@@ -126,7 +126,8 @@ def _proven_layers(
             check = kept = layer
         recorded = record(network, [check], None, x, differentiable=False)
         try:
-            gradients = recorded.uses()[0].per_sample().split([math.prod(shape) for shape in layer.shapes.values()], 1)
+            sizes = [math.prod(shape) for shape in layer.shapes.values()]
+            gradients = torch.split(recorded.uses()[0].per_sample(), sizes, 1)
         except RuntimeError:  # no sample axis in front, or positions that are not the sample's
             continue
         if all(_close(g, expected[name], slack) for name, g in zip(layer.names, gradients, strict=True)):

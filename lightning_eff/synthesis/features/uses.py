@@ -18,7 +18,7 @@ from torch import Tensor
 
 Backend = Literal["auto", "kernel", "dense"]
 TOGETHER = 400_000
-"""Weights of a layer up to which all classes are taken in one call; a larger block is worked on while it is in cache."""
+"""Weights of a layer up to which all classes are taken in one call; larger blocks are worked on while in cache."""
 
 
 class Part(NamedTuple):
@@ -82,7 +82,7 @@ class LayerUse(ABC):
     def gradients(self, weights: Tensor, by_square_norm: Tensor) -> tuple[Tensor, ...]:
         """Return the objective's derivative with respect to the tensors the use was made of.
 
-        Called once, after :meth:`pull`. ``by_square_norm`` ``(n,)`` is the derivative with respect to the squared norms.
+        Called once, after :meth:`pull`. ``by_square_norm`` ``(n,)`` is its derivative with respect to squared norms.
         """
 
 
@@ -108,6 +108,7 @@ class RowUse(LayerUse):
         return self.a.shape[1]
 
     def square_norms(self) -> Tensor:
+        """Return ``(n,)`` squared norms: products of factors at one position, of Gram matrices at several."""
         if self.positions == 1:
             self._a_square = _square_lengths(self.a) + float(self.has_bias)
             self._delta_square = _square_lengths(self.delta)
@@ -118,10 +119,12 @@ class RowUse(LayerUse):
         return (self._a_gram * self._delta_gram).sum((1, 2))
 
     def per_sample(self) -> Tensor:
+        """Return the gradients, ``(n, P)``."""
         weight = (self.delta.mT @ self.a).flatten(1)
         return torch.cat([weight, self.delta.sum(1)], 1) if self.has_bias else weight
 
     def gram(self, other: LayerUse) -> Tensor:
+        """Return ``(n, n2)`` inner products of gradients."""
         assert isinstance(other, RowUse)
         if self.positions > 1:
             return self.per_sample() @ other.per_sample().mT
@@ -129,6 +132,7 @@ class RowUse(LayerUse):
         return inputs * (self.delta[:, 0] @ other.delta[:, 0].mT)
 
     def add_sums(self, weights: Tensor, parts: Sequence[Part], sums: Mapping[str, Tensor]) -> None:
+        """Add the weighted gradients of each part to its class, by one matrix product."""
         u = (self.delta * weights[:, None, None]).flatten(0, 1)
         a = self.a.flatten(0, 1)
         for part in parts:
@@ -141,6 +145,7 @@ class RowUse(LayerUse):
     def pull(
         self, weights: Tensor, parts: Sequence[Part], target: Mapping[str, Tensor], backend: Backend, derive: bool
     ) -> Pull:
+        """Work out the terms, and their derivative by the rows of the weighted delta and of a."""
         u = (self.delta * weights[:, None, None]).flatten(0, 1)
         a = self.a.flatten(0, 1)
         if derive:
@@ -174,7 +179,7 @@ class RowUse(LayerUse):
         """The kernel form of all parts at once: for small layers, where the time goes into calls."""
         labels = slice(parts[0].label, parts[-1].label + 1)
         wanted = target[self.names[0]][labels].flatten(2)
-        u, a = u.unflatten(0, (len(parts), -1)), a.unflatten(0, (len(parts), -1))
+        u, a = u.view(len(parts), -1, u.shape[1]), a.view(len(parts), -1, a.shape[1])
         if self.has_bias:
             seen = torch.baddbmm(target[self.names[1]][labels, None], a, wanted.mT)
         else:
@@ -192,7 +197,9 @@ class RowUse(LayerUse):
         return cross, square
 
     def gradients(self, weights: Tensor, by_square_norm: Tensor) -> tuple[Tensor, ...]:
-        assert self._by_u is not None and self._by_a is not None
+        """Return the derivatives by delta and a."""
+        assert self._by_u is not None
+        assert self._by_a is not None
         by_delta = self._by_u.view_as(self.delta).mul_(weights[:, None, None])
         by_a = self._by_a.view_as(self.a)
         twice = 2 * by_square_norm
@@ -209,14 +216,16 @@ class ConstantRowUse(RowUse):
     """A dense layer whose delta is a constant: only its input has a derivative."""
 
     def gradients(self, weights: Tensor, by_square_norm: Tensor) -> tuple[Tensor, ...]:
+        """Return the derivative by a."""
         return super().gradients(weights, by_square_norm)[1:]
 
 
 def _square_lengths(rows: Tensor) -> Tensor:
     """Return the squared norm of each of ``(n, 1, m)``; no tensor of that size is made unless it is differentiated."""
-    if rows.requires_grad:
+    if rows.requires_grad and torch.is_grad_enabled():
         return rows.square().sum((1, 2))
-    return torch.linalg.vector_norm(rows, dim=(1, 2)).square_()
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=(1, 2))
+    return lengths.square_()
 
 
 def _alike(parts: Sequence[Part]) -> bool:

@@ -217,6 +217,7 @@ def normalised() -> nn.Module:
     return network
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch has no batching rule for attention
 @pytest.mark.parametrize(
     ("make", "shape", "named"),
     [
@@ -234,7 +235,7 @@ def test_what_has_no_closed_form_is_worked_out_sample_by_sample_and_told(
 ) -> None:
     torch.manual_seed(0)
     network = make()
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="no closed form") as told:
         features = NTKFeatures(network, input_shape=shape, collapse_last=False)
     message = next(str(warning.message) for warning in told if "no closed form" in str(warning.message))
     assert all(name in message for name in named)
