@@ -53,16 +53,15 @@ class Geometry(NamedTuple):
             inputs: Size of its input, alike.
         """
         n, channels = len(columns), columns.shape[1] // torch.Size(self.kernel).numel()
-        patches = columns.reshape(n, channels, *self.kernel, *space)
+        patches = columns.reshape(n, channels, -1, *space)
         whole = [size + 2 * pad for size, pad in zip(inputs, self.padding, strict=True)]
         padded = columns.new_zeros(n, channels, *whole)
-        for offset in itertools.product(*map(range, self.kernel)):
+        for index, offset in enumerate(itertools.product(*map(range, self.kernel))):
             window = tuple(
                 slice(at * d, at * d + (size - 1) * s + 1, s)
                 for at, d, s, size in zip(offset, self.dilation, self.stride, space, strict=True)
             )
-            read: tuple[int, ...] = offset
-            padded[:, :, *window] += patches[:, :, *read]
+            padded[:, :, *window] += patches[:, :, index]
         inner = tuple(slice(p, p + size) for p, size in zip(self.padding, inputs, strict=True))
         return padded[:, :, *inner]
 
