@@ -13,6 +13,7 @@ Run: python examples/breast_cancer_private_table.py          (two minutes)
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import statistics
 import warnings
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/breast_cancer"))
     parser.add_argument("--fast", action="store_true")
     options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # fifteen fits
     runs, splits, epochs = (RUNS[2:3], 1, 2) if options.fast else (RUNS, 3, 8)
 
     schema, rows = breast_cancer()
