@@ -4,7 +4,7 @@ Batches of 512 drawn at random, four epochs, C = 0.1, momentum 0.9: epsilon is 1
 is dropped or pruned. A convolutional network of 26,010 parameters and a dense one of 669,706 are trained with several
 selections; nothing is tuned here, the last epoch's test accuracy counts.
 
-Run: python examples/fashion_private_training.py             (about 6 minutes on one core)
+Run: python examples/fashion_private_training.py             (about 10 minutes of one idle core)
      python examples/fashion_private_training.py --net mlp --settings dense element-0.9
      python examples/fashion_private_training.py --fast      (12 steps each)
 """
