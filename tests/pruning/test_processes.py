@@ -148,7 +148,12 @@ def fast(path: Path, tmp_path: Path) -> Path:
     return out
 
 
-CONFIGS = [path for path in sorted((REPOSITORY / "examples/configs").glob("*.yaml")) if "Prun" in path.read_text()]
+def _prunes(path: Path) -> bool:
+    text = path.read_text()
+    return "Prun" in text and "DPPrePrune" not in text  # pre-pruning for private training cuts nothing
+
+
+CONFIGS = [path for path in sorted((REPOSITORY / "examples/configs").glob("*.yaml")) if _prunes(path)]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
