@@ -42,7 +42,7 @@ class Layer(ABC):
 
     @abstractmethod
     def sample_floats(self, delta: Sequence[int], a: Sequence[int]) -> int:
-        """Return how many numbers a sample needs beyond activations, for shapes without the sample axis."""
+        """Return how many numbers a sample needs beyond those of dense layers, for shapes without the sample axis."""
 
 
 class LinearLayer(Layer):
@@ -119,10 +119,11 @@ class ConvolutionLayer(Layer):
 
     def sample_floats(self, delta: Sequence[int], a: Sequence[int]) -> int:
         """Return how many numbers a sample needs."""
+        activations = math.prod(delta) + math.prod(a)
         if self._by_blocks(delta[1:]):
-            return self.weight_shape.numel()
+            return activations + self.weight_shape.numel()
         positions = math.prod(delta[1:])
-        return positions * (math.prod(self.weight_shape[1:]) + 2 * positions)
+        return activations + positions * (math.prod(self.weight_shape[1:]) + 2 * positions)
 
     def _by_blocks(self, space: Sequence[int]) -> bool:
         return self.geometry.groups > 1 or _blocks_are_smaller(math.prod(space), self.weight_shape.numel())

@@ -27,7 +27,7 @@ from lightning_eff.synthesis.features.sums import ClassSums, sorted_by_class
 from lightning_eff.synthesis.features.uses import Backend, LayerUse, Part
 
 CHUNK_FLOATS = 4_000_000
-"""Numbers beyond activations that one pass over samples may need; more samples are taken in several passes."""
+"""Numbers beyond those of dense layers that one pass may need; more samples are taken in several passes."""
 
 
 class NTKFeatures(nn.Module):

@@ -115,8 +115,10 @@ class _Objective(torch.autograd.Function):
         spread = repel.dot(sum_of(pull.square for pull in pulls))
         if estimator == "u":
             # a sample's product with itself is 1 and has no derivative, or 0 where there is no gradient
-            lengths = torch.split(factors.square() * square_norms, [part.stop - part.start for part in parts])
-            spread = spread - repel.dot(torch.stack([piece.sum() for piece in lengths]))
+            sizes = torch.tensor([part.stop - part.start for part in parts], device=repel.device)
+            spread = spread - (factors.square() * square_norms).dot(
+                repel.repeat_interleave(sizes, output_size=len(factors))
+            )
         terms.cross, terms.spread = cross / -2, spread
         if derive:
             by_factor = sum_of(pull.by_weight for pull in pulls if pull.by_weight is not None)

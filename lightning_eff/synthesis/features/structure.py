@@ -25,7 +25,7 @@ class Structure(NamedTuple):
     layout: dict[str, tuple[int, ...]]
     """Stored shape of each block, in the order of the network's parameters."""
     sample_floats: int
-    """Numbers a sample needs beyond activations."""
+    """Numbers a sample needs beyond those of dense layers."""
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:
