@@ -1,0 +1,320 @@
+"""What a fine-grained mixture-of-experts layer is made of; the choices of arXiv 2402.07871 and their alternatives.
+
+Letters: E expansion rate, G granularity, n = E G experts, k experts a token uses, d model width.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+Activation = Literal["relu", "gelu", "silu", "swiglu"]
+Backend = Literal["auto", "fused", "grouped", "reference"]
+Choice = Literal["token_choice", "expert_choice"]
+Norm = Literal["layernorm", "rmsnorm", "none"]
+
+_Group = TypeVar("_Group", "Routing", "Balance", "Initialisation")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How scores become weights, and who is chosen.
+
+    Args:
+        score: Softmax over the experts, or a sigmoid of each logit.
+        normalize_weights: Token choice: divide a token's weights by their sum. With one expert a token they would
+            all be 1 and the router would learn nothing, so that is refused.
+        weight_scale: Constant all weights are multiplied by, > 0. ``"auto"`` is E where softmax weights of about
+            1/n would otherwise make the output small: neither normalised nor followed by an output norm; else 1.
+        capacity_factor: Token choice: an expert keeps at most ``factor * T * k / n`` of T tokens, those of largest
+            weight; > 0. None drops nothing.
+        jitter: Token choice, training: inputs of the router are multiplied by noise from 1 - jitter to 1 + jitter;
+            in [0, 1).
+        group_size: Expert choice: sequences whose tokens at one position compete; must divide the batch. None is
+            the whole batch.
+        softmax_over: Expert choice: normalise scores over the experts (what the paper found to be better) or over
+            the tokens of a group.
+        evaluation: Who chooses in evaluation mode; None is the same as in training. ``"token_choice"`` lets a
+            layer trained with expert choice score single sequences.
+
+    Raises:
+        ValueError: A value lies outside its range.
+    """
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_weights: bool = False
+    weight_scale: float | Literal["auto"] = "auto"
+    capacity_factor: float | None = None
+    jitter: float = 0.0
+    group_size: int | None = None
+    softmax_over: Literal["experts", "tokens"] = "experts"
+    evaluation: Choice | None = None
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+        if self.weight_scale != "auto":
+            _check_positive("weight_scale", self.weight_scale)
+        if self.capacity_factor is not None:
+            _check_positive("capacity_factor", self.capacity_factor)
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}")
+        if self.group_size is not None:
+            _check_count("group_size", self.group_size)
+
+
+@dataclass(frozen=True)
+class Balance:
+    """What keeps experts equally busy and router logits small.
+
+    Args:
+        method: ``"aux"`` adds a load-balance loss; ``"bias"`` adds to the scores, for the choice alone, a bias that
+            moves after every optimizer step (loss-free); ``"none"`` does neither. Expert choice needs none.
+        weight: Weight of the load-balance loss, >= 0.
+        z_weight: Weight of the z-loss, the mean squared log-sum-exp of the logits, >= 0.
+        bias_rate: Step of the loss-free bias, > 0.
+        scope: Loads of all processes of a data-parallel run, or of each on its own. ``"global"`` makes the mean of
+            the gradients that of the whole batch.
+        norm: Loads divided by assignments, so that equal loads give 1 (``"topk"``), or by tokens, k times as much
+            (``"switch"``, as in the paper's code).
+
+    Raises:
+        ValueError: A value lies outside its range.
+    """
+
+    method: Literal["aux", "bias", "none"] = "aux"
+    weight: float = 0.01
+    z_weight: float = 1e-3
+    bias_rate: float = 1e-3
+    scope: Literal["global", "local"] = "global"
+    norm: Literal["topk", "switch"] = "topk"
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+        for name in ("weight", "z_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        _check_positive("bias_rate", self.bias_rate)
+
+
+@dataclass(frozen=True)
+class Initialisation:
+    """Truncated normal weights of standard deviation ``sqrt(scale / fan_in)``.
+
+    Args:
+        scale: > 0; 0.1 in the paper's code.
+        truncation: Cut at two standard deviations, or at plus and minus ``2 * scale`` as the paper's code does.
+        w2_fan_in: Fan-in of the second matrix: hidden units that a token uses (the variance of the dense network),
+            or those of all experts.
+
+    Raises:
+        ValueError: A value lies outside its range.
+    """
+
+    scale: float = 0.1
+    truncation: Literal["std", "scale"] = "std"
+    w2_fan_in: Literal["active", "all"] = "active"
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+        _check_positive("scale", self.scale)
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Options of a fine-grained mixture-of-experts layer.
+
+    Args:
+        expansion_rate: E, parameters of all experts over those of the dense network, >= 1.
+        granularity: G, width of the dense network over that of an expert, >= 1.
+        top_k: Experts a token uses, from 1 to E G; None is G, which keeps the dense network's active parameters.
+        router: Tokens choose experts, or experts choose tokens (the paper's setting).
+        activation: Of the experts; ``"swiglu"`` has a gate and three matrices.
+        bias: Experts have a bias on their hidden units, the layer has one on its output.
+        n_shared: Expert widths of an ordinary feed-forward network that every token uses besides, >= 0.
+        output_norm: Norm of the output over features. ``"auto"`` is a LayerNorm, but none for token choice with
+            one expert a token: there a norm cancels the only weight and the router gets no gradient.
+        backend: Who computes the experts; ``"auto"`` decides by device, dtype and alignment.
+        routing: How scores become weights.
+        balance: What keeps experts equally busy.
+        init: Weights at the start.
+
+    Raises:
+        ValueError: A value lies outside its range, or two of them exclude each other.
+
+    Example:
+        >>> MoEConfig.of({"expansion_rate": 4, "routing": {"capacity_factor": 1.25}}, granularity=2).n_experts
+        8
+    """
+
+    expansion_rate: int = 8
+    granularity: int = 4
+    top_k: int | None = None
+    router: Choice = "token_choice"
+    activation: Activation = "relu"
+    bias: bool = False
+    n_shared: int = 0
+    output_norm: Literal["auto"] | Norm = "auto"
+    backend: Backend = "auto"
+    routing: Routing = field(default_factory=Routing)
+    balance: Balance = field(default_factory=Balance)
+    init: Initialisation = field(default_factory=Initialisation)
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+        _check_count("expansion_rate", self.expansion_rate)
+        _check_count("granularity", self.granularity)
+        _check_count("n_shared", self.n_shared, least=0)
+        if self.top_k is not None:
+            _check_count("top_k", self.top_k)
+            if self.top_k > self.n_experts:
+                raise ValueError(
+                    f"top_k must be at most expansion_rate * granularity = {self.n_experts} experts, got {self.top_k}"
+                )
+        self._check_choices()
+
+    @classmethod
+    def of(cls, config: MoEConfig | Mapping[str, Any] | None = None, **overrides: Any) -> MoEConfig:
+        """Make a config of one, or of a dict such as :meth:`to_dict` gives, and options that replace its own.
+
+        Args:
+            config: None starts from the defaults. Groups within a dict may be dicts.
+            **overrides: Fields by name; a dict for a group replaces only what it names.
+
+        Raises:
+            ValueError: A name is unknown, or a value lies outside its range.
+        """
+        made = config if isinstance(config, MoEConfig) else _with(cls(), dict(config or {}))
+        return _with(made, overrides) if overrides else made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts of plain values: what a checkpoint's hyper-parameters may hold."""
+        return asdict(self)
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts, n = E G."""
+        return self.expansion_rate * self.granularity
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts a token uses, k; under expert choice on average."""
+        return self.granularity if self.top_k is None else self.top_k
+
+    @property
+    def norm(self) -> Norm:
+        """Output norm, decided."""
+        if self.output_norm != "auto":
+            return self.output_norm
+        return "none" if self.router == "token_choice" and self.experts_per_token == 1 else "layernorm"
+
+    @property
+    def weight_scale(self) -> float:
+        """Constant that weights are multiplied by, decided."""
+        if self.routing.weight_scale != "auto":
+            return float(self.routing.weight_scale)
+        # sigmoid scores are about 1/2 whatever the number of experts
+        small = self.norm == "none" and not self.routing.normalize_weights and self.routing.score == "softmax"
+        return float(self.expansion_rate) if small else 1.0
+
+    @property
+    def evaluation(self) -> Choice:
+        """Who chooses in evaluation mode, decided."""
+        return self.routing.evaluation or self.router
+
+    def d_expert(self, d_ff: int) -> int:
+        """Return the width of an expert, d_ff / G.
+
+        Raises:
+            ValueError: G does not divide ``d_ff``.
+        """
+        if d_ff % self.granularity:
+            divisors = [g for g in range(1, d_ff + 1) if d_ff % g == 0]
+            nearest = min(divisors, key=lambda g: (abs(g - self.granularity), g))
+            raise ValueError(
+                f"granularity must divide d_ff = {d_ff}, got {self.granularity}; the nearest that does is {nearest}"
+            )
+        return d_ff // self.granularity
+
+    def _check_choices(self) -> None:
+        one = self.router == "token_choice" and self.experts_per_token == 1
+        routing = self.routing
+        if one and routing.normalize_weights:
+            raise ValueError(
+                "normalize_weights with one expert a token makes every weight 1, and the router learns nothing; "
+                "use top_k >= 2 or normalize_weights=False"
+            )
+        if one and self.output_norm not in ("auto", "none"):
+            warnings.warn(
+                f"output_norm={self.output_norm!r} with one expert a token cancels the only weight: the task's loss "
+                "hardly reaches the router; use output_norm='none' or top_k >= 2",
+                stacklevel=4,
+            )
+        if self.router == "expert_choice":
+            only_token = {
+                "normalize_weights": routing.normalize_weights,
+                "capacity_factor": routing.capacity_factor is not None,
+                "jitter": routing.jitter > 0,
+            }
+            if any(only_token.values()):
+                named = ", ".join(name for name, given in only_token.items() if given)
+                raise ValueError(f"{named}: means something for router='token_choice' only; leave it out")
+            if self.balance.method == "bias":
+                raise ValueError("balance method 'bias' is for token choice: under expert choice all loads are equal")
+            if routing.softmax_over == "tokens" and (routing.score == "sigmoid" or self.evaluation != self.router):
+                raise ValueError(
+                    "softmax_over='tokens' needs score='softmax' and expert choice in evaluation, too; "
+                    "use softmax_over='experts'"
+                )
+        elif routing.group_size is not None or routing.softmax_over == "tokens" or self.evaluation != self.router:
+            raise ValueError(
+                "group_size, softmax_over='tokens' and evaluation='expert_choice' belong to router='expert_choice'"
+            )
+
+
+def _with(config: MoEConfig, changes: dict[str, Any]) -> MoEConfig:
+    known = {f.name for f in fields(config)}
+    _check_names("MoEConfig", changes, known)
+    for name, kind in (("routing", Routing), ("balance", Balance), ("init", Initialisation)):
+        value = changes.get(name)
+        if isinstance(value, Mapping):
+            changes[name] = _with_group(getattr(config, name), value)
+        elif name in changes and not isinstance(value, kind):
+            raise ValueError(f"{name} must be a {kind.__name__} or a dict of its fields, got {value!r}")
+    return replace(config, **changes)
+
+
+def _with_group(group: _Group, changes: Mapping[str, Any]) -> _Group:
+    _check_names(type(group).__name__, changes, {f.name for f in fields(group)})
+    return replace(group, **changes)
+
+
+def _check_names(owner: str, given: Mapping[str, Any], known: set[str]) -> None:
+    if unknown := set(given) - known:
+        raise ValueError(f"{owner} has no {', '.join(sorted(map(str, unknown)))}; it has {', '.join(sorted(known))}")
+
+
+def _check_literals(options: Routing | Balance | Initialisation | MoEConfig) -> None:
+    for name, hint in get_type_hints(type(options)).items():
+        allowed = _strings(hint)
+        others = tuple(part for part in get_args(hint) if isinstance(part, type))
+        value = getattr(options, name)
+        if allowed and value not in allowed and (isinstance(value, str) or not isinstance(value, others)):
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _strings(hint: Any) -> list[str]:
+    """Strings that an annotation of literals and unions lets through."""
+    return [hint] if isinstance(hint, str) else [s for part in get_args(hint) for s in _strings(part)]
+
+
+def _check_count(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a number > 0, got {value!r}")
