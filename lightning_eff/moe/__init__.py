@@ -1,8 +1,12 @@
-"""Fine-grained mixtures of experts: scaling laws, and plans for a budget of FLOPs.
+"""Fine-grained mixtures of experts: the layer, scaling laws, and plans for a budget of FLOPs.
 
-arXiv 2402.07871. What is here needs NumPy and SciPy alone.
+arXiv 2402.07871. Laws and plans need NumPy and SciPy alone: what needs torch is imported on first use (PEP 562).
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_eff.moe.config import Balance, Initialisation, MoEConfig, Routing
 from lightning_eff.moe.scaling import (
     ChinchillaLaw,
     ComputePlanner,
@@ -18,17 +22,55 @@ from lightning_eff.moe.scaling import (
     read_runs,
 )
 
+if TYPE_CHECKING:
+    from lightning_eff.moe.auxiliary import collect_aux_losses, total_aux_loss
+    from lightning_eff.moe.dense import DenseFFN
+    from lightning_eff.moe.functional import moe_ffn
+    from lightning_eff.moe.layer import FineGrainedMoE
+    from lightning_eff.moe.routing import balance_loss, z_loss
+
 __all__ = [
+    "Balance",
     "ChinchillaLaw",
     "ComputePlanner",
     "DecoderShape",
+    "DenseFFN",
+    "FineGrainedMoE",
     "FineGrainedMoELaw",
     "FitResult",
+    "Initialisation",
+    "MoEConfig",
     "Objective",
     "Plan",
     "PlanTable",
+    "Routing",
     "append_run",
+    "balance_loss",
+    "collect_aux_losses",
     "fit_scaling_law",
     "load_law",
+    "moe_ffn",
     "read_runs",
+    "total_aux_loss",
+    "z_loss",
 ]
+
+_FILE_OF = {
+    "DenseFFN": "dense",
+    "FineGrainedMoE": "layer",
+    "balance_loss": "routing",
+    "collect_aux_losses": "auxiliary",
+    "moe_ffn": "functional",
+    "total_aux_loss": "auxiliary",
+    "z_loss": "routing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_FILE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -300,6 +300,7 @@ def _check_literals(options: Routing | Balance | Initialisation | MoEConfig) -> 
     for name, hint in get_type_hints(type(options)).items():
         allowed = _strings(hint)
         others = tuple(part for part in get_args(hint) if isinstance(part, type))
+        others += (int,) if float in others else ()
         value = getattr(options, name)
         if allowed and value not in allowed and (isinstance(value, str) or not isinstance(value, others)):
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

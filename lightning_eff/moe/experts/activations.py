@@ -1,0 +1,64 @@
+"""Activations of experts and their derivatives, into memory that is there already.
+
+Rows of assignments come first; ``pre`` is what the first matrix gives, [rows, h], or [rows, 2 h] with a gate before.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_eff.moe.config import Activation
+
+
+def width(activation: Activation) -> int:
+    """Return how many hidden columns of the first matrix one unit takes: 2 with a gate, else 1."""
+    return 2 if activation == "swiglu" else 1
+
+
+def activate(pre: Tensor, activation: Activation) -> Tensor:
+    """Return the hidden units [..., h] of ``pre`` [..., h or 2 h], differentiably."""
+    if activation == "swiglu":
+        gate, up = pre.chunk(2, -1)
+        return F.silu(gate) * up
+    return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation](pre)
+
+
+def activate_into(out: Tensor, pre: Tensor, activation: Activation) -> None:
+    """Write the hidden units of ``pre`` to ``out``."""
+    if activation == "relu":
+        torch.clamp_min(pre, 0, out=out)
+    elif activation == "gelu":
+        torch.ops.aten.gelu.out(pre, out=out)
+    elif activation == "silu":
+        torch.ops.aten.silu.out(pre, out=out)
+    else:
+        gate, up = pre.chunk(2, -1)
+        torch.ops.aten.silu.out(gate, out=out)
+        out.mul_(up)
+
+
+def backward_into(out: Tensor, grad: Tensor, pre: Tensor, activation: Activation, work: Tensor) -> None:
+    """Write the gradient by ``pre`` to ``out``, given the one by the hidden units, which is overwritten.
+
+    Args:
+        out: As ``pre``.
+        grad: [rows, h].
+        pre: [rows, h or 2 h].
+        activation: Which one.
+        work: Memory [rows, h].
+    """
+    if activation == "relu":
+        torch.ops.aten.threshold_backward.grad_input(grad, pre, 0, grad_input=out)
+    elif activation == "gelu":
+        torch.ops.aten.gelu_backward.grad_input(grad, pre, grad_input=out)
+    elif activation == "silu":
+        torch.ops.aten.silu_backward.grad_input(grad, pre, grad_input=out)
+    else:
+        gate, up = pre.chunk(2, -1)
+        by_gate, by_up = out.chunk(2, -1)
+        torch.ops.aten.silu.out(gate, out=work)
+        torch.mul(grad, work, out=by_up)
+        grad.mul_(up)
+        torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=by_gate)
