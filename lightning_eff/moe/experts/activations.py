@@ -22,7 +22,9 @@ def activate(pre: Tensor, activation: Activation) -> Tensor:
     if activation == "swiglu":
         gate, up = pre.chunk(2, -1)
         return F.silu(gate) * up
-    return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation](pre)
+    if activation == "relu":
+        return F.relu(pre)
+    return F.gelu(pre) if activation == "gelu" else F.silu(pre)
 
 
 def activate_into(out: Tensor, pre: Tensor, activation: Activation) -> None:

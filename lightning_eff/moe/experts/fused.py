@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, split_with_sizes
 from torch.utils.flop_counter import register_flop_formula
 
 from lightning_eff.moe.config import Activation
@@ -110,16 +110,16 @@ def _forward(
         index = token_index[rows]
         a, p = hidden[:total], pre[rows] if keep else inner_rows[:total]
         gathered = torch.index_select(x, 0, index, out=tokens[:total])
-        pieces = gathered.split(sizes)
+        pieces = split_with_sizes(gathered, sizes)
         if biases is None:
-            for e, piece, out in zip(experts, pieces, p.split(sizes), strict=True):
+            for e, piece, out in zip(experts, pieces, split_with_sizes(p, sizes), strict=True):
                 torch.mm(piece, first[e], out=out)
         else:
-            for e, piece, out in zip(experts, pieces, p.split(sizes), strict=True):
+            for e, piece, out in zip(experts, pieces, split_with_sizes(p, sizes), strict=True):
                 torch.addmm(biases[e], piece, first[e], out=out)
         activate_into(a, p, activation)  # type: ignore[arg-type]
         a.mul_(weights[rows, None])
-        for e, piece, out in zip(experts, a.split(sizes), pieces, strict=True):
+        for e, piece, out in zip(experts, split_with_sizes(a, sizes), pieces, strict=True):
             torch.mm(piece, second[e], out=out)
         y.index_add_(0, index, gathered.to(y.dtype))
     return y.to(x.dtype), pre
@@ -164,8 +164,8 @@ def _backward(
         index, p, w = token_index[rows], pre[rows], weights[rows, None]
         a, q, work, dp = a_rows[:total], q_rows[:total], work_rows[:total], p_rows[:total]
         g = torch.index_select(grad, 0, index, out=g_rows[:total])
-        g_pieces, dp_pieces = g.split(sizes), dp.split(sizes)
-        for e, piece, out in zip(experts, g_pieces, q.split(sizes), strict=True):
+        g_pieces, dp_pieces = split_with_sizes(g, sizes), split_with_sizes(dp, sizes)
+        for e, piece, out in zip(experts, g_pieces, split_with_sizes(q, sizes), strict=True):
             torch.mm(piece, second[e], out=out)
         activate_into(a, p, activation)  # type: ignore[arg-type]
         if by_weights:
@@ -173,13 +173,13 @@ def _backward(
             dweights[rows] = work.sum(1, dtype=dweights.dtype)
         if by_w2:
             a.mul_(w)
-            _add_products(into_w2, experts, a.split(sizes), g_pieces, goes_on)
+            _add_products(into_w2, experts, split_with_sizes(a, sizes), g_pieces, goes_on)
         if not (by_x or by_w1 or by_b1):
             continue
         q.mul_(w)
         backward_into(dp, q, p, activation, work)  # type: ignore[arg-type]
         if by_w1:
-            x_pieces = torch.index_select(x, 0, index, out=x_rows[:total]).split(sizes)
+            x_pieces = split_with_sizes(torch.index_select(x, 0, index, out=x_rows[:total]), sizes)
             _add_products(into_w1, experts, x_pieces, dp_pieces, goes_on)
         if by_b1:
             for e, piece in zip(experts, dp_pieces, strict=True):
@@ -275,4 +275,4 @@ def _backward_flops(
     by_x, by_w1, by_b1, by_w2, by_weights = needs
     first, second = int(w1[1] * w1[2]), int(w2[1] * w2[2])
     by_hidden = by_x or by_w1 or by_b1 or by_weights
-    return 2 * int(token_index[0]) * (second * (by_hidden + by_w2) + first * (by_x + by_w1))
+    return int(2 * token_index[0] * (second * (by_hidden + by_w2) + first * (by_x + by_w1)))
