@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 
 class StepToken:
@@ -51,27 +52,41 @@ class StepTokens:
 
 
 class ShadowedLoaders:
-    """Stands between a trainer and private records: training gets step tokens, validation nothing.
+    """Stands between a trainer and private records: training and prediction get step tokens, validation nothing.
 
-    It must be made before Lightning asks for a loader, hence in ``setup``: ``trainer.estimated_stepping_batches`` in
-    ``configure_optimizers`` builds the training loader already.
+    It must be made before Lightning asks for a loader, so not after ``setup``: ``trainer.estimated_stepping_batches``
+    in ``configure_optimizers`` builds the training loader already. In ``configure_callbacks`` it also comes before
+    Lightning warns of a validation step without a validation loader.
 
     Args:
         trainer: Whose data module, if it has one.
-        tokens: Makes the tokens of the training.
+        training: Makes the tokens of the training.
+        prediction: Makes those of the prediction.
         keep_validation: Leave validation alone.
 
     Attributes:
         private: The data module's own ``train_dataloader``; ``None`` without a data module.
     """
 
-    def __init__(self, trainer: Trainer, tokens: Callable[[], StepTokens], *, keep_validation: bool) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        training: Callable[[], StepTokens],
+        prediction: Callable[[], StepTokens],
+        *,
+        keep_validation: bool,
+    ) -> None:
         self._put_back: list[Callable[[], None]] = []
         datamodule = getattr(trainer, "datamodule", None)
         self.private: Callable[[], Any] | None = None if datamodule is None else datamodule.train_dataloader
-        if datamodule is not None:
-            self._replace(datamodule, "train_dataloader", lambda: tokens())
-        if not keep_validation:
+        fitting, predicting = (trainer.state.fn == fn for fn in (TrainerFn.FITTING, TrainerFn.PREDICTING))
+        if datamodule is not None and predicting:
+            self._replace(datamodule, "predict_dataloader", lambda: prediction())
+        if datamodule is not None and fitting:
+            self._replace(datamodule, "train_dataloader", lambda: training())
+            if not keep_validation:
+                self._replace(datamodule, "val_dataloader", _no_loaders)
+        if fitting and not keep_validation:
             self._replace(trainer, "limit_val_batches", 0)
 
     def restore(self) -> None:
@@ -87,6 +102,10 @@ class ShadowedLoaders:
         else:
             self._put_back.append(lambda: delattr(owner, name))
         setattr(owner, name, value)
+
+
+def _no_loaders() -> list[Any]:
+    return []
 
 
 class RestoreOnException(Callback):

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_eff.accounting import PrivacyLedger, gaussian_sigma
 from lightning_eff.batch import SplitBatch, split_batch
 from lightning_eff.surgery.state import quiet_model
+from lightning_eff.synthesis.checkpoint import joined_history, promises, release_fingerprint, require_identity
 from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.features import NTKFeatures
 from lightning_eff.synthesis.loaders import RestoreOnException, ShadowedLoaders, StepToken, StepTokens
@@ -36,9 +37,10 @@ from lightning_eff.synthesis.options import (
     options_from,
     plain_options,
 )
+from lightning_eff.synthesis.processes import ONE_RELEASE, Processes
 from lightning_eff.synthesis.reading import PrivateData, records_of
 from lightning_eff.synthesis.release import NOT_PRIVATE, release_mean_embedding
-from lightning_eff.synthesis.report import PrivacyReport, privacy_report
+from lightning_eff.synthesis.report import VALIDATION, PrivacyReport, privacy_report
 from lightning_eff.synthesis.sampling import class_labels, latent_codes
 from lightning_eff.synthesis.signal import class_weights, noise_floor, noise_norms, signal_norms, usable_classes
 from lightning_eff.synthesis.spaces import RecordSpace
@@ -46,7 +48,6 @@ from lightning_eff.synthesis.synthetic import SyntheticData
 from lightning_eff.synthesis.tables import Rows, TableSchema
 
 _KEY = "dp_ntk"
-_VALIDATION = "Validation compares private records with generated ones; what val/mmd2 tells is not covered."
 _TWO_WAYS = (
     "either trainer.fit(model, datamodule=...), whose training data are read once, or model.release(data) before "
     "trainer.fit(model)"
@@ -146,9 +147,9 @@ class DPNTKGenerator(LightningModule):
         self.ledger = PrivacyLedger(
             self.delta, max_epsilon=self.release_options.max_epsilon, adjacency=self.release_options.adjacency
         )
-        if self.release_options.allow_nonprivate_validation:
-            self.ledger.not_covered.append(_VALIDATION)
+        self._tell_of_validation()
         self.steps_trained = 0
+        self._releases: list[str] = []
         self._weights: Tensor | None = None
         self._release_seconds: float | None = None
         self._shadow: ShadowedLoaders | None = None
@@ -166,6 +167,7 @@ class DPNTKGenerator(LightningModule):
         Raises:
             ValueError: The data are not what they should be; nothing was released.
             PrivacyBudgetExceeded: ``max_epsilon`` would be passed; no record was read.
+            RuntimeError: This process is one of several that do not run together yet; no record was read.
         """
         epsilon = self.epsilon if epsilon is None else epsilon
         if self.schema is not None and _are_rows(data):
@@ -185,14 +187,15 @@ class DPNTKGenerator(LightningModule):
         )
         self._release_seconds = time.perf_counter() - start
         self.embedding, self._weights = embedding, None
+        self._releases.append(release_fingerprint(embedding))
         if math.isinf(epsilon):
             rank_zero_warn(NOT_PRIVATE)
         usable = usable_classes(embedding)
         if not usable.all():
             few = ", ".join(str(c) for c in (~usable).nonzero().flatten().tolist())
             rank_zero_warn(
-                f"class {few}: too few records for this epsilon. Their noisy counts lie within three standard "
-                "deviations of zero; they are left out of training, and what is generated for them is arbitrary"
+                f"class {few}: too few records for this epsilon. Their counts lie within three standard "
+                "deviations of the noise; they are left out of training, and what is generated for them is arbitrary"
             )
         return embedding
 
@@ -252,18 +255,26 @@ class DPNTKGenerator(LightningModule):
     # Lightning's hooks, in the order in which they are called
 
     def configure_callbacks(self) -> list[Callback]:
-        """Put the loaders back also after an exception."""
+        """Put step tokens before the data module's loaders, and have these put back also after an exception."""
+        self._cover_loaders()
         return [RestoreOnException(self._restore_loaders)]
 
     def setup(self, stage: str) -> None:
-        """Put step tokens before the data module's loaders."""
-        if stage == "fit":
-            self._restore_loaders()
-            keep = self.release_options.allow_nonprivate_validation
-            self._shadow = ShadowedLoaders(self.trainer, self.train_dataloader, keep_validation=keep)
+        """Put step tokens before the data module's loaders where a subclass has callbacks of its own."""
+        if self._shadow is None:
+            self._cover_loaders()
 
     def on_fit_start(self) -> None:
         """Release, unless that has been done."""
+        if self.trainer.world_size > 1:
+            held = None if self.embedding is None else release_fingerprint(self.embedding)
+            if len(set(Processes.running().gathered(held))) > 1:
+                raise RuntimeError(
+                    "the processes hold different releases, which add up to more than one ledger tells, and training "
+                    f"would match a mixture: {ONE_RELEASE}"
+                )
+        if self.embedding is not None and self.trainer.ckpt_path is None and self._shadow and self._shadow.private:
+            rank_zero_info("There is a release already: the training data of the datamodule are not read.")
         if self.embedding is None:
             if self.trainer.ckpt_path is not None:
                 raise RuntimeError(
@@ -332,6 +343,7 @@ class DPNTKGenerator(LightningModule):
                 "in a datamodule, where they are left out, or ReleaseOptions(allow_nonprivate_validation=True)"
             )
         x, y = records_of(batch, self.num_classes, batch_idx, self.split_batch, self.device)
+        self.space.check_records(x, batch_idx)
         with torch.autocast(x.device.type, enabled=False):
             self._validation.add(x, y)
 
@@ -345,6 +357,19 @@ class DPNTKGenerator(LightningModule):
             value = self.features.mmd2(held_out, x.float(), y, weights=present / present.sum())
         self.log("val/mmd2", value, batch_size=len(y), sync_dist=True)
 
+    def predict_dataloader(self) -> StepTokens:
+        """Return one token: ``trainer.predict`` needs no data."""
+        return StepTokens(1, lambda: 0)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        """Do nothing: a :class:`SyntheticDataWriter` among the callbacks makes and writes the records.
+
+        Raises:
+            RuntimeError: The batch is no step token, so a private one.
+        """
+        if not isinstance(batch, StepToken):
+            raise RuntimeError("prediction makes records and takes none: leave dataloaders out of trainer.predict")
+
     def teardown(self, stage: str) -> None:
         """Give the data module its loaders back."""
         self._restore_loaders()
@@ -355,6 +380,7 @@ class DPNTKGenerator(LightningModule):
         checkpoint[_KEY] = {
             "embedding": embedding,
             "ledger": self.ledger.state_dict(),
+            "releases": list(self._releases),
             "identity": self._identity(),
             "features": {name: tensor.cpu() for name, tensor in self.features.state_dict().items()},
             "steps_trained": self.steps_trained,
@@ -368,26 +394,36 @@ class DPNTKGenerator(LightningModule):
 
         Raises:
             ValueError: The checkpoint is of another kind, or of another schema, feature network or promise; the first
-                difference is named.
+                difference is named. Or both module and checkpoint have releases that the other does not know.
         """
         if _KEY not in checkpoint:
             raise ValueError("expected a checkpoint of DPNTKGenerator, got one without a release")
         state = checkpoint[_KEY]
-        for name, own in self._identity().items():
-            if state["identity"].get(name) != own:
-                raise ValueError(
-                    f"the checkpoint was made with another {name}: expected {own!r}, got "
-                    f"{state['identity'].get(name)!r}; build the model as it was, or use load_from_checkpoint"
-                )
-        self.features.load_state_dict(state["features"])
-        self.ledger.load_state_dict(state["ledger"])
+        require_identity(self._identity(), state["identity"])
+        saved = PrivacyLedger()
+        saved.load_state_dict(state["ledger"])
+        joined, self._releases = joined_history(self.ledger, self._releases, saved, state.get("releases", []))
+        self.ledger.load_state_dict(joined.state_dict())
         self.ledger.max_epsilon = self.release_options.max_epsilon
+        self._tell_of_validation()
+        self.features.load_state_dict(state["features"])
         self.embedding = None if state["embedding"] is None else MeanEmbedding.from_state_dict(state["embedding"])
         self._weights, self.steps_trained = None, int(state["steps_trained"])
 
     def __getstate__(self) -> dict[str, Any]:
         # copies of the module, as averaging of weights makes them, must not hold the data module
         return {**super().__getstate__(), "_shadow": None}
+
+    def _tell_of_validation(self) -> None:
+        if self.release_options.allow_nonprivate_validation and VALIDATION not in self.ledger.not_covered:
+            self.ledger.not_covered.append(VALIDATION)
+
+    def _cover_loaders(self) -> None:
+        self._restore_loaders()
+        keep = self.release_options.allow_nonprivate_validation
+        self._shadow = ShadowedLoaders(
+            self.trainer, self.train_dataloader, self.predict_dataloader, keep_validation=keep
+        )
 
     def _restore_loaders(self) -> None:
         if self._shadow is not None:
@@ -401,7 +437,7 @@ class DPNTKGenerator(LightningModule):
             "schema": None if self.schema is None else self.schema.to_dict(),
             "feature network": {name: list(shape) for name, shape in self.features.layout.items()},
             "generator": type(self.generator).__name__,
-            "adjacency": self.release_options.adjacency,
+            **promises(self.release_options),
             "epsilon": self.epsilon,
             "delta": self.delta,
         }
@@ -439,7 +475,10 @@ class DPNTKGenerator(LightningModule):
 
     def _released(self) -> MeanEmbedding:
         if self.embedding is None:
-            raise RuntimeError(f"there is nothing to train on: {_TWO_WAYS}")
+            raise RuntimeError(
+                f"there is no release to train on yet: {_TWO_WAYS}. What trains before a fit has begun, such as a "
+                "search of the learning rate, needs model.release(data) beforehand"
+            )
         return self.embedding
 
     def _class_weights(self) -> Tensor:
@@ -459,6 +498,9 @@ class DPNTKGenerator(LightningModule):
         return next(floating, torch.float32)
 
     def _shares(self) -> Tensor:
+        prior = self.release_options.label_prior
+        if not isinstance(prior, str):
+            return torch.tensor(prior, dtype=torch.float64)
         if self.embedding is None:
             return torch.ones(self.num_classes, dtype=torch.float64)
         return self.embedding.counts.double().cpu()

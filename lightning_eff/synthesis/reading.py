@@ -2,77 +2,29 @@
 
 The sensitivity of a release rests on how often one record may enter it. A data loader that repeats, weights or pads
 would break that without a sign, so map-style data sets are read by a loader of our own, in order and in disjoint
-shards without padding, and samplers are asked beforehand which records they would take.
+shards without padding, samplers are asked beforehand which records they would take, and what was read is counted.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    TensorDataset,
-    WeightedRandomSampler,
-    default_collate,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from lightning_eff.accounting import Adjacency
 from lightning_eff.batch import SplitBatch
-from lightning_eff.surgery.state import untouched_generators
+from lightning_eff.synthesis.processes import ONE_RELEASE, Processes
+from lightning_eff.synthesis.samplers import contents_are_compared, records_taken
 
 PrivateData = DataLoader[Any] | Dataset[Any] | tuple[Tensor, Tensor] | Iterable[Any]
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes that read together; one where torch.distributed is not running."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def running(cls) -> Processes:
-        """Those of the default process group."""
-        if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
-        return cls()
-
-    def agree(self, problem: BaseException | None) -> None:
-        """Raise the problem of any of them in all of them, so that none waits for one that has failed."""
-        if self.world > 1:
-            problems: list[Any] = [None] * self.world
-            dist.all_gather_object(problems, None if problem is None else f"{type(problem).__name__}: {problem}")
-            if problem is None and any(problems):
-                failed = next(rank for rank, text in enumerate(problems) if text)
-                raise RuntimeError(f"process {failed} could not read its records: {problems[failed]}")
-        if problem is not None:
-            raise problem
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Add up a tensor of each of them, in place."""
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values
-
-    def from_first(self, values: Tensor) -> Tensor:
-        """Overwrite a tensor by that of process 0."""
-        if self.world > 1:
-            dist.broadcast(values, src=0)
-        return values
 
 
 @dataclass(frozen=True)
@@ -83,28 +35,48 @@ class Shard:
         batches: Its batches.
         records: How many records all processes read together; ``None`` where only reading tells.
         mine: Records among them that this process reads.
-        once: Whether it was seen beforehand how often each record is read, or has to be believed.
+        most: How many it may find in its batches, where each record may come several times.
+        assumptions: Sentences on what could not be seen beforehand, and the guarantee rests on.
+        fingerprint: Of all records, which must be the same in every process.
     """
 
     batches: Iterable[Any]
     records: int | None
     mine: int | None
-    once: bool = True
+    most: int | None = None
+    assumptions: tuple[str, ...] = ()
+    fingerprint: str = ""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
 
+    def check_number(self, read: int) -> None:
+        """Raise a ValueError where the batches held other records than the ones asked for, by their number."""
+        if self.mine is None or self.most is None or self.mine <= read <= self.most:
+            return
+        wanted = f"{self.mine}" if self.most == self.mine else f"{self.mine} to {self.most}"
+        raise ValueError(
+            f"expected {wanted} records in the batches of this process, got {read}: collate_fn or split_batch must "
+            "give every record once; where it makes several of one, max_contributions= says how many at most"
+        )
+
 
 def shard_of(
-    data: PrivateData, *, batch_size: int, max_contributions: int = 1, processes: Processes | None = None
+    data: PrivateData,
+    *,
+    batch_size: int,
+    max_contributions: int = 1,
+    adjacency: Adjacency = "replace_one",
+    processes: Processes | None = None,
 ) -> Shard:
     """Split private data among the processes: disjoint, complete, without padding. No record is read here.
 
     Args:
-        data: A data loader, a map-style data set of ``(x, y)``, tensors ``(x [n, ...], y [n])``, or, in one process,
-            any iterable of batches.
+        data: A data loader, a map-style data set of ``(x, y)``, tensors or arrays ``(x [n, ...], y [n])``, or, in one
+            process, any iterable of batches.
         batch_size: Records read at a time, of map-style data sets.
         max_contributions: How often one record may be read.
+        adjacency: Which data sets are neighbours; where they differ in size, samplers that fix it are refused.
         processes: By default those of the running process group.
 
     Raises:
@@ -112,60 +84,61 @@ def shard_of(
             records, or not in disjoint shards.
     """
     processes = processes or Processes.running()
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in data):
         if len(data[0]) != len(data[1]):
             raise ValueError(f"expected as many labels as records, got {len(data[1])} and {len(data[0])}")
-        data = TensorDataset(*data)
-    if isinstance(data, Tensor):
-        data = TensorDataset(data)
+        data = TensorDataset(*map(_tensor, data))
+    if isinstance(data, Tensor | np.ndarray):
+        data = TensorDataset(_tensor(data))
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         data = DataLoader(data, batch_size=batch_size)
+    if isinstance(data, DataLoader) and data.drop_last:
+        rank_zero_warn("drop_last=True is for training and would leave records out: all are read")
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-        return _shard_of_loader(data, batch_size, max_contributions, processes)
+        return _shard_of_loader(data, batch_size, max_contributions, adjacency, processes)
     return _shard_of_iterable(data, batch_size, processes)
 
 
-def _shard_of_loader(loader: DataLoader[Any], batch_size: int, max_contributions: int, processes: Processes) -> Shard:
+def _shard_of_loader(
+    loader: DataLoader[Any], batch_size: int, max_contributions: int, adjacency: Adjacency, processes: Processes
+) -> Shard:
+    taken = records_taken(loader, max_contributions=max_contributions, adjacency=adjacency, processes=processes)
+    share = taken.indices[_part(len(taken.indices), processes)]
+    assumptions = [
+        f"Which records {name} takes does not depend on other records; that could not be checked."
+        for name in taken.chosen_by
+    ]
+    if processes.world > 1 and not contents_are_compared(loader.dataset):
+        assumptions.append("All processes hold the same records in the same order; their number alone was compared.")
     if loader.batch_sampler is None:  # the data set itself gives batches
-        indices = _indices(loader.sampler, max_contributions, processes)
-        share = indices[_part(len(indices), processes)]
-        return Shard(_own_loader(loader, sampler=share, batch_size=None), None, None)
-    if type(loader.batch_sampler) is BatchSampler:
-        indices = _indices(loader.batch_sampler.sampler, max_contributions, processes)
-        kept = len(indices)
-        if loader.drop_last and not isinstance(loader.sampler, DistributedSampler):
-            kept -= kept % int(loader.batch_size or 1)
-        if kept < len(indices):
-            rank_zero_warn(
-                f"drop_last=True: {len(indices) - kept} of {len(indices)} records are ignored, the release is of "
-                f"{kept}; pass a loader with drop_last=False to use all"
-            )
-            if not kept:
-                raise ValueError(f"expected at least one full batch of {loader.batch_size}, got {len(indices)} records")
-        indices = indices[:kept]
-    else:
-        indices = [index for batch in _drawn(loader.batch_sampler, processes) for index in batch]
-        _check_repeats(indices, max_contributions, loader.batch_sampler)
-    share = indices[_part(len(indices), processes)]
-    batches = [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
+        assumptions.append("The batches of the data set hold every record once; that could not be checked.")
+        batches = _own_loader(loader, sampler=share, batch_size=None)
+        return Shard(batches, None, None, None, tuple(assumptions), taken.fingerprint)
+    if loader.collate_fn is not default_collate:
+        assumptions.append("The collate_fn gives records one by one, unmixed; that could not be checked.")
+    parts = [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
     if type(loader.dataset) is TensorDataset and loader.collate_fn is default_collate:
         # a tensor gives a batch at once, a hundred times faster than record by record
-        return Shard(DataLoader(loader.dataset, batch_size=None, sampler=batches), len(indices), len(share))
-    return Shard(_own_loader(loader, batch_sampler=batches), len(indices), len(share))
+        batches = DataLoader(loader.dataset, batch_size=None, sampler=parts)
+    else:
+        batches = _own_loader(loader, batch_sampler=parts)
+    # of a record that the sampler takes several times, its copies in the batches count as well
+    most = len(share) if max_contributions == 1 else max(len(share), len(set(share)) * max_contributions)
+    return Shard(batches, len(taken.indices), len(share), most, tuple(assumptions), taken.fingerprint)
 
 
 def _shard_of_iterable(data: Any, batch_size: int, processes: Processes) -> Shard:
     if not isinstance(data, Iterable) or isinstance(data, dict | str):
         raise ValueError(
-            "expected private data as a DataLoader, a data set of (x, y), tensors (x, y) or an iterable of batches, "
-            f"got a {type(data).__name__}"
+            "expected private data as a DataLoader, a data set of (x, y), tensors or arrays (x, y) or an iterable of "
+            f"batches, got a {type(data).__name__}"
         )
     if isinstance(data, list | tuple) and any(isinstance(part, DataLoader) for part in data):
         raise ValueError(f"expected one data loader, got {len(data)}: join their data sets with ConcatDataset")
     if processes.world > 1:
         raise ValueError(
-            "an iterable cannot be shown to give each process other records: pass a map-style data set or its loader, "
-            "or release in one process before fit"
+            "an iterable cannot be shown to give each process other records: pass a map-style data set or its loader; "
+            f"{ONE_RELEASE}"
         )
     if isinstance(data, IterableDataset):
         data = DataLoader(data, batch_size=batch_size)
@@ -174,56 +147,10 @@ def _shard_of_iterable(data: Any, batch_size: int, processes: Processes) -> Shar
             f"{data.num_workers} workers may each give all records of an IterableDataset, which multiplies their "
             "sensitivity: take num_workers of 0 or 1"
         )
-    return Shard(data, None, None, once=False)
-
-
-def _indices(sampler: Iterable[int], max_contributions: int, processes: Processes) -> Sequence[int]:
-    """Which records a sampler takes, in an order that is the same in every process."""
-    if isinstance(sampler, WeightedRandomSampler):
-        raise ValueError(
-            "a WeightedRandomSampler repeats some records and, where weights follow the labels, how often depends on "
-            "the other records, so no sensitivity is known: pass the loader with shuffle=True or without a sampler"
-        )
-    if isinstance(sampler, RandomSampler) and sampler.replacement and max_contributions == 1:
-        raise ValueError(
-            "RandomSampler(replacement=True) repeats records, which multiplies their sensitivity: pass a loader "
-            "without replacement, or max_contributions=, the most times one record may be read, if it is intended"
-        )
-    if isinstance(sampler, DistributedSampler):
-        size = len(cast(Sized, sampler.dataset))
-        if sampler.num_replicas != processes.world:
-            raise ValueError(
-                f"a DistributedSampler for {sampler.num_replicas} processes pads its shards with repeated records, and "
-                f"{processes.world} process reads: pass the loader without it, shards are made here"
-            )
-        return range(size)
-    size = len(sampler.data_source) if isinstance(sampler, SequentialSampler | RandomSampler) else -1
-    if isinstance(sampler, SequentialSampler) or (
-        isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == size
-    ):
-        return range(size)
-    indices = _drawn(sampler, processes)
-    _check_repeats(indices, max_contributions, sampler)
-    return indices
-
-
-def _drawn(sampler: Iterable[Any], processes: Processes) -> list[Any]:
-    with untouched_generators():
-        drawn = [list(sampler)]
-    if processes.world > 1:
-        dist.broadcast_object_list(drawn, src=0)
-    return drawn[0]
-
-
-def _check_repeats(indices: Sequence[Any], max_contributions: int, sampler: object) -> None:
-    most = max(Counter(int(index) for index in indices).values(), default=0)
-    if not most:
-        raise ValueError(f"expected records, got none from {type(sampler).__name__}")
-    if most > max_contributions:
-        raise ValueError(
-            f"{type(sampler).__name__} gives one record {most} times, which multiplies its sensitivity: pass a loader "
-            f"that gives each record once, or max_contributions={most} if it is intended"
-        )
+    if isinstance(data, DataLoader) and data.drop_last:
+        data = _own_loader(data, batch_size=data.batch_size)
+    believed = "The iterable that was read gave every record once; that could not be checked."
+    return Shard(data, None, None, assumptions=(believed,))
 
 
 def _part(size: int, processes: Processes) -> slice:
@@ -264,6 +191,7 @@ def records_of(
     if num_classes == 1 and isinstance(batch, list | tuple) and len(batch) == 1:
         batch = batch[0]
     x, y = (batch, None) if num_classes == 1 and isinstance(batch, Tensor) else split(batch)
+    x, y = map(_tensor, (x, y))
     if not isinstance(x, Tensor) or not x.ndim or x.is_complex():
         raise ValueError(f"batch {number}: expected records as a tensor [B, ...] of numbers, got {_kind(x)}")
     if y is None:
@@ -288,6 +216,11 @@ def _classes(y: Any, size: int, num_classes: int, number: int) -> Tensor:
         raise ValueError(f"batch {number}: {wanted}, got {_kind(y)}; is this a regression target?")
     classes: Tensor = y.long()
     if size and not (int(classes.min()) >= 0 and int(classes.max()) < num_classes):
+        if num_classes == 1:
+            raise ValueError(
+                f"batch {number}: num_classes=1 is for records without labels, got labels of several classes: leave "
+                "them out with split_batch=lambda batch: (batch[0], None), or say how many classes there are"
+            )
         raise ValueError(f"batch {number}: {wanted}, got labels outside of it; is one missing, or num_classes wrong?")
     return classes
 
@@ -309,6 +242,11 @@ def check_finite(x: Tensor, number: int, names: Sequence[str] | None = None) -> 
         f"batch {number}: {int(broken.any(dim=1).sum())} of {len(x)} records hold NaN or infinity, first in {where}; "
         "repair or remove such records by a rule that does not look at others"
     )
+
+
+def _tensor(value: Any) -> Any:
+    # a copy: arrays that must not be written to would be warned of
+    return torch.tensor(value) if isinstance(value, np.ndarray) else value
 
 
 def _kind(value: Any) -> str:

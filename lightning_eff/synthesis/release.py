@@ -9,7 +9,7 @@ Shapes: B records of a batch, C classes, P coordinates of a feature, n records i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -23,7 +23,8 @@ from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.features import ClassSums, NTKFeatures
 from lightning_eff.synthesis.noise import NormalNoise
 from lightning_eff.synthesis.options import ReleaseOptions, check_integer
-from lightning_eff.synthesis.reading import PrivateData, Processes, Shard, records_of, shard_of
+from lightning_eff.synthesis.processes import Processes
+from lightning_eff.synthesis.reading import PrivateData, Shard, records_of, shard_of
 
 NOT_PRIVATE = "NOT PRIVATE: epsilon is infinite, no noise was added."
 KNOWN_NOISE = "NOT PRIVATE: the noise was drawn from noise_seed, and whoever knows it can take the noise away."
@@ -48,8 +49,9 @@ def release_mean_embedding(
     disjoint shard, process 0 draws the noise.
 
     Args:
-        data: A data loader or map-style data set of ``(x, y)``, tensors ``(x [n, ...], y [n])``, or an iterable of
-            batches. Map-style data are read in order by a loader of its own, whatever the given loader's order.
+        data: A data loader or map-style data set of ``(x, y)``, tensors or arrays ``(x [n, ...], y [n])``, or an
+            iterable of batches. Map-style data are read in order and completely by a loader of its own, whatever the
+            given loader's order and ``drop_last``.
         features: Whose network no private data have entered.
         num_classes: C, >= 1; with 1, ``x`` alone will do.
         epsilon: > 0; infinity adds no noise, which the ledger says.
@@ -67,6 +69,7 @@ def release_mean_embedding(
     Raises:
         ValueError: Arguments, data or records are not what they should be. Nothing was released or recorded.
         PrivacyBudgetExceeded: The ledger's ``max_epsilon`` would be passed. No record was read.
+        RuntimeError: This process is one of several that have no process group yet, or another one failed.
     """
     options = options or ReleaseOptions()
     check_integer("num_classes", num_classes, least=1)
@@ -80,16 +83,11 @@ def release_mean_embedding(
     _record(ledger_copy(ledger), sigma, options)
 
     processes = Processes.running()
+    shard = _shard(data, options, processes)
     problem: Exception | None = None
     sums = features.sums(num_classes, dtype=torch.float64)
     try:
         try:
-            shard = shard_of(
-                data,
-                batch_size=options.batch_size,
-                max_contributions=options.max_contributions,
-                processes=processes,
-            )
             with untouched_generators():
                 _read(shard, sums, device_of(features), split_batch, check, progress and processes.rank == 0)
         except Exception as error:
@@ -117,7 +115,7 @@ def release_mean_embedding(
         "max_contributions": options.max_contributions,
         "noise": "operating system" if options.noise_seed is None else "noise_seed",
     }
-    _explain(ledger, embedding, options, shard.once)
+    _explain(ledger, embedding, options, shard.assumptions)
     return embedding
 
 
@@ -148,6 +146,32 @@ def _prior(options: ReleaseOptions, num_classes: int) -> Tensor | None:
     return torch.tensor(options.label_prior, dtype=torch.float64)
 
 
+def _shard(data: PrivateData, options: ReleaseOptions, processes: Processes) -> Shard:
+    """What this process reads, or in all of them the error of any."""
+    shard, problem = None, None
+    try:
+        shard = shard_of(
+            data,
+            batch_size=options.batch_size,
+            max_contributions=options.max_contributions,
+            adjacency=options.adjacency,
+            processes=processes,
+        )
+    except Exception as error:
+        problem = error
+    processes.agree(problem)
+    assert shard is not None
+    seen = processes.gathered((shard.records, shard.fingerprint))
+    if len(set(seen)) > 1:
+        sizes = ", ".join("unknown" if records is None else str(records) for records, _ in seen)
+        raise ValueError(
+            f"the processes hold other records, or the same in another order (their numbers: {sizes}), so that some "
+            "would be read twice: whatever splits or shuffles them must do so alike in every process, e.g. "
+            "random_split(..., generator=torch.Generator().manual_seed(0))"
+        )
+    return shard
+
+
 def _read(
     shard: Shard,
     sums: ClassSums,
@@ -156,7 +180,7 @@ def _read(
     check: Callable[[Tensor, int], None] | None,
     show: bool,
 ) -> None:
-    shown = show and shard.mine is not None
+    shown, read = show and shard.mine is not None, 0
     with (
         torch.autocast(device.type, enabled=False),
         progress_bar("Reading private records", shard.mine or 0, enabled=shown, unit="records") as bar,
@@ -166,7 +190,9 @@ def _read(
             if check is not None:
                 check(x, number)
             sums.add(x, y)
+            read += len(x)
             bar.advance(len(x))
+    shard.check_number(read)
 
 
 def device_of(features: NTKFeatures) -> torch.device:
@@ -226,7 +252,9 @@ def _with_noise(
     return MeanEmbedding(blocks, counts.float(), num_records=n if public else None)
 
 
-def _explain(ledger: PrivacyLedger, embedding: MeanEmbedding, options: ReleaseOptions, once: bool) -> None:
+def _explain(
+    ledger: PrivacyLedger, embedding: MeanEmbedding, options: ReleaseOptions, unchecked: Sequence[str]
+) -> None:
     """Enter what the guarantee rests on, each sentence once."""
     caveats, assumptions, not_covered = [], [], []
     if math.isinf(embedding.meta["epsilon"]):
@@ -237,8 +265,7 @@ def _explain(ledger: PrivacyLedger, embedding: MeanEmbedding, options: ReleaseOp
         assumptions.append(f"The number of records, {embedding.num_records:,}, is public.")
     records = "one record" if options.max_contributions == 1 else f"{options.max_contributions} records"
     assumptions.append(f"One person contributes at most {records}.")
-    if not once:
-        assumptions.append("The iterable that was read gave every record once; that could not be checked.")
+    assumptions.extend(unchecked)
     if not options.counts_are_released:
         assumptions.append("The shares of the classes are public.")
     assumptions.append(

@@ -17,6 +17,8 @@ from lightning_eff.synthesis.signal import signal_to_noise, usable_classes
 from lightning_eff.synthesis.tables import TableSchema
 from lightning_eff.synthesis.tables.schema import INFERRED
 
+VALIDATION = "Validation compares private records with generated ones; what val/mmd2 tells is not covered."
+"""What a ledger says where validation was allowed."""
 _NEIGHBOURS = {
     "replace_one": "one record replaced by another, their number being public",
     "add_remove": "one record more or less",
@@ -112,11 +114,12 @@ def privacy_report(
     Args:
         ledger: With every release.
         embedding: The one in use; ``None`` before the first.
-        options: What it promised.
+        options: What the next one would promise; of a release that is there, what it has promised counts.
         schema: Of a table.
     """
     epsilon = ledger.epsilon()
     meta = {} if embedding is None else embedding.meta
+    released = options.counts_are_released if embedding is None else meta.get("count_weight") is not None
     facts = {
         "private": math.isfinite(epsilon) and not ledger.caveats,
         "epsilon": epsilon,
@@ -125,13 +128,13 @@ def privacy_report(
         "sigma": meta.get("sigma"),
         "sensitivity": meta.get("sensitivity"),
         "adjacency": f"{ledger.adjacency}: {_NEIGHBOURS[ledger.adjacency]}",
-        "unit_of_privacy": _unit(options.max_contributions),
+        "unit_of_privacy": _unit(meta.get("max_contributions", options.max_contributions)),
         "records": None if embedding is None else embedding.num_records or "not public",
-        "class_counts": "released with noise" if options.counts_are_released else "public shares",
+        "class_counts": "released with noise" if released else "public shares",
         "mechanism": "Gaussian, calibrated exactly (arXiv 1805.06530)",
         "noise_source": meta.get("noise"),
         "schema": None if schema is None else schema.source,
-        "nonprivate_validation": options.allow_nonprivate_validation,
+        "nonprivate_validation": VALIDATION in ledger.not_covered,
         "versions": _versions(),
     }
     assumptions = list(ledger.assumptions)

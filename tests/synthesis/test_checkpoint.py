@@ -161,6 +161,9 @@ def test_the_loaders_of_a_data_module_are_never_pickled_with_the_module(trained)
         ({"epsilon": 2.0}, "epsilon"),
         ({"delta": 1e-6}, "delta"),
         ({"release_options": {"adjacency": "add_remove"}}, "adjacency"),
+        ({"release_options": {"max_contributions": 50}}, "max_contributions"),
+        ({"release_options": {"label_prior": "uniform"}}, "label_prior"),
+        ({"release_options": {"count_weight": 0.5}}, "count_weight"),
         ({"generator": MLPGenerator(3, 3, (4,), output="tanh")}, None),
     ],
 )
@@ -175,6 +178,46 @@ def test_a_checkpoint_of_another_module_names_the_first_difference(trained, argu
         with pytest.raises(ValueError, match=f"made with another {field}: expected"):
             run.fit(other, datamodule=data, ckpt_path=trained[2])
     assert not data.train.reads
+
+
+def test_a_release_is_not_loaded_under_promises_that_it_did_not_keep(trained):
+    for options in ({"max_contributions": 50}, {"label_prior": "uniform"}, {"adjacency": "add_remove"}):
+        with pytest.raises(ValueError, match=f"made with another {next(iter(options))}"):
+            DPNTKGenerator.load_from_checkpoint(trained[2], release_options=options)
+
+
+def test_validation_that_is_allowed_on_loading_is_in_the_report(trained):
+    again = DPNTKGenerator.load_from_checkpoint(trained[2], release_options={"allow_nonprivate_validation": True})
+    assert any("val/mmd2" in sentence for sentence in again.privacy_report().not_covered)
+    assert again.privacy_report().facts["nonprivate_validation"] is True
+    assert trained[0].privacy_report().facts["nonprivate_validation"] is False
+
+
+def test_an_older_checkpoint_takes_no_release_out_of_the_ledger(trained):
+    module, _, path = trained
+    module.release(records())
+    module.release(records(), epsilon=4.0)
+    spent = module.ledger.epsilon()
+    trainer(max_epochs=3).fit(module, ckpt_path=path)
+    assert module.ledger.steps == 3
+    assert module.ledger.epsilon() == spent
+    # a later checkpoint of the same history goes on with it
+    later = path.with_name("later.ckpt")
+    module.trainer.save_checkpoint(later)
+    again = DPNTKGenerator.load_from_checkpoint(later)
+    trainer(max_epochs=3).fit(DPNTKGenerator.load_from_checkpoint(path), ckpt_path=later)
+    assert again.ledger.state_dict() == module.ledger.state_dict()
+    trainer(max_epochs=4).fit(again, ckpt_path=path)
+    assert again.ledger.steps == 3
+
+
+def test_a_checkpoint_of_other_releases_is_refused_also_where_they_cost_the_same(trained):
+    module = small()
+    module.release(records())
+    before = module.ledger.state_dict(), module.embedding
+    with pytest.raises(ValueError, match=r"made 1 releases and the checkpoint tells of 1, not all of them the same"):
+        trainer(max_epochs=3).fit(module, ckpt_path=trained[2])
+    assert (module.ledger.state_dict(), module.embedding) == before
 
 
 def test_a_checkpoint_of_another_schema_names_it(tmp_path):

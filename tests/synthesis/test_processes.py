@@ -1,7 +1,13 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 from helpers import run_ddp
-from synthesis.private_records import records, small
+from synthesis.private_records import CountingDataset, features, records, small
+
+from lightning_eff.accounting import PrivacyLedger
+from lightning_eff.synthesis import release_mean_embedding
+from lightning_eff.synthesis.processes import Processes
 
 SCRIPT = """
 import os, sys
@@ -15,6 +21,11 @@ module = small(release_options={"noise_seed": 5})
 run = trainer(devices=int(os.environ["DEVICES"]), strategy="ddp", max_epochs=1)
 if what == "broken" and os.environ.get("LOCAL_RANK", "0") == "1":
     data.train.x[80, 2] = float("nan")
+if what == "releases":  # as where a launcher sets no variable that tells of the other processes
+    launched = {name: os.environ.pop(name) for name in ("WORLD_SIZE", "LOCAL_RANK") if name in os.environ}
+    module = small()
+    module.release(records())
+    os.environ.update(launched)
 problem = None
 try:
     run.fit(module, datamodule=data)
@@ -30,7 +41,8 @@ if problem is None:
          "weights": weights, "epsilon": module.ledger.epsilon(), "steps": module.steps_trained}, f"rank{rank}.pt",
     )
 else:
-    torch.save({"problem": problem, "steps": module.ledger.steps, "embedding": module.embedding}, f"rank{rank}.pt")
+    released = module.embedding is not None
+    torch.save({"problem": problem, "steps": module.ledger.steps, "released": released}, f"rank{rank}.pt")
     if dist.is_initialized():
         dist.barrier()
 """
@@ -61,4 +73,34 @@ def test_a_record_that_one_process_cannot_read_ends_all_of_them_without_a_releas
     assert second["problem"].startswith("ValueError: batch 0: 1 of 51 records hold NaN")
     for rank in (first, second):
         assert rank["steps"] == 0
-        assert rank["embedding"] is None
+        assert not rank["released"]
+
+
+@dataclass(frozen=True)
+class Beside(Processes):
+    """Process 0 beside another one that answers ``other``."""
+
+    world: int = 2
+    other: object = None
+
+    def gathered(self, value):
+        return [value, value if value is None else self.other]
+
+
+@pytest.mark.parametrize("other", [(80, "other records"), (79, "fewer records")])
+def test_processes_that_hold_other_records_release_nothing(monkeypatch, other):
+    monkeypatch.setattr(Processes, "running", lambda: Beside(other=other))
+    data, ledger = CountingDataset(*records(80)), PrivacyLedger(adjacency="replace_one")
+    told = rf"the processes hold other records.*their numbers: 80, {other[0]}\).*manual_seed"
+    with pytest.raises(ValueError, match=told):
+        release_mean_embedding(data, features(), 3, epsilon=1.0, ledger=ledger)
+    assert not data.reads
+    assert not ledger.history
+
+
+def test_releases_that_each_process_made_for_itself_are_not_trained_on(tmp_path):
+    run_ddp(SCRIPT, tmp_path, "releases")
+    for rank in (0, 1):
+        assert (
+            "RuntimeError: the processes hold different releases" in torch.load(tmp_path / f"rank{rank}.pt")["problem"]
+        )

@@ -3,18 +3,22 @@ import torch
 from synthesis.private_records import CountingDataset, records
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    random_split,
 )
 
 from lightning_eff import BatchKeys, split_batch
-from lightning_eff.synthesis.reading import Processes, check_finite, records_of, shard_of
+from lightning_eff.synthesis.processes import Processes
+from lightning_eff.synthesis.reading import check_finite, records_of, shard_of
 
 CPU = torch.device("cpu")
 
@@ -60,7 +64,13 @@ def test_every_record_is_read_once(loading):
 
 def test_data_set_tensors_and_batches_are_taken_too():
     x, y = records()
-    for data in (TensorDataset(x, y), (x, y), [(x[:50], y[:50]), (x[50:], y[50:])], DataLoader(Stream(), batch_size=7)):
+    for data in (
+        TensorDataset(x, y),
+        (x, y),
+        (x.numpy(), y.numpy()),
+        [(x[:50], y[:50]), (x[50:], y[50:])],
+        DataLoader(Stream(), batch_size=7),
+    ):
         seen, _ = read(data)
         assert torch.equal(seen, x)
 
@@ -126,13 +136,80 @@ def test_replacement_is_taken_where_the_most_that_a_record_was_drawn_is_allowed(
     assert shard_of(loader, batch_size=8, max_contributions=20).records == 20
 
 
-def test_drop_last_is_told_and_kept_to():
+@pytest.mark.parametrize("adjacency", ["replace_one", "add_remove"])
+def test_drop_last_leaves_no_record_out(adjacency):
+    # one record more would let a whole batch in, however small the noise for one record is
+    x, y = records()
+    for data in (TensorDataset(x, y), Stream()):
+        with pytest.warns(UserWarning, match="drop_last=True is for training"):
+            seen, _ = read(DataLoader(data, batch_size=16, drop_last=True), adjacency=adjacency)
+        assert torch.equal(seen, x)
+
+
+def test_samplers_that_fix_how_many_records_are_read_are_refused_where_their_number_is_private():
     data = TensorDataset(*records())
-    with pytest.warns(UserWarning, match="5 of 101 records are ignored, the release is of 96"):
-        shard = shard_of(DataLoader(data, batch_size=16, drop_last=True), batch_size=8)
-    assert shard.records == 96
-    with pytest.warns(UserWarning, match="ignored"), pytest.raises(ValueError, match="at least one full batch of 200"):
-        shard_of(DataLoader(data, batch_size=200, drop_last=True), batch_size=8)
+    for sampler in (
+        RandomSampler(data, num_samples=50),
+        RandomSampler(data, num_samples=101),
+        RandomSampler(data, replacement=True),
+    ):
+        with pytest.raises(ValueError, match=r"takes others where there is one record more.*adjacency='add_remove'"):
+            shard_of(DataLoader(data, sampler=sampler), batch_size=8, max_contributions=200, adjacency="add_remove")
+    fixed = DataLoader(data, sampler=RandomSampler(data, num_samples=50))
+    assert shard_of(fixed, batch_size=8).records == 50
+    assert shard_of(DataLoader(data, shuffle=True), batch_size=8, adjacency="add_remove").records == 101
+
+
+def test_records_that_a_data_set_made_of_others_holds_several_times_are_seen():
+    x, y = records()
+    data = TensorDataset(x, y)
+    for repeated, most in (
+        (Subset(data, [0] * 5 + list(range(101))), 6),
+        (Subset(Subset(data, [3, 3, 4]), [0, 1, 2]), 2),
+        (ConcatDataset([data] * 3), 3),
+        (ConcatDataset([data, TensorDataset(x, y + 1)]), 2),
+        (ConcatDataset([data, Subset(data, [7])]), 2),
+    ):
+        with pytest.raises(ValueError, match=f"gives one record {most} times.*max_contributions={most}"):
+            shard_of(repeated, batch_size=8)
+        assert shard_of(repeated, batch_size=8, max_contributions=most).records == len(repeated)
+    halves = ConcatDataset([Subset(data, range(50)), Subset(data, range(50, 101))])
+    assert torch.equal(read(halves)[0], x)
+
+
+def test_a_choice_of_records_that_cannot_be_checked_is_told():
+    data = TensorDataset(*records())
+    assert shard_of(DataLoader(data, shuffle=True), batch_size=8).assumptions == ()
+    for loader, name in (
+        (DataLoader(data, sampler=SubsetRandomSampler(range(50))), "SubsetRandomSampler"),
+        (DataLoader(Subset(data, range(50))), "Subset"),
+        (DataLoader(data, sampler=RandomSampler(data, num_samples=5)), "RandomSampler"),
+    ):
+        (told,) = shard_of(loader, batch_size=8).assumptions
+        assert told == f"Which records {name} takes does not depend on other records; that could not be checked."
+    x, y = records(100)
+    batches = DataLoader([(x[:50], y[:50]), (x[50:], y[50:])], batch_size=None)
+    assert "batches of the data set hold every record once" in shard_of(batches, batch_size=8).assumptions[0]
+    collated = DataLoader(data, collate_fn=lambda rows: tuple(map(torch.stack, zip(*rows, strict=True))))
+    assert "collate_fn gives records one by one" in shard_of(collated, batch_size=8).assumptions[0]
+
+
+def test_processes_are_compared_by_what_is_behind_their_indices():
+    x, y = records()
+    data, counted = TensorDataset(x, y), CountingDataset(x, y)
+
+    def of(dataset, rank=0):
+        return shard_of(dataset, batch_size=8, processes=Processes(rank, 2))
+
+    assert of(data).fingerprint == of(TensorDataset(x.clone(), y), rank=1).fingerprint
+    shuffled = TensorDataset(x.flip(0), y)
+    assert of(data).fingerprint != of(shuffled).fingerprint
+    first, second = (random_split(counted, [80, 21], torch.Generator().manual_seed(seed))[0] for seed in (0, 1))
+    assert of(first).fingerprint != of(second).fingerprint
+    assert of(counted).fingerprint != of(Subset(counted, range(101))).fingerprint
+    assert not of(data).assumptions
+    assert "the same records in the same order" in of(counted).assumptions[0]
+    assert not counted.reads
 
 
 def test_what_cannot_be_shown_to_be_read_once_is_refused():
@@ -148,7 +225,7 @@ def test_what_cannot_be_shown_to_be_read_once_is_refused():
         shard_of(3, batch_size=8)
     with pytest.raises(ValueError, match="as many labels as records, got 3 and 4"):
         shard_of((torch.zeros(4, 2), torch.zeros(3)), batch_size=8)
-    assert not shard_of(Stream(), batch_size=8).once
+    assert "could not be checked" in shard_of(Stream(), batch_size=8).assumptions[0]
 
 
 def test_samplers_are_asked_without_a_trace_in_the_global_generators():
@@ -199,6 +276,21 @@ def test_dictionaries_go_through_split_batch():
 def test_what_are_no_classes_is_refused_with_the_range(labels, message):
     with pytest.raises(ValueError, match=message):
         records_of((records(6)[0], labels), 3, 4, split_batch, CPU)
+
+
+def test_arrays_are_taken_for_tensors():
+    x, y = records(6)
+    seen, classes = records_of((x.numpy(), y.numpy()), 3, 0, split_batch, CPU)
+    assert torch.equal(seen, x)
+    assert torch.equal(classes, y)
+
+
+def test_labels_where_no_classes_are_wanted_can_be_left_out():
+    x, y = records(6)
+    with pytest.raises(ValueError, match=r"num_classes=1 is for records without labels.*split_batch=lambda batch"):
+        records_of((x, y), 1, 0, split_batch, CPU)
+    _, classes = records_of((x, y), 1, 0, lambda batch: (batch[0], None), CPU)
+    assert classes.tolist() == [0] * 6
 
 
 def test_what_are_no_records_is_refused():

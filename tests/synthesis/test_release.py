@@ -5,7 +5,7 @@ import pytest
 import torch
 from synthesis.private_records import CountingDataset, features, records
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from lightning_eff.accounting import PrivacyBudgetExceeded, PrivacyLedger, gaussian_sigma
 from lightning_eff.synthesis import NTKFeatures, ReleaseOptions, release_mean_embedding
@@ -207,6 +207,30 @@ def test_no_record_is_an_error():
         release((torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)))
 
 
+def collated(repeat):
+    def collate(rows):
+        x, y = map(torch.stack, zip(*rows, strict=True))
+        return x.repeat(repeat, 1), y.repeat(repeat)
+
+    return collate
+
+
+def test_records_that_loader_or_split_batch_repeat_or_leave_out_are_counted():
+    x, y = records(100)
+    ledger, net = PrivacyLedger(adjacency="replace_one"), features()
+    loader = DataLoader(TensorDataset(x, y), batch_size=10, collate_fn=collated(4))
+    with pytest.raises(ValueError, match=r"expected 100 records in the batches of this process, got 400.*collate_fn"):
+        release(loader, ledger=ledger)
+    with pytest.raises(ValueError, match="expected 100 records in the batches of this process, got 90"):
+        release_mean_embedding(
+            (x, y), net, 3, epsilon=1.0, ledger=ledger, split_batch=lambda batch: (batch[0][10:], batch[1][10:])
+        )
+    with pytest.raises(ValueError, match="expected 100 to 300 records"):
+        release(loader, ledger=ledger, max_contributions=3)
+    assert not ledger.history
+    assert release(loader, ledger=ledger, max_contributions=4).num_records == 400
+
+
 def test_a_stated_number_of_records_is_checked():
     ledger = PrivacyLedger(adjacency="replace_one")
     with pytest.raises(ValueError, match="num_records = 100 records, read 101"):
@@ -318,6 +342,23 @@ def test_sums_do_not_suffer_from_autocast():
     plain = release((x, y), net, noise_seed=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(release((x, y), net, noise_seed=0).flatten(), plain.flatten())
+
+
+def test_what_could_not_be_checked_of_the_data_is_in_the_ledger():
+    ledger = PrivacyLedger(adjacency="replace_one")
+    release(Subset(TensorDataset(*records()), range(80)), ledger=ledger)
+    assert any("Which records Subset takes does not depend on other records" in line for line in ledger.assumptions)
+
+
+def test_one_of_several_processes_without_a_group_releases_nothing(monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        data, ledger = CountingDataset(*records()), PrivacyLedger(adjacency="replace_one")
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(RuntimeError, match=r"one of 2 processes.*datamodule=..."):
+                release(data, ledger=ledger)
+        assert not data.reads
+        assert not ledger.history
 
 
 def test_the_ledger_must_be_for_the_same_neighbours():
