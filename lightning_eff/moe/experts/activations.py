@@ -27,8 +27,8 @@ def activate(pre: Tensor, activation: Activation) -> Tensor:
     return F.gelu(pre) if activation == "gelu" else F.silu(pre)
 
 
-def activate_into(out: Tensor, pre: Tensor, activation: Activation) -> None:
-    """Write the hidden units of ``pre`` to ``out``."""
+def activate_into(out: Tensor, pre: Tensor, activation: Activation, gates: Tensor | None = None) -> None:
+    """Write the hidden units of ``pre`` to ``out``, and those of a gate, before they are multiplied, to ``gates``."""
     if activation == "relu":
         torch.clamp_min(pre, 0, out=out)
     elif activation == "gelu":
@@ -37,11 +37,12 @@ def activate_into(out: Tensor, pre: Tensor, activation: Activation) -> None:
         torch.ops.aten.silu.out(pre, out=out)
     else:
         gate, up = pre.chunk(2, -1)
-        torch.ops.aten.silu.out(gate, out=out)
-        out.mul_(up)
+        gates = out if gates is None else gates
+        torch.ops.aten.silu.out(gate, out=gates)
+        torch.mul(gates, up, out=out)
 
 
-def backward_into(out: Tensor, grad: Tensor, pre: Tensor, activation: Activation, work: Tensor) -> None:
+def backward_into(out: Tensor, grad: Tensor, pre: Tensor, activation: Activation, gates: Tensor) -> None:
     """Write the gradient by ``pre`` to ``out``, given the one by the hidden units, which is overwritten.
 
     Args:
@@ -49,7 +50,7 @@ def backward_into(out: Tensor, grad: Tensor, pre: Tensor, activation: Activation
         grad: [rows, h].
         pre: [rows, h or 2 h].
         activation: Which one.
-        work: Memory [rows, h].
+        gates: What :func:`activate_into` wrote there [rows, h].
     """
     if activation == "relu":
         torch.ops.aten.threshold_backward.grad_input(grad, pre, 0, grad_input=out)
@@ -60,7 +61,6 @@ def backward_into(out: Tensor, grad: Tensor, pre: Tensor, activation: Activation
     else:
         gate, up = pre.chunk(2, -1)
         by_gate, by_up = out.chunk(2, -1)
-        torch.ops.aten.silu.out(gate, out=work)
-        torch.mul(grad, work, out=by_up)
+        torch.mul(grad, gates, out=by_up)
         grad.mul_(up)
         torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=by_gate)

@@ -19,9 +19,10 @@ from torch.utils.flop_counter import register_flop_formula
 from lightning_eff.moe.config import Activation
 from lightning_eff.moe.experts.activations import activate_into, backward_into
 
-#: Numbers that the buffers of one chunk hold together: what stays in a core's second-level cache.
-_CHUNK_NUMBERS = 384 * 1024
-_LEAST_ROWS = 64
+#: Numbers in the gathered tokens of a chunk, which then stay in a core's second-level cache.
+_CHUNK_NUMBERS = 192 * 1024
+#: Assignments of a chunk at least: products of fewer rows cost more than memory does.
+_LEAST_ROWS = 256
 
 
 def fused_ffn(
@@ -73,8 +74,8 @@ def _chunks(counts: list[int], most: int) -> list[_Chunk]:
     return chunks
 
 
-def _rows_of(numbers_a_row: int) -> int:
-    return max(_LEAST_ROWS, _CHUNK_NUMBERS // numbers_a_row)
+def _rows_of(d: int) -> int:
+    return max(_LEAST_ROWS, _CHUNK_NUMBERS // d)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -99,7 +100,7 @@ def _forward(
     (d, inner), h = w1.shape[1:], w2.shape[1]
     y = torch.zeros(x.shape, dtype=_wide(x.dtype), device=x.device)
     pre = x.new_empty(token_index.numel() if keep else 0, inner)
-    chunks = _chunks(loads, _rows_of(d + inner + h))
+    chunks = _chunks(loads, _rows_of(d))
     most = max((sum(chunk.sizes) for chunk in chunks), default=0)
     tokens, hidden = x.new_empty(most, d), x.new_empty(most, h)
     inner_rows = x.new_empty(0 if keep else most, inner)
@@ -152,22 +153,23 @@ def _backward(
             for gradient in (dw1, dw2):
                 if gradient.numel():
                     gradient[expert].zero_()
-    chunks = _chunks(loads, _rows_of(2 * d + 2 * inner + 3 * h))
+    chunks = _chunks(loads, _rows_of(d))
     most = max((sum(chunk.sizes) for chunk in chunks), default=0)
     x_rows, g_rows = (grad.new_empty(most, d) for _ in range(2))
-    a_rows, q_rows, work_rows = (grad.new_empty(most, h) for _ in range(3))
+    a_rows, q_rows, gate_rows, work_rows = (grad.new_empty(most, h) for _ in range(4))
     p_rows = grad.new_empty(most, inner)
     first, second = ([w.t() for w in stack.unbind(0)] for stack in (w1, w2))
     into_w1, into_b1, into_w2 = (t.unbind(0) if t.numel() else () for t in (dw1, db1, dw2))
     for rows, experts, sizes, goes_on in chunks:
         total = rows.stop - rows.start
         index, p, w = token_index[rows], pre[rows], weights[rows, None]
-        a, q, work, dp = a_rows[:total], q_rows[:total], work_rows[:total], p_rows[:total]
+        a, q, dp = a_rows[:total], q_rows[:total], p_rows[:total]
+        gates, work = gate_rows[:total], work_rows[:total]
         g = torch.index_select(grad, 0, index, out=g_rows[:total])
         g_pieces, dp_pieces = split_with_sizes(g, sizes), split_with_sizes(dp, sizes)
         for e, piece, out in zip(experts, g_pieces, split_with_sizes(q, sizes), strict=True):
             torch.mm(piece, second[e], out=out)
-        activate_into(a, p, activation)  # type: ignore[arg-type]
+        activate_into(a, p, activation, gates)  # type: ignore[arg-type]
         if by_weights:
             torch.mul(q, a, out=work)
             dweights[rows] = work.sum(1, dtype=dweights.dtype)
@@ -177,7 +179,7 @@ def _backward(
         if not (by_x or by_w1 or by_b1):
             continue
         q.mul_(w)
-        backward_into(dp, q, p, activation, work)  # type: ignore[arg-type]
+        backward_into(dp, q, p, activation, gates)  # type: ignore[arg-type]
         if by_w1:
             x_pieces = split_with_sizes(torch.index_select(x, 0, index, out=x_rows[:total]), sizes)
             _add_products(into_w1, experts, x_pieces, dp_pieces, goes_on)
