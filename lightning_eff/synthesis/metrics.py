@@ -75,7 +75,9 @@ class NTKMMD(Metric):
             raise ValueError(f"expected labels, as there are {self.num_classes} classes")
         if y is None or self.num_classes == 1:
             y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        sums = self.features.class_sums(x.detach(), y, self.num_classes)
+        added = self.features.sums(self.num_classes)
+        added.add(x.detach(), y)
+        sums = added.embedding()
         side = "real" if real else "synthetic"
         getattr(self, f"{side}_counts").add_(sums.counts.to(torch.float64))
         for index, block in enumerate(sums.blocks.values()):

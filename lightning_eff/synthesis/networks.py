@@ -1,7 +1,7 @@
 """Untrained networks whose gradients are the features (DP-NTK, arXiv 2303.01687): dense, convolutional, the paper's.
 
-They are fixed by their arguments and ``seed`` alone, so no data can have entered them. ``B`` samples, ``D`` numbers of
-one sample, ``K`` outputs.
+They are fixed by their arguments and ``seed`` alone, so no data can have entered them; drawn in float32 on the CPU.
+``B`` samples, ``D`` numbers of one sample, ``K`` outputs.
 """
 
 from __future__ import annotations
@@ -180,7 +180,13 @@ def paper_feature_net(
 
 @contextmanager
 def _drawn_from(seed: int) -> Iterator[None]:
-    # on the CPU whatever the default device is: the same seed gives the same network everywhere
+    # in float32 on the CPU whatever the default is: the same seed gives the same network everywhere; only the CPU's
+    # generator is seeded, and it is put back
+    default = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        yield
+        torch.set_default_dtype(torch.float32)
+        try:
+            torch.default_generator.manual_seed(seed)
+            yield
+        finally:
+            torch.set_default_dtype(default)

@@ -66,3 +66,26 @@ def test_flat_inputs_are_taken() -> None:
 def test_impossible_networks_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_networks_are_the_same_whatever_the_default_type_and_device_are() -> None:
+    expected = FCFeatureNet(4, (3,), seed=1)
+    default = torch.get_default_dtype()
+    try:
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            with torch.device("meta"):
+                actual = FCFeatureNet(4, (3,), seed=1)
+            assert torch.get_default_dtype() == dtype
+            assert all(torch.equal(a, b) for a, b in zip(actual.parameters(), expected.parameters(), strict=True))
+    finally:
+        torch.set_default_dtype(default)
+
+
+def test_only_the_generator_of_the_cpu_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("another generator than that of the CPU would be seeded, and not be put back")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    FCFeatureNet(4, (3,))

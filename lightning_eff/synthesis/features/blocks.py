@@ -8,9 +8,11 @@ convolution with n groups, and so is the derivative of what is made of it.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -36,6 +38,12 @@ class BlockUse(LayerUse):
     def square_norms(self) -> Tensor:
         """Return ``(n,)`` squared norms of the gradients."""
         return self.matrix.square().sum(1)
+
+    def double(self) -> Self:
+        """Return a copy with the gradients in float64, the same numbers: they are not worked out again."""
+        other = copy.copy(self)
+        other.matrix = self.matrix.double()
+        return other
 
     def per_sample(self) -> Tensor:
         """Return the gradients, ``(n, P)``."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.features.objective import (
     Estimator,
     MMD2Terms,
-    inverse_norms,
+    lengths,
     mmd2_terms,
     sum_of,
 )
@@ -40,8 +40,10 @@ class NTKFeatures(nn.Module):
     against automatic differentiation when this is made.
 
     Args:
-        network: Any module from ``(B, *input_shape)`` to ``(B, ...)``. A copy of it is used, frozen and always in
-            evaluation mode; data must not have formed its weights if they are to be public.
+        network: Any module from ``(B, *input_shape)`` to ``(B, ...)``, whose output for a sample depends on that sample
+            alone. A copy of it is used: frozen, always in evaluation mode, in float64 where all its weights are, else
+            in float32 (half precision has no unit vectors), whatever it is cast to later. Data must not have formed
+            its weights if they are to be public.
         input_shape: Shape of one sample; by default ``network.input_shape``, or the inputs of a network that begins
             with a dense layer.
         collapse_last: Keep the K equal rows of the gradient of a last dense layer as one, times sqrt(K). Norms, kernel
@@ -52,7 +54,8 @@ class NTKFeatures(nn.Module):
         sketch_seed: Draws the sketch, which is public.
 
     Raises:
-        ValueError: no shape of a sample is known, nothing has a gradient, or a layer mixes samples.
+        ValueError: no shape of a sample is known, nothing has a gradient, a layer mixes samples, or the network changes
+            its buffers when it is called.
     """
 
     def __init__(
@@ -78,6 +81,16 @@ class NTKFeatures(nn.Module):
         """Stay in evaluation mode: with batch statistics a sample has no gradient of its own."""
         return super().train(False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NTKFeatures:
+        """Move to another device, but keep the precision: a module around it may be cast, features are not."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     @property
     def feature_dim(self) -> int:
         """Stored coordinates P of one feature."""
@@ -89,9 +102,9 @@ class NTKFeatures(nn.Module):
         Differentiable in ``x``. Takes B times P numbers of memory.
         """
         uses = self._record(x).uses()
-        norms = sum_of(use.square_norms() for use in uses)
         pieces = {name: piece for use in uses for name, piece in self._pieces(use).items()}
-        return torch.cat([pieces[name] for name in self.layout], 1) * inverse_norms(norms)[:, None]
+        factors = lengths(uses, written_out=True).factors
+        return torch.cat([pieces[name] for name in self.layout], 1) * factors[:, None]
 
     def kernel(self, x: Tensor, x2: Tensor | None = None) -> Tensor:
         """Return the inner products of features, ``(B, B2)``, with those of ``x2``, by default of ``x`` itself.
@@ -100,7 +113,7 @@ class NTKFeatures(nn.Module):
         """
         ours = self._record(x).uses()
         theirs = ours if x2 is None else self._record(x2).uses()
-        left, right = (inverse_norms(sum_of(use.square_norms() for use in uses)) for uses in (ours, theirs))
+        left, right = (lengths(uses, written_out=True).factors for uses in (ours, theirs))
         products = sum_of(use.gram(other) for use, other in zip(ours, theirs, strict=True))
         return products * left[:, None] * right
 
@@ -139,7 +152,8 @@ class NTKFeatures(nn.Module):
         It is the sum over classes of ``weights[c] * ||S_c / m_c - e_c||^2``, with e_c the samples' mean feature.
 
         Args:
-            target: Class sums S_c and counts m_c of features of this network, on the network's device.
+            target: Class sums S_c and counts m_c of features of this network, on the network's device; best in its
+                precision, or they are converted each time.
             x: ``(B, *input_shape)``, or the same numbers in another shape.
             y: ``(B,)`` classes, integers in [0, C). Sorted samples spare a copy.
             weights: ``(C,)`` weights of the classes, >= 0; by default 1/C each. A class of weight zero is left out.
@@ -171,12 +185,14 @@ class NTKFeatures(nn.Module):
                 "expected estimator 'u' or 'v' and backend 'auto', 'kernel' or 'dense', "
                 f"got {estimator!r} and {backend!r}"
             )
+        dtype, device = self._weight.dtype, self._weight.device
+        if any(block.device != device for block in target.blocks.values()):
+            raise ValueError(f"expected a target on {device}: use target.to({str(device)!r})")
+        if any(block.dtype != dtype for block in target.blocks.values()):
+            target = target.to(dtype=dtype)
         x, counts = sorted_by_class(x, y, target.num_classes)
         omega = _class_weights(weights, counts, target, estimator)
         recording = self._record(x)
-        dtype, device = self._weight.dtype, self._weight.device
-        if any(block.dtype != dtype or block.device != device for block in target.blocks.values()):
-            raise ValueError(f"expected a target of {dtype} on {device}: use target.to({str(device)!r}, {dtype})")
         return mmd2_terms(recording, counts, target, omega, estimator, backend)
 
     @property
@@ -202,16 +218,19 @@ class NTKFeatures(nn.Module):
         return dict(zip(use.names, torch.split(use.per_sample(), sizes, 1), strict=True))
 
     def _add_parts(self, x: Tensor, parts: Sequence[Part], sums: Mapping[str, Tensor]) -> Tensor:
-        """Add features of ``x``, sorted by class, to ``sums``; return the squared norms of the gradients ``(B,)``."""
+        """Add features of ``x``, sorted by class, to ``sums``; return the squared norms of the gradients ``(B,)``.
+
+        They are 0 where the feature is zero.
+        """
         found = []
         with torch.no_grad(), full_single_precision():
             for rows, inside in self._chunks(len(x), parts):
-                uses = self._record(x[rows], differentiable=False).uses()
-                square_norms = sum_of(use.square_norms() for use in uses)
-                factors = inverse_norms(square_norms)
+                # float64 from here on: the norm is that of the very vector that is added, and adding does not round
+                uses = [use.double() for use in self._record(x[rows], differentiable=False).uses()]
+                square_norms, factors, _ = lengths(uses)
                 for use in uses:
                     use.add_sums(factors, inside, sums)
-                found.append(square_norms)
+                found.append(square_norms.masked_fill(factors == 0, 0))
         return torch.cat(found)
 
     def _chunks(self, n: int, parts: Sequence[Part]) -> Iterator[tuple[slice, list[Part]]]:

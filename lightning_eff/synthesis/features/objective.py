@@ -21,11 +21,19 @@ from torch.autograd.function import once_differentiable
 from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.features.recording import Recording
 from lightning_eff.synthesis.features.sketch import SketchRecording
-from lightning_eff.synthesis.features.uses import Backend, Part
+from lightning_eff.synthesis.features.uses import Backend, DoubleUse, LayerUse, Part, RowUse
 
 Estimator = Literal["u", "v"]
 SMALLEST_SQUARE = 1e-24
-"""A squared norm below this counts as no gradient: the feature is then (nearly) zero, and never longer than one."""
+"""A squared norm up to this counts as no gradient: the feature is then zero."""
+ROUNDING = 1e-10
+"""What a squared norm in float64 can be wrong by, relative to what it were without cancellation; far on the safe side.
+
+A sum over T x T positions of products of sums over inputs and over outputs: at most (T^2 + I + O) * 2.2e-16, where
+T^2 < I * O. What has cancelled to less than this is noise of the network's own float32, and its feature fades to zero.
+"""
+CANCELLED = 800.0
+"""Cancellation of squared norms beyond which float32 is not enough: there it is wrong by 1e-4 at worst."""
 
 
 class MMD2Terms(NamedTuple):
@@ -44,9 +52,41 @@ class MMD2Terms(NamedTuple):
     """Squared norm of the generated means, as estimated."""
 
 
-def inverse_norms(square_norms: Tensor) -> Tensor:
-    """Return the factors ``(n,)`` that make gradients features of norm one, or of norm zero where there is none."""
-    return square_norms.clamp(min=SMALLEST_SQUARE).rsqrt()
+class Lengths(NamedTuple):
+    """How long gradients are."""
+
+    square_norms: Tensor
+    """``(n,)``"""
+    factors: Tensor
+    """``(n,)`` what makes them features: of norm one, or zero where there is no gradient, and never longer than one."""
+    cancelled: Tensor | None
+    """``(n,)`` whether positions cancel so far that float32 is not enough; ``None`` where none are summed up."""
+
+
+def lengths(uses: Sequence[LayerUse], *, written_out: bool = False) -> Lengths:
+    """Measure the gradients of all layers together.
+
+    Args:
+        uses: Of every layer.
+        written_out: Take squared norms where positions can cancel from the gradients, written out.
+    """
+    aligned = [use.aligned_square_norms() for use in uses]
+    square_norms = sum_of(
+        use.per_sample().square().sum(1) if written_out and most is not None else use.square_norms()
+        for use, most in zip(uses, aligned, strict=True)
+    )
+    slack = [most for most in aligned if most is not None]
+    if not slack:
+        return Lengths(square_norms, _inverse_roots(square_norms), None)
+    most = sum_of(slack)
+    # its derivative is left out: it matters only where the gradient itself is rounding
+    factors = _inverse_roots(square_norms.clamp(min=0) + ROUNDING * most)
+    return Lengths(square_norms, factors, most > CANCELLED * square_norms)
+
+
+def _inverse_roots(squares: Tensor) -> Tensor:
+    alive = ~(squares <= SMALLEST_SQUARE)  # NaN is: it is to be seen
+    return squares.where(alive, 1.0).rsqrt() * alive
 
 
 def mmd2_terms(
@@ -106,8 +146,10 @@ class _Objective(torch.autograd.Function):
     ) -> Tensor:
         derive = any(ctx.needs_input_grad)
         uses = recording.uses(tensors)
-        square_norms = sum_of(use.square_norms() for use in uses)
-        factors = inverse_norms(square_norms)
+        square_norms, factors, cancelled = lengths(uses)
+        if cancelled is not None and square_norms.dtype != torch.float64 and bool(cancelled.any()):
+            uses = [DoubleUse(use) if isinstance(use, RowUse) and use.positions > 1 else use for use in uses]
+            square_norms, factors, _ = lengths(uses)
         pulls = [use.pull(factors, parts, target, backend, derive) for use in uses]
         attract = square_norms.new_tensor([part.attract for part in parts])
         repel = square_norms.new_tensor([part.repel for part in parts])
@@ -122,7 +164,7 @@ class _Objective(torch.autograd.Function):
         terms.cross, terms.spread = cross / -2, spread
         if derive:
             by_factor = sum_of(pull.by_weight for pull in pulls if pull.by_weight is not None)
-            by_square_norm = by_factor * factors.pow(3) * (-0.5 * (square_norms > SMALLEST_SQUARE))
+            by_square_norm = -0.5 * by_factor * factors.pow(3)
             gradients = [gradient for use in uses for gradient in use.gradients(factors, by_square_norm)]
             ctx.save_for_backward(*(g.reshape(tensor.shape) for g, tensor in zip(gradients, tensors, strict=True)))
         return cross + spread

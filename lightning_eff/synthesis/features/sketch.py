@@ -58,8 +58,8 @@ class Sketch(nn.Module):
             rows = shape[0]
             columns = torch.Size(shape[1:]).numel()
             for axis, size in (("rows", rows), ("columns", columns)):
-                places = torch.randint(dim, (size,), generator=generator)
-                signs = 2.0 * torch.randint(2, (size,), generator=generator) - 1
+                places = torch.randint(dim, (size,), generator=generator, device="cpu")
+                signs = (2 * torch.randint(2, (size,), generator=generator, device="cpu") - 1).float()
                 self.register_buffer(f"{self._names[name]}_{axis}_places", places, persistent=False)
                 self.register_buffer(f"{self._names[name]}_{axis}_signs", signs, persistent=False)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_eff.surgery.state import untouched_generators
 from lightning_eff.synthesis.features.fallback import OtherParameters
 from lightning_eff.synthesis.features.layers import CollapsedLayer, Layer, closed_form
 from lightning_eff.synthesis.features.recording import record
@@ -29,10 +30,14 @@ class Structure(NamedTuple):
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:
-    """Return a copy in evaluation mode, without gradients and without layers that work in place."""
+    """Return a copy in evaluation mode, without gradients and without layers that work in place.
+
+    It is in float64 where all weights are, else in float32: gradients of half precision are not of norm one.
+    """
     if not isinstance(network, nn.Module):
         raise TypeError(f"expected a module as feature network, got a {type(network).__name__}")
     inner = copy.deepcopy(network).eval().requires_grad_(False)
+    inner.to(torch.float64 if all(p.dtype == torch.float64 for p in inner.parameters()) else torch.float32)
     for name, module in inner.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ValueError(
@@ -67,13 +72,17 @@ def examine(network: nn.Module, input_shape: Sequence[int], collapse_last: bool,
         drop_final_bias: See ``NTKFeatures``.
 
     Raises:
-        ValueError: no parameter has a gradient, or one sample's output depends on another sample.
+        ValueError: no parameter has a gradient, one sample's output depends on another sample, or the network keeps
+            something of the samples it has seen.
     """
     weights = list(network.parameters())
     if not weights:
         raise ValueError("the feature network has no parameters, so there are no gradients to take as features")
     generator = torch.Generator().manual_seed(0)
-    x = (2 * torch.rand(2, *input_shape, generator=generator) - 1).to(weights[0])
+    # whatever the default device and type are, as in trainer.init_module()
+    x, other = torch.rand(2, 2, *input_shape, generator=generator, device="cpu", dtype=torch.float32).to(weights[0])
+    x, other = 2 * x - 1, 2 * other - 1
+    _require_no_memory(network, x, other)
     expected = _by_autograd(network, x)
     if not expected:
         raise ValueError("no parameter of the feature network has a gradient")
@@ -100,6 +109,35 @@ def examine(network: nn.Module, input_shape: Sequence[int], collapse_last: bool,
         shapes.update(layer.shapes)
     layout = {name: shapes[name] for name, _ in network.named_parameters() if name in shapes}
     return Structure(proven, others, layout, _sample_floats(network, proven, others, x))
+
+
+def _require_no_memory(network: nn.Module, x: Tensor, other: Tensor) -> None:
+    """Refuse a network that other samples change: those were private ones, and it goes into checkpoints."""
+    with torch.no_grad(), untouched_generators():
+        before = network(x.clone())
+        kept = {name: tensor.clone() for name, tensor in _tensors(network).items()}
+        network(other.clone())
+        after = _tensors(network)
+        for name, tensor in after.items():
+            if name not in kept or tensor.shape != kept[name].shape or not _equal(tensor, kept[name]):
+                raise ValueError(
+                    f"the network writes {name!r} when it is called, so it would keep private records and later "
+                    "features would depend on them: use a network that a call leaves as it was"
+                )
+        again = network(x.clone())
+    if isinstance(before, Tensor) and not torch.allclose(before, again, rtol=1e-4, atol=1e-5, equal_nan=True):
+        raise ValueError(
+            "the network gives another output for the same sample when it is called again: its output must depend on "
+            "the sample alone, without a state and without random numbers"
+        )
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _proven_layers(

@@ -15,28 +15,27 @@ from torch import Tensor
 from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.features.uses import Part
 
-FLUSH = 32_768
-"""Records whose sums are kept in the network's precision before they go to the wider totals."""
-
 AddParts = Callable[[Tensor, Sequence[Part], Mapping[str, Tensor]], Tensor]
 
 
 class ClassSums:
     """Running class sums: made by ``NTKFeatures.sums``, fed batch by batch.
 
-    Nothing of the size of a batch times P is made. Sums of up to 32,768 records are kept in the network's precision
-    and then added to totals of ``dtype``.
+    Nothing of the size of a batch times P is made. What the network gives for a record is made into a feature and
+    added up in float64, so the norm of what is added is at most 1 and a record more changes the sums by its feature
+    alone, however many there are.
 
     Args:
-        add_parts: Adds features of samples sorted by class to blocks and returns the samples' squared gradient norms.
+        add_parts: Adds features of samples sorted by class to blocks and returns the samples' squared gradient norms,
+            0 where the feature is zero.
         layout: Stored shape of each block.
         num_classes: Classes C, >= 1.
         dtype: Of the totals.
-        like: A tensor on the device and of the precision of the network.
+        like: A tensor on the device of the network.
 
     Attributes:
         records: Records so far.
-        degenerate: Records so far whose gradient is zero; their feature is the zero vector.
+        degenerate: Records so far whose gradient is zero or next to it; their feature is the zero vector.
 
     Raises:
         ValueError: the sums would not fit into memory; told before anything is allocated.
@@ -56,13 +55,8 @@ class ClassSums:
         self.records = 0
         self.degenerate = 0
         self._add_parts = add_parts
-        self._two = dtype != like.dtype
-        _require_room(layout, num_classes, dtype.itemsize + (like.dtype.itemsize if self._two else 0), like.device)
+        _require_room(layout, num_classes, dtype.itemsize, like.device)
         self._total = {n: like.new_zeros(num_classes, *shape, dtype=dtype) for n, shape in layout.items()}
-        self._recent = (
-            {n: like.new_zeros(num_classes, *shape) for n, shape in layout.items()} if self._two else self._total
-        )
-        self._since_flush = 0
         self._counts = torch.zeros(num_classes, dtype=torch.int64)
 
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -79,28 +73,17 @@ class ClassSums:
         x, counts = sorted_by_class(x, y, self.num_classes)
         if not len(x):
             return
-        square_norms = self._add_parts(x, _class_parts(counts), self._recent)
+        square_norms = self._add_parts(x, _class_parts(counts), self._total)
         if not bool(square_norms.isfinite().all()):
             raise ValueError("a record has no finite feature: it holds NaN, infinite or very large numbers")
         self.degenerate += int((square_norms == 0).sum())
         self.records += len(x)
-        self._since_flush += len(x)
         self._counts += torch.tensor(counts)
-        if self._since_flush >= FLUSH:
-            self._flush()
 
     def embedding(self) -> MeanEmbedding:
         """Return what was added so far, in the same tensors that later additions go to."""
-        self._flush()
         some = next(iter(self._total.values()))
         return MeanEmbedding(dict(self._total), self._counts.to(some))
-
-    def _flush(self) -> None:
-        if self._two and self._since_flush:
-            for name, block in self._recent.items():
-                self._total[name] += block
-                block.zero_()
-        self._since_flush = 0
 
 
 def sorted_by_class(x: Tensor, y: Tensor, num_classes: int) -> tuple[Tensor, list[int]]:

@@ -9,9 +9,10 @@ and a.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -60,6 +61,18 @@ class LayerUse(ABC):
     def square_norms(self) -> Tensor:
         """Return ``(n,)`` squared norms of the gradients."""
 
+    def aligned_square_norms(self) -> Tensor | None:
+        """Return ``(n,)`` squared norms that the gradients had if all positions pulled the same way.
+
+        They bound the squared norms, and rounding of those is relative to them: where they are much larger, positions
+        cancel. ``None`` where squared norms are not worked out from positions. No derivative.
+        """
+        return None
+
+    @abstractmethod
+    def double(self) -> Self:
+        """Return the same gradients, to be worked on in float64."""
+
     @abstractmethod
     def per_sample(self) -> Tensor:
         """Return the gradients ``(n, P)`` written out, block after block."""
@@ -98,6 +111,7 @@ class RowUse(LayerUse):
     def __init__(self, names: Sequence[str], delta: Tensor, a: Tensor) -> None:
         super().__init__(names)
         self.delta, self.a = delta, a
+        self.dtype = a.dtype
         self.has_bias = len(self.names) == 2
         self._by_u: Tensor | None = None
         self._by_a: Tensor | None = None
@@ -110,18 +124,34 @@ class RowUse(LayerUse):
     def square_norms(self) -> Tensor:
         """Return ``(n,)`` squared norms: products of factors at one position, of Gram matrices at several."""
         if self.positions == 1:
-            self._a_square = _square_lengths(self.a) + float(self.has_bias)
-            self._delta_square = _square_lengths(self.delta)
+            self._a_square = _square_lengths(self.a, self.dtype) + float(self.has_bias)
+            self._delta_square = _square_lengths(self.delta, self.dtype)
             return self._a_square * self._delta_square
         # T x T Gram matrices: cheaper than the gradient where T * T < O * I
-        self._a_gram = self.a @ self.a.mT + float(self.has_bias)
-        self._delta_gram = self.delta @ self.delta.mT
+        delta, a = self.delta.to(self.dtype), self.a.to(self.dtype)
+        self._a_gram = a @ a.mT + float(self.has_bias)
+        self._delta_gram = delta @ delta.mT
         return (self._a_gram * self._delta_gram).sum((1, 2))
+
+    def aligned_square_norms(self) -> Tensor | None:
+        """Return the square of the summed lengths of the positions' gradients."""
+        if self.positions == 1:
+            return None
+        delta, a = (torch.linalg.vector_norm(t.detach(), dim=2, dtype=self.dtype) for t in (self.delta, self.a))
+        aligned: Tensor = (torch.sqrt(a.square_() + float(self.has_bias)) * delta).sum(1).square_()
+        return aligned
+
+    def double(self) -> Self:
+        """Return a copy that works in float64; its factors are widened where they are used."""
+        other = copy.copy(self)
+        other.dtype = torch.float64
+        return other
 
     def per_sample(self) -> Tensor:
         """Return the gradients, ``(n, P)``."""
-        weight = (self.delta.mT @ self.a).flatten(1)
-        return torch.cat([weight, self.delta.sum(1)], 1) if self.has_bias else weight
+        delta = self.delta.to(self.dtype)
+        weight = (delta.mT @ self.a.to(self.dtype)).flatten(1)
+        return torch.cat([weight, delta.sum(1)], 1) if self.has_bias else weight
 
     def gram(self, other: LayerUse) -> Tensor:
         """Return ``(n, n2)`` inner products of gradients."""
@@ -133,21 +163,24 @@ class RowUse(LayerUse):
 
     def add_sums(self, weights: Tensor, parts: Sequence[Part], sums: Mapping[str, Tensor]) -> None:
         """Add the weighted gradients of each part to its class, by one matrix product."""
-        u = (self.delta * weights[:, None, None]).flatten(0, 1)
-        a = self.a.flatten(0, 1)
         for part in parts:
-            rows = slice(part.start * self.positions, part.stop * self.positions)
+            rows = slice(part.start, part.stop)
+            u = (self.delta[rows] * weights[rows, None, None]).flatten(0, 1)
+            a = self.a[rows].flatten(0, 1).to(u.dtype)
             weight = sums[self.names[0]][part.label].flatten(1)
-            weight.addmm_(u[rows].mT, a[rows])
+            if weight.dtype == u.dtype:
+                weight.addmm_(u.mT, a)
+            else:
+                weight += u.mT @ a
             if self.has_bias:
-                sums[self.names[1]][part.label] += u[rows].sum(0)
+                sums[self.names[1]][part.label] += u.sum(0)
 
     def pull(
         self, weights: Tensor, parts: Sequence[Part], target: Mapping[str, Tensor], backend: Backend, derive: bool
     ) -> Pull:
         """Work out the terms, and their derivative by the rows of the weighted delta and of a."""
         u = (self.delta * weights[:, None, None]).flatten(0, 1)
-        a = self.a.flatten(0, 1)
+        a = self.a.flatten(0, 1).to(self.dtype)
         if derive:
             self._by_u, self._by_a = torch.empty_like(u), torch.empty_like(a)
         small = u.shape[1] * a.shape[1] <= TOGETHER
@@ -207,8 +240,8 @@ class RowUse(LayerUse):
             by_delta.addcmul_(self.delta, (twice * self._a_square)[:, None, None])
             by_a.addcmul_(self.a, (twice * self._delta_square)[:, None, None])
         else:
-            by_delta.baddbmm_(self._a_gram * twice[:, None, None], self.delta)
-            by_a.baddbmm_(self._delta_gram * twice[:, None, None], self.a)
+            by_delta.baddbmm_(self._a_gram * twice[:, None, None], self.delta.to(self.dtype))
+            by_a.baddbmm_(self._delta_gram * twice[:, None, None], self.a.to(self.dtype))
         return by_delta, by_a
 
 
@@ -220,11 +253,62 @@ class ConstantRowUse(RowUse):
         return super().gradients(weights, by_square_norm)[1:]
 
 
-def _square_lengths(rows: Tensor) -> Tensor:
+class DoubleUse(LayerUse):
+    """Another use, worked on in float64; what goes in and comes out has its precision.
+
+    Args:
+        use: The use.
+    """
+
+    def __init__(self, use: RowUse) -> None:
+        super().__init__(use.names)
+        self._dtype, self._use = use.dtype, use.double()
+
+    def square_norms(self) -> Tensor:
+        """Return ``(n,)`` squared norms of the gradients."""
+        return self._use.square_norms().to(self._dtype)
+
+    def aligned_square_norms(self) -> Tensor | None:
+        """Return ``(n,)`` squared norms without cancellation."""
+        aligned = self._use.aligned_square_norms()
+        return None if aligned is None else aligned.to(self._dtype)
+
+    def double(self) -> Self:
+        """Return itself."""
+        return self
+
+    def per_sample(self) -> Tensor:
+        """Return the gradients, ``(n, P)``."""
+        return self._use.per_sample().to(self._dtype)
+
+    def gram(self, other: LayerUse) -> Tensor:
+        """Return ``(n, n2)`` inner products of gradients."""
+        return self._use.gram(other.double()).to(self._dtype)
+
+    def add_sums(self, weights: Tensor, parts: Sequence[Part], sums: Mapping[str, Tensor]) -> None:
+        """Add the weighted gradients of each part to its class."""
+        self._use.add_sums(weights.double(), parts, sums)
+
+    def pull(
+        self, weights: Tensor, parts: Sequence[Part], target: Mapping[str, Tensor], backend: Backend, derive: bool
+    ) -> Pull:
+        """Work out the terms."""
+        wide = {name: target[name].double() for name in self.names}
+        found = self._use.pull(weights.double(), parts, wide, backend, derive)
+        by_weight = None if found.by_weight is None else found.by_weight.to(self._dtype)
+        return Pull(found.cross.to(self._dtype), found.square.to(self._dtype), by_weight)
+
+    def gradients(self, weights: Tensor, by_square_norm: Tensor) -> tuple[Tensor, ...]:
+        """Return the derivatives by what the use was made of."""
+        found = self._use.gradients(weights.double(), by_square_norm.double())
+        return tuple(gradient.to(self._dtype) for gradient in found)
+
+
+def _square_lengths(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the squared norm of each of ``(n, 1, m)``; no tensor of that size is made unless it is differentiated."""
     if rows.requires_grad and torch.is_grad_enabled():
-        return rows.square().sum((1, 2))
-    lengths: Tensor = torch.linalg.vector_norm(rows, dim=(1, 2))
+        return rows.to(dtype).square().sum((1, 2))
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=(1, 2), dtype=dtype)
     return lengths.square_()
 
 

@@ -320,7 +320,6 @@ def test_sums_do_not_depend_on_batches_or_their_order(monkeypatch: pytest.Monkey
     at_once = features.sums(3)
     at_once.add(x, y)
     monkeypatch.setattr("lightning_eff.synthesis.features.ntk.CHUNK_FLOATS", 2000)
-    monkeypatch.setattr(sums, "FLUSH", 16)
     in_parts = features.sums(3)
     for start in range(0, 50, 7):
         in_parts.add(x[start : start + 7].flatten(1), y[start : start + 7].int())
@@ -370,7 +369,7 @@ def test_labels_that_are_none_are_refused(y: Tensor, message: str) -> None:
         features.class_sums(torch.rand(3, 4), y, 3)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_records_without_a_finite_feature_are_refused(value: float) -> None:
     x = torch.rand(3, 4)
     x[1, 2] = value
@@ -381,7 +380,7 @@ def test_records_without_a_finite_feature_are_refused(value: float) -> None:
 def test_sums_too_large_for_memory_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     features = NTKFeatures(FCFeatureNet(100, (50,)))  # 5,101 coordinates
     monkeypatch.setattr(sums, "memory_bytes", lambda device: 10**6)
-    with pytest.raises(ValueError, match=r"1000 classes times 5101 coordinates need 61,212,000 bytes.*sketch_dim"):
+    with pytest.raises(ValueError, match=r"1000 classes times 5101 coordinates need 40,808,000 bytes.*sketch_dim"):
         features.sums(1000)
 
 
