@@ -104,7 +104,7 @@ def test_yaml_reaches_every_option() -> None:
     parser = ArgumentParser()
     parser.add_argument("--moe", type=MoEConfig)
     yaml = "moe: {granularity: 2, router: expert_choice, routing: {group_size: 16, evaluation: token_choice}}"
-    parsed = parser.instantiate(parser.parse_string(yaml)).moe
+    parsed = MoEConfig.of(parser.parse_string(yaml).moe.as_dict())
     assert parsed == MoEConfig(
         2 * 4, 2, None, "expert_choice", routing=Routing(group_size=16, evaluation="token_choice")
     )
