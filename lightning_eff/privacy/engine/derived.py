@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from lightning_eff.privacy.engine.recording import Recorder
+from lightning_eff.privacy.engine.recording import GUARDS, Recorder
 from lightning_eff.privacy.engine.tuning import Tuner
 from lightning_eff.privacy.engine.uses import CHUNK_ELEMENTS, LayerUse, Part, block, slices, square_norm, wide
 from lightning_eff.privacy.selection.selected import Selection
@@ -69,6 +69,9 @@ class DerivingRecorder(Recorder):
     ) -> Any:
         """Run what no example takes part in as it is, and remember its result; else record."""
         kwargs = kwargs or {}
+        guard = GUARDS.get(func)
+        if guard is not None:
+            guard(*args, **kwargs)
         tensors = _tensors((*args, *kwargs.values()) if kwargs else args)
         trained, given = [], False
         for tensor in tensors:
@@ -91,7 +94,7 @@ class DerivingRecorder(Recorder):
 
     def __exit__(self, *exception: Any) -> None:
         """Let go of what was followed: whoever needs a way back has it."""
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        super().__exit__(*exception)
         self._constants.clear()
         self._origins.clear()
         self._names = {key: name for key, name in self._names.items() if name in self._parameter_names}

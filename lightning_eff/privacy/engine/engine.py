@@ -103,6 +103,7 @@ class PerSampleEngine:
         """
         batch = self._recorded()
         if loss.requires_grad:
+            batch.recorder.counts = True
             (batch.recorder.examples * loss).backward()  # type: ignore[no-untyped-call]
         batch.went_back = True
 
@@ -113,6 +114,17 @@ class PerSampleEngine:
     def layer_norms(self) -> dict[str, Tensor]:
         """Return the norms by layer, ``[n]`` each; a layer is the parameters of one submodule, ``""`` for the root."""
         return self._finished().layer_norms()
+
+    def leave_out(self, examples: Tensor) -> None:
+        """Let examples of the recorded batch contribute zero to its sum; their norms stay.
+
+        Args:
+            examples: indices, ``[m]`` int64.
+        """
+        batch = self._finished()
+        kept = torch.ones(batch.recorder.examples, dtype=torch.bool, device=examples.device)
+        kept[examples] = False
+        batch.finite = kept if batch.finite is None else batch.finite & kept
 
     def clipped_sum(self, max_norm: float, clipping: Clipping = "flat") -> dict[str, Tensor]:
         """Clip each example's gradient to ``max_norm``, sum, and let go of everything that was recorded.

@@ -37,6 +37,8 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 # tried in order for functions without a rule that get a trainable parameter: (recorder, function, args, kwargs) ->
 # output or NotImplemented
 FALLBACKS: list[Callable[..., Any]] = []
+# called with the arguments of a function before it runs, trainable parameters or not; they raise what is wrong with it
+GUARDS: dict[Callable[..., Any], Callable[..., None]] = {}
 
 _Rule = TypeVar("_Rule", bound=Callable[..., Any])
 
@@ -75,11 +77,21 @@ class Recorder(TorchFunctionMode):
         self.tuner = tuner
         self.seen: set[str] = set()
         self.times_used: Counter[str] = Counter()
+        # what goes back while the step still runs is the step's own affair, such as gradients for adversarial examples
+        self.counts = True
         self._names = names
         self._selections = selections
         self._on_gradient = on_gradient
         # gives outputs of layers whose input needs no gradient a place in the graph
         self._anchor = torch.zeros((), requires_grad=True)
+
+    def __enter__(self) -> Recorder:
+        self.counts = False
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *exception: Any) -> None:
+        self.counts = True
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self,
@@ -136,7 +148,7 @@ class Recorder(TorchFunctionMode):
         if not use.selections:
             return output
         self.times_used.update(use.selections.keys())
-        tapped: Tensor = _Tap.apply(self._anchor, output, use, self._on_gradient)
+        tapped: Tensor = _Tap.apply(self._anchor, output, use, self)
         return tapped
 
     def split(self, tensor: Tensor, what: str) -> Tensor:
@@ -160,6 +172,11 @@ class Recorder(TorchFunctionMode):
             return tensor.to(torch.get_autocast_dtype(kind))
         return tensor
 
+    def receive(self, use: LayerUse, gradient: Tensor) -> None:
+        """Hand a use the gradient of its output."""
+        use.receive(gradient)
+        self._on_gradient(use)
+
     def _trains(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
         for argument in (*args, *kwargs.values()):
             if id(argument) in self._names:
@@ -173,10 +190,8 @@ class _Tap(torch.autograd.Function):
     """The identity; the gradient goes to a use as it passes."""
 
     @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, output: Tensor, use: LayerUse, on_gradient: Callable[[LayerUse], None]
-    ) -> Tensor:
-        ctx.receiver = (use, on_gradient)
+    def forward(ctx: Any, anchor: Tensor, output: Tensor, use: LayerUse, recorder: Recorder) -> Tensor:
+        ctx.recorder, ctx.use = recorder, use
         # what a function returns unchanged becomes a view, and views of functions cannot be changed in place, as
         # nn.ReLU(inplace=True) does; a detached tensor can
         return output.detach()
@@ -184,12 +199,11 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, None, None]:
-        if ctx.receiver is None:
-            raise RuntimeError("backward ran twice through one recorded forward pass: run the step again instead")
-        use, on_gradient = ctx.receiver
-        ctx.receiver = None
-        # who runs backward within autocast must not get norms in half precision
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            use.receive(gradient)
-            on_gradient(use)
+        if ctx.recorder.counts:
+            if ctx.use is None:
+                raise RuntimeError("backward ran twice through one recorded forward pass: run the step again instead")
+            use, ctx.use = ctx.use, None
+            # who runs backward within autocast must not get norms in half precision
+            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+                ctx.recorder.receive(use, gradient)
         return None, gradient if ctx.needs_input_grad[1] else None, None, None

@@ -5,10 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from lightning_eff.privacy.engine import attention, convolution, embedding, expanded, fallback, linear, norms
+from lightning_eff.privacy.engine import (
+    attention,
+    convolution,
+    embedding,
+    expanded,
+    fallback,
+    linear,
+    norms,
+    statistics,
+)
 from lightning_eff.privacy.engine.recording import rule
 
-__all__ = ["attention", "convolution", "embedding", "expanded", "fallback", "linear", "norms", "register_rule"]
+__all__ = [
+    "attention",
+    "convolution",
+    "embedding",
+    "expanded",
+    "fallback",
+    "linear",
+    "norms",
+    "register_rule",
+    "statistics",
+]
 
 _Rule = TypeVar("_Rule", bound=Callable[..., Any])
 

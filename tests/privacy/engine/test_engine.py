@@ -94,6 +94,20 @@ def test_an_example_that_is_not_finite_contributes_zero(
     assert not inputs[0].isfinite().all()  # the user's batch is not written to
 
 
+def test_examples_that_are_left_out_are_missing_in_the_sum_alone(model: nn.Module, inputs: Tensor) -> None:
+    def sums(*left_out: int) -> dict[str, Tensor]:
+        engine = PerSampleEngine(model, tune=False)
+        engine.backward(recorded(engine, inputs))
+        engine.leave_out(torch.tensor(left_out, dtype=torch.int64))
+        assert (engine.norms() > 0).all()
+        return engine.clipped_sum(1e3)
+
+    others = [i for i in range(N) if i != 1]
+    whole = sums()
+    torch.testing.assert_close(whole, {name: value + sums(*others)[name] for name, value in sums(1).items()})
+    assert max(float(value.abs().max()) for value in sums(*others).values()) > 0
+
+
 def test_unused_parameters_are_told_once_and_have_gradient_zero() -> None:
     class Spare(nn.Module):
         def __init__(self) -> None:

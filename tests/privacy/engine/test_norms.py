@@ -1,5 +1,7 @@
 """Normalisation layers that let the batch act on an example are refused."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from agreement import run
@@ -46,3 +48,37 @@ def test_input_that_is_changed_before_the_gradient_comes_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match="changed in place"):
         run(PerSampleEngine(Changing()), torch.randn(3, 4), 3)
+
+
+@pytest.mark.parametrize(
+    "normalise",
+    [
+        nn.BatchNorm1d(4, affine=False),
+        nn.BatchNorm1d(4).requires_grad_(False),
+        lambda x: functional.batch_norm(x, None, None, training=True),
+        lambda x: torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, False),
+        torch.no_grad()(nn.BatchNorm1d(4, affine=False)),
+        nn.InstanceNorm1d(4, track_running_stats=True),
+    ],
+    ids=["without parameters", "frozen", "a function", "a function of torch", "without gradients", "instances"],
+)
+def test_statistics_of_the_batch_are_refused_where_nothing_of_the_layer_is_trained(
+    normalise: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    class Statistics(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(normalise(x))
+
+    inputs = torch.randn(3, 4, 4) if isinstance(normalise, nn.InstanceNorm1d) else torch.randn(3, 4)
+    with pytest.raises(ValueError, match=r"statistics.*eval\(\)"):
+        run(PerSampleEngine(Statistics()), inputs, 3)
+
+
+def test_batch_norm_without_parameters_in_evaluation_mode_is_let_through() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4, affine=False).eval(), nn.Linear(4, 2))
+    norms, _ = run(PerSampleEngine(model), torch.randn(3, 4), 3)
+    assert (norms > 0).all()

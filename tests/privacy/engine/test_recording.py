@@ -141,6 +141,26 @@ def test_an_input_changed_after_it_was_read_is_refused() -> None:
         step(PerSampleEngine(Changing()), torch.randn(N, 3))
 
 
+def test_gradients_that_the_step_takes_for_itself_do_not_count() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(N, 3)
+
+    def attacked(example: Tensor) -> Tensor:
+        example = example.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(example_losses(model(example)).mean(), example)
+        return (example + 0.1 * gradient.sign()).detach()
+
+    expected = run(PerSampleEngine(model, tune=False), attacked(x), N)
+    engine = PerSampleEngine(model, tune=False)
+    with engine.record(N):
+        loss = example_losses(model(attacked(x))).mean()
+    engine.backward(loss)
+    torch.testing.assert_close(engine.norms(), expected[0])
+    torch.testing.assert_close(engine.clipped_sum(1.0), expected[1])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_a_second_backward_pass_is_refused() -> None:
     model = nn.Linear(3, 2)
     engine = PerSampleEngine(model)
