@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from typing import NoReturn
 
 import numpy as np
@@ -29,6 +30,7 @@ class SecretStreams:
 
     def __init__(self, key: bytes | None = None) -> None:
         self._key = os.urandom(32) if key is None else key
+        self._next: Counter[str] = Counter()
 
     @classmethod
     def from_seed(cls, seed: int) -> SecretStreams:
@@ -39,6 +41,12 @@ class SecretStreams:
     def key(self) -> bytes:
         """The secret, for the processes that train together and nobody else."""
         return self._key
+
+    def next_step(self, purpose: str) -> int:
+        """Count the steps of a purpose: 0, 1, ..., never one of them twice, whoever asks."""
+        step = self._next[purpose]
+        self._next[purpose] += 1
+        return step
 
     def torch_generator(self, purpose: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
         """Make the generator of one step; off the CPU its seed has 64 bits, which is what they take."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch.utils.data import (
 from lightning_eff.privacy.batches import some_examples
 from lightning_eff.privacy.budget import PrivateData
 from lightning_eff.privacy.noise import SecretStreams
+from lightning_eff.privacy.records import check_each_record_once
+from lightning_eff.surgery.state import untouched_generators
 
 
 class PoissonBatchSampler(Sampler[list[int]]):
@@ -36,8 +39,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
         rank: Of this process; it draws from the examples ``rank, rank + world_size, ...``.
         world_size: Number of processes.
         streams: Where the randomness comes from; ``None`` takes it from the operating system.
-        first_step: Tells at the start of a pass which step it begins with. ``None`` counts on, so that no draw is
-            ever repeated; a callable makes draws reproducible where ``streams`` are.
+        first_step: Tells at the start of a pass which step it begins with, so that draws are reproducible where
+            ``streams`` are. ``None`` leaves the count to ``streams``: no draw is ever repeated, neither in a later
+            pass nor by another sampler of the same streams.
 
     Raises:
         ValueError: An argument is out of range.
@@ -66,23 +70,38 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.rank, self.world_size = rank, world_size
         self._streams = SecretStreams() if streams is None else streams
         self._first_step = first_step
-        self._next = 0
+        self._drawn: deque[int] = deque()
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self._first_step is not None:
-            self._next = self._first_step()
-        for _ in range(self.steps):
-            step, self._next = self._next, self._next + 1
-            yield self.draw(step)
+        first = None if self._first_step is None else self._first_step()
+        self._drawn = drawn = deque[int]()
+        for place in range(self.steps):
+            batch = self.draw(self._streams.next_step(self._purpose) if first is None else first + place)
+            drawn.append(len(batch))
+            yield batch
 
     def draw(self, step: int) -> list[int]:
         """Draw the batch of a step, ascending indices."""
-        generator = self._streams.numpy_generator(f"sampling {self.rank}", step)
+        generator = self._streams.numpy_generator(self._purpose, step)
         shard = len(range(self.rank, self.num_samples, self.world_size))
         return [self.rank + self.world_size * place for place in _bernoulli(shard, self.sample_rate, generator)]
+
+    def next_count(self) -> int:
+        """Tell how many examples were drawn for the next batch of this pass; asked once for every batch, in order.
+
+        Raises:
+            RuntimeError: No such batch was drawn.
+        """
+        if not self._drawn:
+            raise RuntimeError("a batch came that this run did not draw: give the Trainer the loader and nothing else")
+        return self._drawn.popleft()
+
+    @property
+    def _purpose(self) -> str:
+        return f"sampling {self.rank}"
 
 
 def _bernoulli(count: int, probability: float, generator: np.random.Generator) -> list[int]:
@@ -100,7 +119,10 @@ def _bernoulli(count: int, probability: float, generator: np.random.Generator) -
 
 
 class CollateOrEmpty:
-    """The user's collate function, and a batch of the same structure with zero examples where none was drawn.
+    """The user's collate function, and a batch of the same structure with zero examples where it would make none.
+
+    That is where nobody was drawn, and where the function gives None for those who were: the step is taken all the
+    same, as whether it is taken must not depend on who was drawn.
 
     Args:
         collate: The loader's collate function; it never sees an empty list.
@@ -113,12 +135,30 @@ class CollateOrEmpty:
         self._empty: Any = None
 
     def __call__(self, examples: list[Any]) -> Any:
-        """Make a batch of what was drawn."""
-        if examples:
-            return self.collate(examples)
+        """Make a batch of what was drawn.
+
+        Raises:
+            ValueError: The function gives None for every example there is.
+        """
+        batch = self.collate(examples) if examples else None
+        if batch is not None:
+            return batch
         if self._empty is None:
-            self._empty = some_examples(self.collate([self.dataset[0]]), slice(0, 0))
+            with untouched_generators():
+                one = self.one()
+            self._empty = some_examples(one, slice(0, 0))
         return self._empty
+
+    def one(self) -> Any:
+        """Make a batch of one example: the first that makes one.
+
+        Raises:
+            ValueError: None of them does.
+        """
+        for index in range(len(self.dataset)):
+            if (batch := self.collate([self.dataset[index]])) is not None:
+                return batch
+        raise ValueError(f"collate_fn gives None for each of the {len(self.dataset)} examples alone: return a batch")
 
 
 def check_poisson_possible(loader: object) -> None:
@@ -144,6 +184,27 @@ def check_poisson_possible(loader: object) -> None:
         raise ValueError(_refusal(f"the train dataloader's RandomSampler draws {sampler.num_samples} examples"))
 
 
+def check_no_replacement(loader: Any) -> None:
+    """Refuse samplers that take a record several times: not even the order of batches is what is accounted then.
+
+    Raises:
+        ValueError: Names the sampler.
+    """
+    for owner in (loader, getattr(loader, "batch_sampler", None)):
+        sampler = getattr(owner, "sampler", None)
+        indices: Any = getattr(sampler, "indices", None)
+        more = isinstance(sampler, RandomSampler) and sampler.num_samples > len(loader.dataset)
+        if (
+            getattr(sampler, "replacement", False)
+            or more
+            or (_sized(indices) and len(set(map(int, indices))) < len(indices))
+        ):
+            raise ValueError(
+                f"{type(sampler).__name__} takes records several times, so that some count for more than epsilon says: "
+                "use shuffle=True, and weigh the losses of records instead"
+            )
+
+
 def poisson_loader(loader: DataLoader[Any], sampler: PoissonBatchSampler) -> DataLoader[Any]:
     """Copy a loader, of whatever subclass, with other batches; workers, collate function and all else stay.
 
@@ -160,6 +221,8 @@ def poisson_loader(loader: DataLoader[Any], sampler: PoissonBatchSampler) -> Dat
         drop_last=False,
         collate_fn=CollateOrEmpty(loader.collate_fn, loader.dataset),
         _iterator=None,
+        # batches have to come as they were drawn, so that each can be compared with its number of examples
+        in_order=True,
         # batches owe nothing to those before them: a run that goes on within an epoch has none to skip
         state_dict=dict,
         load_state_dict=_nothing_to_load,
@@ -202,7 +265,7 @@ def private_loader(
     first_step: Callable[[], int] | None = None,
     rank: int = 0,
     world_size: int = 1,
-) -> tuple[Any, PrivateData]:
+) -> tuple[Any, PrivateData, Callable[[], int]]:
     """Make the loader that trains, and tell what the accounting needs of it.
 
     Args:
@@ -213,8 +276,12 @@ def private_loader(
         rank: Of this process.
         world_size: Number of processes.
 
+    Returns:
+        The loader, the data, and a function that is asked once for every batch and tells the most examples it can have.
+
     Raises:
-        ValueError: Poisson sampling is not possible, or the number of examples is not known.
+        ValueError: Poisson sampling is not possible, the number of examples is not known, or a record is taken several
+            times.
     """
     if poisson:
         check_poisson_possible(loader)
@@ -227,12 +294,14 @@ def private_loader(
             f"the sampling rate is not known: expected a train dataloader with a batch size and a data set with a "
             f"length, got a {type(loader).__name__} over a {type(dataset).__name__} with batch size {batch_size}"
         )
+    check_each_record_once(dataset)
+    check_no_replacement(loader)
     examples = len(dataset)  # type: ignore[arg-type]
     logical = min(batch_size * world_size, examples)
     steps = max(1, examples // logical if getattr(loader, "drop_last", False) else math.ceil(examples / logical))
     data = PrivateData(examples, logical, steps, _name(dataset))
     if not poisson:
-        return loader, data
+        return loader, data, lambda: int(batch_size)
     sampler = PoissonBatchSampler(
         examples,
         logical / examples,
@@ -242,7 +311,7 @@ def private_loader(
         streams=streams,
         first_step=first_step,
     )
-    return poisson_loader(loader, sampler), data
+    return poisson_loader(loader, sampler), data, sampler.next_count
 
 
 def _name(dataset: Any) -> str:

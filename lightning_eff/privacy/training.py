@@ -28,13 +28,15 @@ from lightning_eff.privacy.noise import SecretStreams
 from lightning_eff.privacy.options import PrivateTrainingOptions
 from lightning_eff.privacy.outputs import join_outputs, loss_of
 from lightning_eff.privacy.planning import PrivacyPlan, check_one_of
-from lightning_eff.privacy.sampling import private_loader
+from lightning_eff.privacy.records import check_rows
+from lightning_eff.privacy.sampling import CollateOrEmpty, private_loader
 from lightning_eff.privacy.selection.granularity import Granularity
 from lightning_eff.privacy.selection.plan import SelectionPlan
 from lightning_eff.privacy.selection.schedule import RateSchedule
 from lightning_eff.privacy.selection.selected import Selection
 from lightning_eff.privacy.selection.selectors import Selector, SelectorName
 from lightning_eff.privacy.stepping import MaskMode, PrivateStep, StaticMasks
+from lightning_eff.surgery.state import untouched_generators
 
 CHECKPOINT_KEY = "lightning_eff.dp"
 
@@ -90,6 +92,9 @@ class PrivateTraining(Strategy):
         self._static: StaticMasks | None = None
         self._private_loaders: list[Any] = []
         self._data: PrivateData | None = None
+        self._count_drawn: Callable[[], int] | None = None
+        self._drawn = 0
+        self._fewer_rows_seen = False
         self._norm_layers: list[tuple[str, torch.nn.Module]] = []
         self._first_batch: FirstBatch | None = None
         if self.options.noise_seed is not None:
@@ -171,6 +176,7 @@ class PrivateTraining(Strategy):
             checks.check_precision(self.precision_plugin)
             self._static = self._step = None
             self._first_batch = FirstBatch(self.options.isolation_check)
+            self._fewer_rows_seen = False
         super().setup(trainer)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -186,7 +192,7 @@ class PrivateTraining(Strategy):
             return dataloader
         if self._streams is None:
             self._streams = self._make_streams()
-        loader, data = private_loader(
+        loader, self._data, self._count_drawn = private_loader(
             dataloader,
             poisson=self.poisson_sampling,
             streams=self._streams,
@@ -198,7 +204,6 @@ class PrivateTraining(Strategy):
             self._private_loaders.append(dataloader)
         else:  # loaded anew while training runs
             self._private_loaders = [dataloader]
-        self._data = data
         return loader
 
     def on_train_start(self) -> None:
@@ -220,6 +225,8 @@ class PrivateTraining(Strategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Choose what this step trains."""
         super().on_train_batch_start(batch, batch_idx)
+        assert self._count_drawn is not None
+        self._drawn = self._count_drawn()
         module = self._module()
         trainer = module.trainer
         if self._data != self._budget.data or self._budget.plan_is_over:
@@ -242,6 +249,7 @@ class PrivateTraining(Strategy):
         assert self._first_batch is not None
         batch, *others = args
         examples = number_of_examples(batch)
+        self._check_rows(examples)
         if not examples:
             return torch.zeros((), device=self.root_device)
         trainer = self._module().trainer
@@ -329,7 +337,7 @@ class PrivateTraining(Strategy):
 
     def teardown(self) -> None:
         """Let go of the step, the key of the noise and the loaders."""
-        self._step = self._streams = self._static = self._first_batch = None
+        self._step = self._streams = self._static = self._first_batch = self._count_drawn = None
         self._private_loaders, self._norm_layers = [], []
         super().teardown()
 
@@ -386,6 +394,20 @@ class PrivateTraining(Strategy):
         self._norm_layers = [
             (name, layer) for name, layer in module.named_modules() if isinstance(layer, checks.NORM_LAYERS)
         ]
+
+    def _check_rows(self, rows: int) -> None:
+        """Compare the rows of a batch with the records drawn; fewer ask, once, how many rows a single record makes."""
+        check_rows(rows, self._drawn)
+        loader = self._private_loaders[0]
+        if rows == self._drawn or self._fewer_rows_seen or not hasattr(loader, "collate_fn"):
+            return
+        self._fewer_rows_seen = True
+        module = self._module()
+        with untouched_generators():
+            one = CollateOrEmpty(loader.collate_fn, loader.dataset).one()
+            one = module._on_before_batch_transfer(self.precision_plugin.convert_input(one), dataloader_idx=0)
+            one = self.batch_to_device(one, dataloader_idx=0)
+        check_rows(rows, self._drawn, number_of_examples(one))
 
     def _user_step(self, others: list[Any], kwargs: Mapping[str, Any]) -> Callable[[Any, Any], Tensor]:
         """The user's step on a module (a copy, perhaps) and a batch, as a function that returns the loss."""

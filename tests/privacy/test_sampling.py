@@ -83,6 +83,19 @@ def test_draws_are_secret_by_default_and_never_repeat_between_passes():
     assert next(iter(PoissonBatchSampler(1000, 0.5, 1))) != passes[0]
 
 
+def test_no_draw_comes_twice_from_one_key_whichever_sampler_asks():
+    streams = SecretStreams()
+    draws = [PoissonBatchSampler(1000, rate, 2, streams=streams) for rate in (0.5, 0.5, 0.3)]
+    steps = []
+    for one in draws:
+        # instead of drawing, note which of the key's draws it would be
+        one.draw = lambda step: steps.append(step) or []
+    for _ in range(2):
+        for one in draws:
+            list(one)
+    assert steps == list(range(12))
+
+
 def test_a_pass_that_begins_at_a_step_goes_on_as_the_one_that_came_through_it():
     whole = list(sampler(100, 0.1, 8))
     assert list(sampler(100, 0.1, 5, first_step=lambda: 3)) == whole[3:]
@@ -139,6 +152,34 @@ def test_the_users_collate_function_never_sees_an_empty_list():
     batches = list(loader)
     assert {len(images) for images, _ in batches} >= {0, 1}
     assert all(torch.equal(images[:, 0], 2.0 * labels) for images, labels in batches)
+
+
+def no_zeros(examples):
+    """Leaves examples out, all of them perhaps."""
+    kept = [label for _, label in examples if label >= 20]
+    return torch.stack(kept) if kept else None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_is_empty_where_the_users_collate_function_gives_none(workers):
+    loader = DataLoader(DATA, batch_size=1, collate_fn=no_zeros, num_workers=workers)
+    batches = list(poisson_loader(loader, sampler(40, 0.05, 30)))
+    expected = [[index for index in batch if index >= 20] for batch in sampler(40, 0.05, 30)]
+    assert [batch.tolist() for batch in batches] == expected
+    assert any(batch and not kept for batch, kept in zip(sampler(40, 0.05, 30), expected, strict=True))
+
+
+def test_a_collate_function_that_never_gives_a_batch_is_refused():
+    with pytest.raises(ValueError, match="None for each of the 40 examples"):
+        list(poisson_loader(DataLoader(DATA, batch_size=1, collate_fn=lambda _: None), sampler(40, 0.05, 3)))
+
+
+def test_every_batch_is_counted_in_the_order_it_comes():
+    batches = sampler(40, 0.1, 8)
+    loader = poisson_loader(DataLoader(DATA, batch_size=4, num_workers=2, in_order=False), batches)
+    assert all(len(labels) == batches.next_count() for _ in range(2) for _, labels in loader)
+    with pytest.raises(RuntimeError, match="did not draw"):
+        batches.next_count()
 
 
 def test_a_loader_of_another_class_keeps_its_class_and_the_original_stays():
