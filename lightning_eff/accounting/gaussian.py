@@ -36,7 +36,7 @@ def gaussian_delta(sigma: float, epsilon: float) -> float:
 
 
 def gaussian_epsilon(sigma: float, delta: float) -> float:
-    """Epsilon of the Gaussian mechanism at a given delta, to twelve digits.
+    """Epsilon of the Gaussian mechanism at a given delta, to twelve digits from 0.01 on.
 
     Args:
         sigma: Noise multiplier, >= 0.
@@ -58,10 +58,11 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
 
 
 def gaussian_sigma(epsilon: float, delta: float) -> float:
-    """Noise multiplier that one release needs to be (epsilon, delta)-private, to twelve digits.
+    """Noise multiplier that one release needs to be (epsilon, delta)-private, to twelve digits for epsilon >= 0.01.
 
     Args:
-        epsilon: > 0; infinity asks for no noise.
+        epsilon: > 0; infinity asks for no noise. Far below 0.01 the two tails that delta is the difference of agree in
+            most of their digits, which are lost.
         delta: In (0, 1).
 
     Returns:

@@ -1,6 +1,6 @@
 """Private data generation: a generator or a table to hand on, with a formal (epsilon, delta) guarantee."""
 
-from lightning_eff.synthesis.callback import SynthesisFigures
+from lightning_eff.synthesis.callback import SynthesisFigures, SyntheticDataWriter
 from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.features import NTKFeatures
 from lightning_eff.synthesis.figures import image_grid, loss_figure, signal_figure
@@ -37,6 +37,7 @@ __all__ = [
     "ResNetImageGenerator",
     "SynthesisFigures",
     "SyntheticData",
+    "SyntheticDataWriter",
     "TableSchema",
     "TabularDataModule",
     "TabularGenerator",

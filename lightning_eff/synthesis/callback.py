@@ -1,4 +1,4 @@
-"""Pictures of a training as it goes: samples, loss and the noise below it, signal to noise of the classes."""
+"""Pictures of a training as it goes, and synthetic records written by ``trainer.predict``."""
 
 from __future__ import annotations
 
@@ -92,8 +92,7 @@ class SynthesisFigures(Callback):
 
     def _draw_samples(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DPNTKGenerator)
-        shape = pl_module.space.shape
-        if len(shape) != 3 or shape[0] not in (1, 3):
+        if not _are_images(pl_module):
             return
         labels = torch.arange(pl_module.num_classes).repeat_interleave(self.per_class)
         samples = pl_module.generate(len(labels), labels, seed=self.seed)
@@ -103,6 +102,57 @@ class SynthesisFigures(Callback):
         path = save_figure(figure, (self.dirpath or Path(trainer.default_root_dir)) / name)
         if path not in self.written:
             self.written.append(path)
+
+
+class SyntheticDataWriter(Callback):
+    """Write synthetic records in ``trainer.predict(model)`` or ``lightning-eff predict``; in ``fit`` it does nothing.
+
+    A table becomes ``synthetic.csv``; images and vectors become ``synthetic.npz``, and images are shown besides in
+    ``synthetic.png``. ``privacy_report.md`` goes with them. Writing costs no privacy, however often.
+
+    Args:
+        n: Records, >= 1.
+        dirpath: The folder; ``None`` takes the trainer's ``default_root_dir``.
+        labels: Class of all of them; ``None`` takes every class as often as the release has it.
+        seed: Of the records; ``None`` draws one.
+
+    Attributes:
+        written: Files written in the last run.
+    """
+
+    def __init__(
+        self, n: int, dirpath: str | Path | None = None, labels: int | None = None, seed: int | None = None
+    ) -> None:
+        check_integer("n", n, least=1)
+        self.n, self.labels, self.seed = n, labels, seed
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.written: list[Path] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse other modules."""
+        if not isinstance(pl_module, DPNTKGenerator):
+            raise ValueError(
+                f"SyntheticDataWriter writes records of a DPNTKGenerator, got a {type(pl_module).__name__}"
+            )
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the records and write them."""
+        assert isinstance(pl_module, DPNTKGenerator)
+        if not trainer.is_global_zero:
+            return
+        folder = self.dirpath or Path(trainer.default_root_dir)
+        made = pl_module.generate(self.n, self.labels, seed=self.seed)
+        if made.schema is not None:
+            self.written = [made.to_csv(folder / "synthetic.csv")]
+        else:
+            self.written = [made.to_npz(folder / "synthetic.npz")]
+            if _are_images(pl_module):
+                self.written.append(made.save_grid(folder / "synthetic.png"))
+        self.written.append(pl_module.privacy_report().save(folder / "privacy_report.md"))
+
+
+def _are_images(module: DPNTKGenerator) -> bool:
+    return len(module.space.shape) == 3 and module.space.shape[0] in (1, 3)
 
 
 def _label_names(module: DPNTKGenerator) -> list[str] | None:

@@ -210,23 +210,26 @@ class TabularGenerator(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """Map ``z [B, noise_dim]`` and classes ``y [B]`` to coordinates ``[B, D]``."""
-        latent, noise = z[:, : self.latent_dim], z[:, self.latent_dim :].float()
+        latent, gumbel = z[:, : self.latent_dim], _gumbel(z[:, self.latent_dim :].float())
         values: Tensor = self.layers(_with_class(latent, y, self.num_classes))
         blocks, used = [], 0
         for head in self.heads:
             block = values[:, head.start : head.stop]
             if head.kind == "onehot":
                 width = head.stop - head.start
-                blocks.append(_drawn(block.float(), noise[:, used : used + width], self.temperature))
+                blocks.append(_drawn(block.float(), gumbel[:, used : used + width], self.temperature))
                 used += width
             else:
                 blocks.append(_OUTPUTS[head.kind](block.float()))
         return torch.cat(blocks, dim=1)
 
 
-def _drawn(logits: Tensor, normal: Tensor, temperature: float) -> Tensor:
+def _gumbel(normal: Tensor) -> Tensor:
     # -log(-log u) for the u whose normal quantile is given: exact also where u rounds to 1
-    gumbel = -torch.log(torch.special.log_ndtr(normal).neg().clamp(min=torch.finfo(torch.float32).tiny))
+    return -torch.log(torch.special.log_ndtr(normal).neg().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _drawn(logits: Tensor, gumbel: Tensor, temperature: float) -> Tensor:
     soft = torch.softmax((logits + gumbel) / temperature, dim=1)
     hard = F.one_hot(soft.argmax(dim=1), logits.size(1)).to(soft.dtype)
     return hard + (soft - soft.detach())

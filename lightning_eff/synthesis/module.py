@@ -49,8 +49,8 @@ from lightning_eff.synthesis.tables import Rows, TableSchema
 
 _KEY = "dp_ntk"
 _TWO_WAYS = (
-    "either trainer.fit(model, datamodule=...), whose training data are read once, or model.release(data) before "
-    "trainer.fit(model)"
+    "either trainer.fit(model, datamodule=...), whose training data are read once, or, in one process, "
+    "model.release(data) before trainer.fit(model)"
 )
 
 
@@ -361,14 +361,15 @@ class DPNTKGenerator(LightningModule):
         """Return one token: ``trainer.predict`` needs no data."""
         return StepTokens(1, lambda: 0)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
-        """Do nothing: a :class:`SyntheticDataWriter` among the callbacks makes and writes the records.
+    def predict_step(self, batch: Any, batch_idx: int) -> list[Any]:
+        """Return nothing: a :class:`SyntheticDataWriter` among the callbacks makes and writes the records.
 
         Raises:
             RuntimeError: The batch is no step token, so a private one.
         """
         if not isinstance(batch, StepToken):
             raise RuntimeError("prediction makes records and takes none: leave dataloaders out of trainer.predict")
+        return []
 
     def teardown(self, stage: str) -> None:
         """Give the data module its loaders back."""

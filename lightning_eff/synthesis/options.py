@@ -27,7 +27,7 @@ class ReleaseOptions:
         num_records: n, where you want it checked; under ``"add_remove"`` only needed beside a known ``label_prior``,
             as a public estimate.
         label_prior: ``"private"`` releases noisy class counts in the same draw of noise. ``"uniform"`` or a list of
-            C shares says that the shares are public; counts are then not read.
+            C shares says that the shares are public; counts are then not read. A class of share 0 is not trained.
         count_weight: kappa > 0, weight of the counts inside the release; by default 1 for ``"replace_one"``, where the
             counts cost nothing up to there, and 0.1 for ``"add_remove"``.
         max_contributions: Records of one person, each read once, or times a record may be read, >= 1. The noise grows
@@ -62,7 +62,7 @@ class ReleaseOptions:
             check_integer("noise_seed", self.noise_seed, least=0)
         if not isinstance(self.label_prior, str):
             shares = [float(share) for share in self.label_prior]
-            if not shares or min(shares) < 0 or abs(math.fsum(shares) - 1) > 1e-6:
+            if not all(share >= 0 for share in shares) or not abs(math.fsum(shares) - 1) <= 1e-6:  # NaN neither
                 raise ValueError(f"label_prior must hold shares >= 0 with sum 1, got {shares}")
             object.__setattr__(self, "label_prior", shares)
         else:

@@ -112,6 +112,7 @@ def release_mean_embedding(
         "sensitivity": options.sensitivity,
         "adjacency": options.adjacency,
         "count_weight": options.kappa if options.counts_are_released else None,
+        "label_prior": options.label_prior,
         "max_contributions": options.max_contributions,
         "noise": "operating system" if options.noise_seed is None else "noise_seed",
     }

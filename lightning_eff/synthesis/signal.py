@@ -40,12 +40,15 @@ def signal_to_noise(embedding: MeanEmbedding) -> Tensor:
 def usable_classes(embedding: MeanEmbedding) -> Tensor:
     """Which classes ``(C,)`` have more records than three standard deviations of the noise on their count.
 
-    The mean of the others is noise; it is left out of the loss. Where counts are not released all are used.
+    The mean of the others is noise; it is left out of the loss. Where shares are public, so are the counts; the noise
+    on the class sums then takes the place of that on the counts. A single class of public size is always used.
     """
-    kappa = embedding.meta["count_weight"]
-    if kappa is None or embedding.num_classes == 1:
+    meta = embedding.meta
+    if embedding.num_classes == 1 and meta.get("adjacency") == "replace_one":
         return torch.ones_like(embedding.counts, dtype=torch.bool)
-    usable: Tensor = embedding.counts >= 3 * noise_scale(embedding) / kappa
+    usable: Tensor = embedding.counts >= 3 * noise_scale(embedding) / (meta["count_weight"] or 1.0)
+    if isinstance(prior := meta.get("label_prior"), list):
+        usable = usable & (torch.tensor(prior, device=usable.device) > 0)
     return usable
 
 

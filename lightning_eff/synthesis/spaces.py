@@ -103,8 +103,14 @@ class RecordSpace:
 
     def check_records(self, x: Tensor, number: int) -> None:
         """Raise a ValueError where records ``[B, ...]`` of a batch are not of this space; it tells no values."""
-        if x.numel() != len(x) * math.prod(self.shape):
-            raise ValueError(f"batch {number}: expected records of shape {list(self.shape)}, got {list(x.shape[1:])}")
+        shape = tuple(x.shape[1:])
+        # axes of size 1 do not change the order of the numbers, all others do
+        if shape != (math.prod(self.shape),) and _without_ones(shape) != _without_ones(self.shape):
+            turned = sorted(shape) == sorted(self.shape)
+            raise ValueError(
+                f"batch {number}: expected records of shape {list(self.shape)}, got {list(shape)}"
+                + ("; images are wanted with their channels first" if turned and len(shape) == 3 else "")
+            )
         check_finite(x, number, self.coordinate_names)
         if not self._in_range(x):
             low, high = _BOUNDS[self.range]
@@ -143,3 +149,7 @@ class RecordSpace:
             return True
         low, high = _BOUNDS[self.range]
         return bool(x.min() >= low - _ROUNDING) and bool(x.max() <= high + _ROUNDING)
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    return [size for size in shape if size != 1]

@@ -127,3 +127,11 @@ def test_extreme_latent_numbers_draw_a_category_all_the_same():
 def test_arguments_out_of_range_are_told(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_the_numbers_behind_all_drawn_categories_are_worked_out_at_once(monkeypatch):
+    calls, log_ndtr = [], torch.special.log_ndtr
+    monkeypatch.setattr(torch.special, "log_ndtr", lambda values: calls.append(values.shape) or log_ndtr(values))
+    generator = TabularGenerator.for_schema(SCHEMA, 3)
+    generator(*codes(generator))
+    assert calls == [(40, 10)]  # eight cells and two categories

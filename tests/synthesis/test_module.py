@@ -1,14 +1,17 @@
 import copy
+import logging
 import math
+import warnings
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 from synthesis.private_records import CountedData, CountingDataset, records, small, trainer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_eff import BatchKeys
 from lightning_eff.accounting import PrivacyBudgetExceeded
@@ -113,6 +116,51 @@ def test_loaders_and_limits_are_put_back_also_after_an_exception(error):
     assert "train_dataloader" not in vars(data)
     assert run.limit_val_batches == 0.5
     assert len(next(iter(data.train_dataloader()))[0]) == 16
+
+
+def test_a_fit_that_leaves_other_data_unread_says_so(caplog):
+    module = small()
+    trainer().fit(module, datamodule=CountedData(records()))
+    assert "are not read" not in caplog.text
+    other = CountedData(records(50))
+    with caplog.at_level(logging.INFO):
+        trainer().fit(module, datamodule=other)
+    assert "There is a release already: the training data of the datamodule are not read." in caplog.text
+    assert not other.train.reads
+    assert module.embedding.num_records == 101
+
+
+class WithoutValidation(L.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*records()), batch_size=16)
+
+
+def test_validation_that_a_data_module_lacks_or_that_is_left_out_is_passed_over_in_silence():
+    rows = {"age": [0.1, 0.9] * 100}
+    table = DPNTKGenerator(
+        5.0, schema=TableSchema([NumericColumn("age", 0, 1)]), feature_widths=(8,), steps_per_epoch=2
+    )
+    for module, data in (
+        (small(), WithoutValidation()),
+        (small(), CountedData(records())),
+        (table, TabularDataModule(rows)),
+    ):
+        run = trainer(max_epochs=1)
+        run.fit(module, datamodule=data)  # warnings are errors
+        assert not {"train_dataloader", "val_dataloader"} & vars(data).keys()
+
+
+def test_what_trains_before_a_release_is_told_to_release_first(tmp_path):
+    with pytest.raises(RuntimeError, match=r"such as a search of the learning rate, needs model.release\(data\)"):
+        small()._released()
+    module = small()
+    module.release(records())
+    run = trainer(max_epochs=3, default_root_dir=tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`weights_only` was not set|.*across ranks is zero")
+        found = Tuner(run).lr_find(module, num_training=5, update_attr=False)
+    assert len(found.results["lr"]) == 5
+    assert module.ledger.steps == 1
 
 
 def test_without_data_and_release_the_two_ways_are_told():
@@ -251,6 +299,16 @@ def test_classes_with_too_few_records_are_warned_of_and_left_out():
         module.release((x, y))
     assert module.privacy_report().classes[2]["remark"].startswith("too few records")
     trainer().fit(module)
+
+
+def test_a_class_that_is_said_to_have_no_records_is_neither_trained_nor_generated():
+    x, y = records(400)
+    module = small(release_options={"label_prior": [0.5, 0.5, 0.0], "noise_seed": 0})
+    with pytest.warns(UserWarning, match="class 2: too few records for this epsilon"):
+        module.release((x, y % 2))
+    assert module._class_weights().tolist() == [0.5, 0.5, 0.0]
+    trainer().fit(module)
+    assert module.generate(100, seed=0).y.bincount().tolist() == [50, 50]
 
 
 def test_averaged_weights_early_stopping_and_checkpoints_work_as_with_any_module(tmp_path):
@@ -428,6 +486,18 @@ def test_the_range_of_images_is_checked_and_can_be_set():
     signed.steps_trained = 1
     assert float(signed.generate(50, seed=0).x.min()) < 0
     DPNTKGenerator(5.0, feature_options={"input_range": "any"}, **arguments).release((unit * 255, y))
+
+
+def test_images_may_lack_axes_of_size_one_and_must_have_their_channels_first():
+    arguments = {"num_classes": 2, "feature_widths": (5,), "latent_dim": 3}
+    y = torch.arange(20) % 2
+    grey, colour = (DPNTKGenerator(5.0, input_shape=(channels, 8, 8), **arguments) for channels in (1, 3))
+    for shape in ((1, 8, 8), (8, 8), (8, 8, 1), (64,)):
+        grey.release((torch.rand(20, *shape), y))
+    colour.release((torch.rand(20, 192), y))
+    for shape, hint in (((8, 8, 3), "channels first"), ((8, 24), ""), ((8, 3, 8), "")):
+        with pytest.raises(ValueError, match=rf"records of shape \[3, 8, 8\], got .*{hint}"):
+            colour.release((torch.rand(20, *shape), y))
 
 
 def test_records_of_another_shape_are_told():

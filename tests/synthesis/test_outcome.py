@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from synthesis.private_records import records, small, trainer
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_eff.synthesis import (
     DPNTKGenerator,
     SynthesisFigures,
     SyntheticData,
+    SyntheticDataWriter,
     TableSchema,
+    TabularDataModule,
     image_grid,
     loss_figure,
     signal_figure,
@@ -200,6 +203,23 @@ def test_classes_of_a_table_have_their_names_and_an_inferred_schema_is_told():
     report = module.privacy_report()
     assert [line["class"] for line in report.classes] == ["<=50K", ">50K"]
     assert any("schema" in line and "public" in line for line in report.assumptions)
+
+
+def test_records_are_written_by_predict_without_data(tmp_path):
+    rows = {"age": [20, 60] * 200, "sex": ["m", "f"] * 200, "income": ["<=50K", ">50K"] * 200}
+    module = DPNTKGenerator(5.0, schema=SCHEMA, feature_widths=(5,), steps_per_epoch=2, samples_per_class=4)
+    writer = SyntheticDataWriter(20, tmp_path / "made", seed=1)
+    run = trainer(max_epochs=1, callbacks=[writer])
+    run.fit(module, datamodule=TabularDataModule(rows))
+    assert not writer.written
+    run.predict(module, datamodule=(data := TabularDataModule(rows)))
+    assert [path.name for path in writer.written] == ["synthetic.csv", "privacy_report.md"]
+    assert writer.written[0].read_text() == module.generate(20, seed=1).to_csv(tmp_path / "same.csv").read_text()
+    assert "predict_dataloader" not in vars(data)
+    with pytest.raises(RuntimeError, match="prediction makes records and takes none"):
+        run.predict(module, DataLoader(TensorDataset(*records()), batch_size=101))
+    with pytest.raises(ValueError, match="n must be an integer >= 1"):
+        SyntheticDataWriter(0)
 
 
 def test_loss_and_noise_floor_are_drawn():

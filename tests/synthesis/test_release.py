@@ -176,6 +176,8 @@ def test_counts_below_one_are_lifted_to_one():
         ({"num_records": 2.5}, "num_records must be an integer"),
         ({"label_prior": "guess"}, "label_prior must be one of"),
         ({"label_prior": [0.5, 0.6]}, "label_prior must hold shares >= 0 with sum 1"),
+        ({"label_prior": [math.nan] * 3}, "label_prior must hold shares >= 0 with sum 1"),
+        ({"label_prior": [math.inf, 0.0, 0.0]}, "label_prior must hold shares >= 0 with sum 1"),
         ({"adjacency": "add_remove", "label_prior": "uniform"}, "state a public estimate as num_records"),
     ],
 )
@@ -384,6 +386,23 @@ def test_noise_floor_is_what_noise_leaves_of_the_discrepancy():
     weights = class_weights(noisy, "conditional")
     distance = ((noisy.flatten() - clean.flatten()) / 1_000).square().sum(1).mean()
     assert noise_floor(noisy, weights) == pytest.approx(float(distance), rel=0.15)  # 2,100 squares: error 3 %
+
+
+@pytest.mark.parametrize("epsilon", [1.0, math.inf])
+def test_classes_of_small_public_shares_get_no_weight(epsilon):
+    x, y = records(1_000)
+    # three standard deviations of the noise on a class sum are 22 at epsilon 1
+    released = release((x, y % 2), epsilon=epsilon, label_prior=[0.49, 0.49, 0.02], noise_seed=0)
+    assert usable_classes(released).tolist() == [True, True, math.isinf(epsilon)]
+    released = release((x, y % 2), epsilon=epsilon, label_prior=[0.5, 0.5, 0.0], noise_seed=0)
+    assert usable_classes(released).tolist() == [True, True, False]
+
+
+def test_a_single_class_is_of_known_size_only_where_that_is_public():
+    x, _ = records(5)
+    few = {"classes": 1, "epsilon": 0.1, "noise_seed": 0}
+    assert usable_classes(release(x, **few)).tolist() == [True]
+    assert usable_classes(release(x, adjacency="add_remove", **few)).tolist() == [False]
 
 
 def test_classes_of_few_records_get_no_weight():

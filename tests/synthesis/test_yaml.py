@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -35,6 +36,16 @@ def test_a_run_from_yaml_is_saved_loaded_and_resumed_without_a_second_release(tm
     assert module.feature_options.seed == 3
     assert module.matching.lr_period == 4
     assert module.generate(10, seed=0).x.shape == (10, 1, 8, 8)
+
+    folder = tmp_path / "made"
+    writer = f"{{class_path: SyntheticDataWriter, init_args: {{n: 30, seed: 1, dirpath: {folder}}}}}"
+    run_cli(
+        "predict", "--config", str(CONF), "--ckpt_path", "last.ckpt", f"--trainer.callbacks+={writer}", cwd=tmp_path
+    )
+    with np.load(folder / "synthetic.npz") as file:
+        assert np.array_equal(file["data"], module.generate(30, seed=1).x.numpy())
+    assert (folder / "synthetic.png").exists()
+    assert "epsilon = 10 at delta = 1e-05" in (folder / "privacy_report.md").read_text()
 
     again = fit("--config", str(CONF), "--ckpt_path", "last.ckpt", "--trainer.max_epochs", "3")
     assert "Reading private records" not in capsys.readouterr().out

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -304,12 +305,11 @@ def _numbers(name: str, values: Sequence[Any], missing_values: Sequence[str]) ->
         return array.astype(np.float64)
     absent = {*missing_values, "None", "nan", "<NA>"}
     texts = [str(value).strip() for value in array.tolist()]
-    try:
+    with suppress(ValueError):
         return np.array([math.nan if text in absent else float(text) for text in texts], dtype=np.float64)
-    except ValueError:
-        broken = np.array([text not in absent and not _reads_as_number(text) for text in texts])
-        # the message of float() would show the value
-        raise ValueError(f"column {name!r}: {_rows(broken)} something that is no number") from None
+    # not raised while float()'s error is handled: that one shows the value, and would stay with this one as its context
+    broken = np.array([text not in absent and not _reads_as_number(text) for text in texts])
+    raise ValueError(f"column {name!r}: {_rows(broken)} something that is no number")
 
 
 def _reads_as_number(text: str) -> bool:

@@ -140,8 +140,15 @@ def read_csv(
             file.readline()
         lines = csv.reader(file, delimiter=separator, skipinitialspace=True)
         heading = list(names) if names is not None else [name.strip() for name in next(lines, [])]
-        if not heading or len(set(heading)) < len(heading):
-            raise ValueError(f"{path}: expected a heading without a name twice, got {heading}; names= gives another")
+        if not heading:
+            raise ValueError(f"{path}: expected a heading, got none")
+        if len(set(heading)) < len(heading):  # what stands there may be a record: its fields are not told
+            second = next(k for k, name in enumerate(heading) if name in heading[:k])
+            raise ValueError(
+                f"{path}: expected a heading without a name twice, got {len(heading)} fields of which number "
+                f"{second + 1} repeats number {heading.index(heading[second]) + 1}; where there is no heading, names= "
+                "gives the names"
+            )
         rows = []
         for fields in lines:
             if not fields:

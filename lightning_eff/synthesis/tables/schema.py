@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -174,10 +175,19 @@ class TableSchema:
         table = columns_of(rows)
         self._length(table)
         numbers: dict[str, NDArray[Any]] = {}
+        clamped: dict[str, int] = {}
         for column in self.columns:
             values = table[column.name]
-            numbers[column.name] = (
-                self._bounded(column, values) if isinstance(column, NumericColumn) else self._known(column, values)
+            if isinstance(column, NumericColumn):
+                numbers[column.name], outside = self._bounded(column, values)
+                clamped |= {column.name: outside} if outside else {}
+            else:
+                numbers[column.name] = self._known(column, values)
+        if clamped:
+            told = ", ".join(f"{outside} in {name!r}" for name, outside in clamped.items())
+            rank_zero_warn(
+                f"numbers outside the declared bounds were taken for the bound: {told}. This is told to whoever holds "
+                "the rows; bounds must not be chosen by it where the rows are private"
             )
         if self._classes is not None:
             numbers[self._classes.name] = self._known(self._classes, table[self._classes.name])
@@ -314,7 +324,8 @@ class TableSchema:
             raise ValueError(f"expected columns of one length, got {lengths}")
         return next(iter(lengths.values()))
 
-    def _bounded(self, column: NumericColumn, values: Sequence[Any]) -> NDArray[np.float64]:
+    def _bounded(self, column: NumericColumn, values: Sequence[Any]) -> tuple[NDArray[np.float64], int]:
+        """Numbers inside the bounds, and how many were not."""
         numbers = column.read(values, self.missing_values)
         outside = int(column.outside(numbers).sum())
         if outside and self.out_of_range == "error":
@@ -322,7 +333,7 @@ class TableSchema:
                 f"column {column.name!r}: {outside} of {len(numbers)} rows lie outside the declared bounds "
                 f"[{column.low:g}, {column.high:g}]; widen them, or let out_of_range='clamp'"
             )
-        return np.clip(numbers, column.low, column.high)
+        return np.clip(numbers, column.low, column.high), outside
 
     def _known(self, column: CategoricalColumn, values: Sequence[Any]) -> NDArray[np.int64]:
         numbers = column.read(values, self.missing_values)

@@ -122,6 +122,7 @@ def test_what_is_no_number_is_named_by_column_and_row_but_not_shown(column, valu
         column.read(values)
     assert "secret" not in str(error.value)
     assert error.value.__cause__ is None  # float() would have shown it
+    assert error.value.__context__ is None  # as loggers of whole tracebacks do
 
 
 def test_categories_compare_as_text():

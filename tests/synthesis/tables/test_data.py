@@ -98,7 +98,7 @@ def test_files_without_heading_with_comments_and_other_separators(tmp_path):
     ("text", "message"),
     [
         ("a,y\n1,no\n2\n", "line 3: expected 2 fields, got 1; is ',' the separator?"),
-        ("a,a\n1,2\n", "without a name twice"),
+        ("a,y,a\n1,2,3\n", "without a name twice, got 3 fields of which number 3 repeats number 1; .* names= gives"),
         ("a,y\n", "expected rows after the heading, got none"),
         ("", "expected a heading"),
     ],
@@ -108,6 +108,15 @@ def test_broken_files_are_refused_with_the_line(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_csv(file)
+
+
+def test_a_record_in_the_place_of_a_heading_is_not_shown(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("Alice,52,52\nBob,31,12\n")
+    with pytest.raises(ValueError, match="2") as told:
+        read_csv(file)
+    assert "Alice" not in str(told.value)
+    assert "52" not in str(told.value).replace(str(file), "")
 
 
 def test_errors_tell_which_rows_they_are_about(path):
