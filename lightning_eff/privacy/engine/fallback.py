@@ -1,6 +1,7 @@
 """Functions nobody wrote a rule for: the gradient of each example by running the function once more, for it alone.
 
-That is one `vmap` of the one function, never of the whole model; where `vmap` cannot run it (recurrent layers), a loop.
+That is one `vmap` of the one function, never of the whole model; where `vmap` cannot run it (recurrent layers), a loop,
+which is told once. Each example goes back once for all parameters and all outputs of the call together.
 Before a function is recorded in this way it must show that it treats examples one by one: what it gives for the first
 and for the last example alone must be what it gave for them in the batch.
 """
@@ -92,6 +93,8 @@ class Call:
         loop: bool = False,
     ) -> None:
         self.recorder, self.function, self.loop = recorder, function, loop
+        self._name = resolve_name(function) or getattr(function, "__name__", str(function))
+        self._tapped: list[int] = []
         leaves, self._spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
         self._leaves = [recorder.detached(leaf) for leaf in leaves]
         self.args, self.kwargs = pytree.tree_unflatten(self._leaves, self._spec)
@@ -101,9 +104,7 @@ class Call:
         self.parameters = {name: leaf for name, leaf in zip(self._names, self._leaves, strict=True) if name is not None}
         # tensors that may hold something of each example
         self.tensors = [
-            KeptInput(leaf, resolve_name(function) or "a function")
-            if isinstance(leaf, Tensor) and recorder.name_of(leaf) is None
-            else None
+            KeptInput(leaf, self._name) if isinstance(leaf, Tensor) and recorder.name_of(leaf) is None else None
             for leaf in leaves
         ]
         self._constant = [
@@ -189,21 +190,32 @@ class Call:
         return True
 
     def record(self, output: Any) -> Any:
-        """Tap every output that can have a gradient; each is a use of its own, and uses add up."""
+        """Tap all outputs that can have a gradient, as one tensor: a use then hears once of all of them."""
         outputs = _outputs(output)
         assert outputs is not None
-        tapped = [
-            self.recorder.tap(tensor, CallUse(self, which)) if tensor.is_floating_point() else tensor
-            for which, tensor in enumerate(outputs)
-        ]
-        return tapped[0] if isinstance(output, Tensor) else type(output)(tapped)
+        self._tapped = [which for which, tensor in enumerate(outputs) if tensor.is_floating_point()]
+        if self.loop:
+            self._tell_loop()
+        if len(self._tapped) == 1:
+            (which,) = self._tapped
+            outputs[which] = self.recorder.tap(outputs[which], CallUse(self))
+        elif self.parts and self._tapped:
+            joined = self.recorder.tap(self._joined(outputs), CallUse(self))
+            start = 0
+            for which in self._tapped:
+                one, dim = outputs[which], self.output_dims[which]
+                shape = self._examples_first(one, dim).shape
+                stop = start + shape[1:].numel()
+                rows = joined[:, start:stop].view(shape).movedim(0, dim)
+                outputs[which] = rows.reshape(one.shape).to(one.dtype).contiguous()
+                start = stop
+        return outputs[0] if isinstance(output, Tensor) else type(output)(outputs)
 
-    def gradients(self, gradient: Tensor, which: int, examples: slice) -> dict[str, Tensor]:
+    def gradients(self, gradient: Tensor, examples: slice) -> dict[str, Tensor]:
         """Return by parameter the gradients of some examples, ``[m, *shape]``.
 
         Args:
-            gradient: of output ``which``, examples first, ``[n, ...]``.
-            which: one of the outputs.
+            gradient: of the outputs, from :meth:`rows`.
             examples: which of them.
         """
         inputs = [tensor[examples] for tensor in self.examples()]
@@ -212,9 +224,13 @@ class Call:
             def run(parameters: dict[str, Tensor]) -> Tensor:
                 outputs = _outputs(self.repeat(parameters, example))
                 assert outputs is not None
-                return outputs[which]
+                if len(self._tapped) == 1:
+                    return outputs[self._tapped[0]]
+                return torch.cat([outputs[which].flatten() for which in self._tapped])
 
-            found: dict[str, Tensor] = torch.func.vjp(run, self.parameters)[1](gradient)[0]
+            # kernels of recurrent layers keep what their backward needs only where the mode around vjp allows it
+            with torch.enable_grad():
+                found: dict[str, Tensor] = torch.func.vjp(run, self.parameters)[1](gradient)[0]
             return found
 
         rows = gradient[examples]
@@ -225,38 +241,61 @@ class Call:
                     return torch.func.vmap(back)(rows, *inputs)
             except RuntimeError:
                 self.loop = True
+                self._tell_loop()
         found = [back(*row) for row in zip(rows, *inputs, strict=True)]
         return {name: torch.stack([one[name] for one in found]) for name in self.parameters}
 
-    def rows(self, gradient: Tensor, which: int) -> Tensor:
-        """Return the gradient of an output, examples first."""
-        return self._examples_first(gradient, self.output_dims[which])
+    def rows(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of what was tapped, examples first."""
+        if len(self._tapped) == 1:
+            return self._examples_first(gradient, self.output_dims[self._tapped[0]])
+        return gradient
+
+    def _joined(self, outputs: Sequence[Tensor]) -> Tensor:
+        """All tapped outputs side by side, ``[n, numbers of an example]``."""
+        parts = [self._examples_first(outputs[which], self.output_dims[which]).flatten(1) for which in self._tapped]
+        return torch.cat(parts, 1)
+
+    def _tell_loop(self) -> None:
+        layers = sorted({part.name.rpartition(".")[0] or part.name for part in self.parts})
+        key = f"loop {self._name} {layers}"
+        if layers and key not in _told:
+            _told.add(key)
+            logger.warning(
+                "per-sample gradients of %s (%s) are made in a loop, one example after the other: a step takes about "
+                "as long as with batches of one",
+                ", ".join(layers),
+                self._name,
+            )
 
     def _examples_first(self, tensor: Tensor, dim: int) -> Tensor:
         n = self.recorder.examples
-        return tensor.view(*tensor.shape[:dim], n, tensor.size(dim) // n, *tensor.shape[dim + 1 :]).movedim(dim, 0)
+        return tensor.reshape(*tensor.shape[:dim], n, tensor.size(dim) // n, *tensor.shape[dim + 1 :]).movedim(dim, 0)
 
 
 class CallUse(LayerUse):
-    """The use of a function through one of its outputs.
+    """The use of a function: of all its parameters through all its outputs.
+
+    Per-sample gradients are made once and kept where the memory budget allows it.
 
     Args:
         call: the function and its arguments.
-        which: the output.
     """
 
-    def __init__(self, call: Call, which: int) -> None:
+    def __init__(self, call: Call) -> None:
         super().__init__(call.parts, call.recorder.examples)
-        self._call, self._which = call, which
+        self._call = call
         self._gradient: Tensor | None = None
         self._out: Tensor | None = None
+        self._kept: dict[str, Tensor] | None = None
+        self._asked_to_keep = False
 
     def receive(self, gradient: Tensor) -> None:
         """Keep it."""
-        self._gradient = self._call.rows(gradient, self._which)
+        self._gradient = self._call.rows(gradient)
 
     def per_sample(self, name: str, examples: slice) -> Tensor:
-        """Run the function again for some examples, ``[m, *block]``."""
+        """Run the function again for some examples, or look up what was kept, ``[m, *block]``."""
         return self._blocks(examples)[name]
 
     def zero_examples(self, index: Tensor) -> None:
@@ -269,7 +308,7 @@ class CallUse(LayerUse):
         return {name: torch.cat([square_norm(part[name]) for part in parts]) for name in names}
 
     def clipped_sums(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One run for all parameters."""
+        """One run for all parameters, none where they were kept."""
         sums: dict[str, Tensor] = {}
         for part in self._slices():
             for name, gradients in self._blocks(part).items():
@@ -282,14 +321,27 @@ class CallUse(LayerUse):
         return slices(self.examples, CHUNK_ELEMENTS // max(1, size))
 
     def _blocks(self, examples: slice) -> dict[str, Tensor]:
-        assert self._gradient is not None
-        found = self._call.gradients(self._gradient, self._which, examples)
-        blocks = {name: block(wide(found[name]), chosen) for name, chosen in self.selections.items()}
+        if not self._asked_to_keep:
+            self._asked_to_keep = True
+            numbers = sum(chosen.block_shape.numel() for chosen in self.selections.values())
+            bytes_each = max(4, *(one.element_size() for one in self._call.parameters.values()))
+            if self._call.recorder.tuner.store(self.examples * numbers * bytes_each):
+                parts = [self._made(part) for part in self._slices()]
+                self._kept = {name: torch.cat([part[name] for part in parts]) for name in self.selections}
+        if self._kept is None:
+            blocks = self._made(examples)
+        else:
+            blocks = {name: kept[examples] for name, kept in self._kept.items()}
         if self._out is None:
             return blocks
         index = torch.arange(self.examples, device=self._out.device)[examples]
         out = torch.isin(index, self._out)
         return {name: torch.where(out.view(-1, *[1] * (b.ndim - 1)), 0.0, b) for name, b in blocks.items()}
+
+    def _made(self, examples: slice) -> dict[str, Tensor]:
+        assert self._gradient is not None
+        found = self._call.gradients(self._gradient, examples)
+        return {name: block(wide(found[name]), chosen) for name, chosen in self.selections.items()}
 
 
 def _outputs(output: Any) -> list[Tensor] | None:

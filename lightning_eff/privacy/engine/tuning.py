@@ -52,6 +52,13 @@ class Tuner:
         """Free the budget for the next physical batch."""
         self._left = self.memory_budget
 
+    def store(self, size: int) -> bool:
+        """Take ``size`` bytes from the budget; False where they are not left."""
+        fits = size <= self._left
+        if fits:
+            self._left -= size
+        return fits
+
     def plan(self, use: WeightUse) -> Plan:
         """Return the plan for a use that has received its gradient, and take what it stores from the budget."""
         fits = use.stored_bytes <= self._left

@@ -113,6 +113,56 @@ def test_a_module_has_no_rule_of_its_own() -> None:
         register_rule(nn.Linear)
 
 
+class Recurrent(nn.Module):
+    """Uses all outputs of its layer: sequence and both last states."""
+
+    def __init__(self, double: bool, batch_first: bool) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(4, 3, 2, bidirectional=True, batch_first=batch_first)
+        self.batch_first = batch_first
+        if double:
+            self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, (state, cell) = self.layer(x if self.batch_first else x.transpose(0, 1))
+        sequence = (output if self.batch_first else output.transpose(0, 1)).contiguous().view(len(x), -1)
+        return torch.cat([sequence, state.transpose(0, 1).flatten(1), cell.transpose(0, 1).flatten(1) ** 2], 1)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("double", [True, False])
+def test_all_outputs_of_a_recurrent_layer_may_be_used(batch_first: bool, double: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Recurrent(double, batch_first), torch.randn(5, 6, 4, dtype=torch.float64 if double else torch.float32)
+    assert_agrees(model, x, loop_gradients(model, x, 5), rtol=1e-9 if double else 1e-4)
+
+
+@pytest.mark.parametrize(("memory_budget_mb", "passes"), [(256, 1), (0, 2)])
+def test_an_example_goes_back_once_for_all_weights_of_a_recurrent_layer(
+    memory_budget_mb: float, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, vjp = [], torch.func.vjp
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return vjp(*args, **kwargs)
+
+    monkeypatch.setattr(torch.func, "vjp", counted)
+    model = Recurrent(double=False, batch_first=True)
+    assert len(list(model.parameters())) == 16
+    run(PerSampleEngine(model, memory_budget_mb=memory_budget_mb), torch.randn(5, 6, 4), 5)
+    assert len(calls) == 5 * passes  # with no memory to keep them in, once for the norms and once for the sum
+
+
+def test_layers_that_run_in_a_loop_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    fallback._told.clear()
+    engine = PerSampleEngine(Recurrent(double=False, batch_first=True))
+    for _ in range(2):
+        run(engine, torch.randn(5, 6, 4), 5)
+    (record,) = caplog.records
+    assert "gradients of layer (torch.lstm) are made in a loop" in record.message
+
+
 def test_packed_sequences_are_refused() -> None:
     class Packed(nn.Module):
         def __init__(self) -> None:
