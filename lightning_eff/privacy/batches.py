@@ -6,7 +6,7 @@ Whatever the batch is made of, what belongs to an example stands at its place in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,8 +55,9 @@ def number_of_examples(batch: Any) -> int:
     return size
 
 
-def some_examples(batch: Any, part: slice) -> Any:
+def some_examples(batch: Any, part: slice | Sequence[int]) -> Any:
     """Cut examples out of a batch: tensors along their first dimension, and lists with one entry for each example."""
+    part = part if isinstance(part, slice) else list(part)
     size = number_of_examples(batch)
 
     def cut(node: Any) -> Any:
@@ -68,7 +69,7 @@ def some_examples(batch: Any, part: slice) -> Any:
             return type(node)(*map(cut, node))
         if isinstance(node, list | tuple):
             if len(node) == size and not _has_tensors(node):
-                return node[part]
+                return node[part] if isinstance(part, slice) else type(node)(node[place] for place in part)
             return type(node)(map(cut, node))
         if dataclasses.is_dataclass(node) and not isinstance(node, type):
             fields = {field.name: cut(getattr(node, field.name)) for field in dataclasses.fields(node) if field.init}

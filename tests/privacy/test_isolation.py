@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -96,22 +97,94 @@ def test_dropout_does_not_look_like_dependence() -> None:
     assert model[2].training
 
 
-def test_noise_that_only_training_makes_leads_to_evaluation_mode() -> None:
-    class Noisy(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + torch.randn_like(x) if self.training else x
+class Augmented(nn.Module):
+    """Changes its input where it trains."""
 
-    assert check_sample_isolation(network(Noisy()), cross_entropy, batch()).isolated
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(x) if self.training else x
 
 
-def test_a_step_that_is_always_random_cannot_be_judged() -> None:
+def permuted(x: Tensor) -> Tensor:
+    return 0.8 * x + 0.2 * x[torch.randperm(len(x))]
+
+
+def permuted_by_numpy(x: Tensor) -> Tensor:
+    return 0.8 * x + 0.2 * x[np.random.permutation(len(x))]
+
+
+def standardised(x: Tensor) -> Tensor:
+    return (x - x.mean(0)) * (1 + 0.1 * torch.rand(()))
+
+
+def sometimes_permuted(x: Tensor) -> Tensor:
+    return permuted(x) if torch.rand(()) < 0.5 else x
+
+
+def test_noise_for_each_example_does_not_look_like_dependence() -> None:
+    report = check_sample_isolation(network(Augmented(lambda x: x + torch.randn_like(x))), cross_entropy, batch())
+    assert report.isolated
+    assert str(report) == "each of 6 examples keeps its gradient among other neighbours"
+
+
+@pytest.mark.parametrize("change", [permuted, permuted_by_numpy, standardised, sometimes_permuted])
+@pytest.mark.parametrize("n", [3, 12])
+def test_examples_that_are_mixed_at_random_while_training_are_found(change: Callable[[Tensor], Tensor], n: int) -> None:
+    torch.manual_seed(1)
+    np.random.seed(1)
+    report = check_sample_isolation(network(Augmented(change)), cross_entropy, batch(n))
+    assert not report.isolated
+    assert not report.random
+    assert "depends on the other examples" in str(report)
+
+
+@pytest.mark.parametrize("loss", [weighted, with_ignored, contrastive, mixed_up])
+@pytest.mark.filterwarnings("ignore:a per-sample gradient is not finite")
+def test_losses_that_mix_examples_are_found_behind_noise_too(loss: Callable[[nn.Module, Any], Tensor]) -> None:
+    model = network(Augmented(lambda x: x + 0.1 * torch.randn_like(x)))
+    assert not check_sample_isolation(model, loss, batch(9)).isolated
+
+
+@pytest.mark.parametrize("scale", [lambda n: n, lambda n: 1 / n])
+def test_a_loss_that_grows_with_the_batch_is_found_behind_noise_too(scale: Callable[[int], float]) -> None:
+    model = network(Augmented(lambda x: x + 0.1 * torch.randn_like(x)))
+
+    def scaled(module: nn.Module, batch: Any) -> Tensor:
+        return scale(len(batch[0])) * cross_entropy(module, batch)
+
+    assert not check_sample_isolation(model, scaled, batch(12)).isolated
+    assert check_sample_isolation(model, cross_entropy, batch(12)).isolated
+
+
+def test_numbers_that_are_drawn_and_not_used_leave_the_comparison_exact() -> None:
+    def drawing(module: nn.Module, batch: Any) -> Tensor:
+        torch.rand(())
+        return len(batch[0]) ** 0.01 * cross_entropy(module, batch)
+
+    assert not check_sample_isolation(network(), drawing, batch()).isolated
+
+
+def test_a_step_with_a_generator_of_its_own_cannot_be_judged() -> None:
+    generator = torch.Generator().manual_seed(0)
+
     def noisy(module: nn.Module, batch: Any) -> Tensor:
-        return cross_entropy(module, (batch[0] + torch.randn_like(batch[0]), batch[1]))
+        return cross_entropy(module, (batch[0] + torch.randn(batch[0].shape, generator=generator), batch[1]))
 
     report = check_sample_isolation(network(), noisy, batch())
     assert report.random
     assert not report.isolated
     assert "every time it runs" in str(report)
+
+
+def test_a_step_that_fails_for_one_example_is_told() -> None:
+    def paired(module: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(module, (batch[0] + batch[0][1], batch[1]))
+
+    with pytest.raises(ValueError, match="works for 6 examples and fails for one: index 1 is out of bounds"):
+        check_sample_isolation(network(), paired, batch())
 
 
 def test_batch_statistics_are_refused_with_both_ways_out() -> None:
