@@ -75,7 +75,7 @@ class SynFlow:
         """Score every coordinate, those where a mask (by name, bool) is False being zero.
 
         Raises:
-            ValueError: the network does not run in float64, or R is not finite.
+            ValueError: the network has no ``forward``, does not run in float64, or R is not finite.
         """
         tensors = {name: self._positive(one) for name, one in self._module.named_parameters()}
         for name, mask in (masks or {}).items():
@@ -91,9 +91,15 @@ class SynFlow:
                     _Called(self._module), _within({**tensors, **buffers}), (self._inputs,)
                 )
             except (RuntimeError, NotImplementedError) as error:
+                kind = type(self._module).__name__
+                if isinstance(error, NotImplementedError) and '"forward"' in str(error):
+                    raise ValueError(
+                        f'score="synflow" runs the network and {kind} has no forward: give it one '
+                        "(def forward(self, x): return self.net(x)), or use another score"
+                    ) from error
                 shapes = [list(one.shape) for one in pytree.tree_leaves(self._inputs) if isinstance(one, Tensor)]
                 raise ValueError(
-                    f"SynFlow calls {type(self._module).__name__} in float64 with ones of shapes {shapes}, which "
+                    f"SynFlow calls {kind} in float64 with ones of shapes {shapes}, which "
                     f"failed: {error}. Give input_shape, or use another score"
                 ) from error
             total = sum(one.sum() for one in pytree.tree_leaves(output) if isinstance(one, Tensor))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,18 @@ def test_synflow_tells_what_it_cannot_feed_and_what_does_not_run() -> None:
         SynFlow(model, torch.ones(1, 7, dtype=torch.int64), parameters)
     with pytest.raises(ValueError, match=r"with ones of shapes \[\[1, 6\]\], which failed: .* Give input_shape"):
         SynFlow(model, torch.ones(1, 6), parameters).scores()
+
+
+@pytest.mark.parametrize("base", [nn.Module, L.LightningModule])
+def test_synflow_names_the_forward_that_a_module_lacks(base: type[nn.Module]) -> None:
+    class WithoutForward(base):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 2)
+
+    module = WithoutForward()
+    with pytest.raises(ValueError, match="WithoutForward has no forward: give it one"):
+        SynFlow(module, torch.ones(1, 3), dict(module.named_parameters())).scores()
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
