@@ -38,11 +38,12 @@ def activate_into(out: Tensor, pre: Tensor, activation: Activation, gates: Tenso
     else:
         gate, up = pre.chunk(2, -1)
         gates = out if gates is None else gates
-        torch.ops.aten.silu.out(gate, out=gates)
+        gates.copy_(gate)  # silu on short strided rows takes three times as long
+        torch.ops.aten.silu.out(gates, out=gates)
         torch.mul(gates, up, out=out)
 
 
-def backward_into(out: Tensor, grad: Tensor, pre: Tensor, activation: Activation, gates: Tensor) -> None:
+def backward_into(out: Tensor, grad: Tensor, pre: Tensor, activation: Activation, gates: Tensor, work: Tensor) -> None:
     """Write the gradient by ``pre`` to ``out``, given the one by the hidden units, which is overwritten.
 
     Args:
@@ -51,6 +52,7 @@ def backward_into(out: Tensor, grad: Tensor, pre: Tensor, activation: Activation
         pre: [rows, h or 2 h].
         activation: Which one.
         gates: What :func:`activate_into` wrote there [rows, h].
+        work: Memory [rows, h].
     """
     if activation == "relu":
         torch.ops.aten.threshold_backward.grad_input(grad, pre, 0, grad_input=out)
@@ -63,4 +65,6 @@ def backward_into(out: Tensor, grad: Tensor, pre: Tensor, activation: Activation
         by_gate, by_up = out.chunk(2, -1)
         torch.mul(grad, gates, out=by_up)
         grad.mul_(up)
-        torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=by_gate)
+        work.copy_(gate)
+        torch.ops.aten.silu_backward.grad_input(grad, work, grad_input=grad)
+        by_gate.copy_(grad)

@@ -179,7 +179,7 @@ def _backward(
         if not (by_x or by_w1 or by_b1):
             continue
         q.mul_(w)
-        backward_into(dp, q, p, activation, gates)  # type: ignore[arg-type]
+        backward_into(dp, q, p, activation, gates, work)  # type: ignore[arg-type]
         if by_w1:
             x_pieces = split_with_sizes(torch.index_select(x, 0, index, out=x_rows[:total]), sizes)
             _add_products(into_w1, experts, x_pieces, dp_pieces, goes_on)
