@@ -103,6 +103,11 @@ class PrivateStep:
         self._before: dict[str, Tensor] = {}
         self._begun = False
 
+    def trains(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Whether these are the parameters that the step trains: the same names in order, and the same objects."""
+        ours = self.parameters
+        return list(ours) == list(parameters) and all(ours[name] is one for name, one in parameters.items())
+
     def begin(self, step: int, epoch: int) -> None:
         """Choose what the next optimizer step trains, and forget what was collected for one that never came."""
         selections = self.plan.at(step, epoch)

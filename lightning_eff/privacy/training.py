@@ -28,6 +28,7 @@ from lightning_eff.privacy.noise import SecretStreams
 from lightning_eff.privacy.options import PrivateTrainingOptions
 from lightning_eff.privacy.outputs import join_outputs, loss_of
 from lightning_eff.privacy.planning import PrivacyPlan, check_one_of
+from lightning_eff.privacy.replacement import KnownParameters, replaced
 from lightning_eff.privacy.records import check_rows
 from lightning_eff.privacy.sampling import CollateOrEmpty, private_loader
 from lightning_eff.privacy.selection.granularity import Granularity
@@ -89,6 +90,7 @@ class PrivateTraining(Strategy):
         self._plan = plan
         self._streams: SecretStreams | None = None
         self._step: PrivateStep | None = None
+        self._known: KnownParameters | None = None
         self._static: StaticMasks | None = None
         self._private_loaders: list[Any] = []
         self._data: PrivateData | None = None
@@ -183,6 +185,7 @@ class PrivateTraining(Strategy):
         """Set up the user's optimizer and see what it trains."""
         super().setup_optimizers(trainer)
         checks.trained_parameters(self._module(), self.optimizers)
+        self._known = KnownParameters(self._module())
 
     def process_dataloader(self, dataloader: object) -> object:
         """Sample the private training loader by Poisson sampling; other loaders stay."""
@@ -235,7 +238,14 @@ class PrivateTraining(Strategy):
             [(name, layer) for name, layer in self._norm_layers if checks.uses_batch_statistics(layer)]
         )
         trained = checks.trained_parameters(module, self.optimizers)
-        if self._step is None or list(self._step.parameters.items()) != list(trained.items()):
+        assert self._known is not None
+        changed = self._known.look(module)
+        if changed:
+            note(self.ledger.caveats, replaced(changed))
+            rank_zero_warn(replaced(changed))
+        if changed or self._step is None or not self._step.trains(trained):
+            if self._step is not None:
+                self._plan.start_anew()
             self._build_step()
         assert self._step is not None
         self._step.begin(trainer.global_step, trainer.current_epoch)

@@ -164,6 +164,12 @@ class SelectionPlan:
         if isinstance(self.selector, Selector) and self._current is not None:
             self.selector.observe({name: released[name] for name in self._free}, self._current, noise_std)
 
+    def start_anew(self) -> None:
+        """Forget what the rule has learned, because the parameters are others now."""
+        if isinstance(self.selector, Selector):
+            self.selector.start_anew()
+        self._current = self._key = self._loaded = None
+
     def state_dict(self) -> dict[str, Any]:
         """What cannot be chosen again from the seed: plain Python and tensors."""
         selector = self.selector.state_dict() if hasattr(self.selector, "state_dict") else {}

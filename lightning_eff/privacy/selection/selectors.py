@@ -83,6 +83,9 @@ class Selector:
     def observe(self, released: Mapping[str, Tensor], selections: Mapping[str, Selection], noise_std: float) -> None:
         """Take note of the noisy mean gradient that a step released: blocks, and the deviation of their noise."""
 
+    def start_anew(self) -> None:
+        """Forget what was observed: the parameters have been replaced by others."""
+
     def state_dict(self) -> dict[str, Any]:
         """Plain Python and tensors."""
         return {}
@@ -204,6 +207,10 @@ class NoisyGradientSelector(Selector):
             return dict(context.candidates)
         scores = {name: self._energy[name].to(parameter.device) for name, parameter in context.parameters.items()}
         return context.best(scores)
+
+    def start_anew(self) -> None:
+        """Begin with the first steps again."""
+        self._steps, self._energy = 0, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Steps seen and energies."""
