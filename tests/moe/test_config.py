@@ -114,6 +114,16 @@ def test_yaml_reaches_every_option() -> None:
             assert f"--moe.{owner}{field.name}" in options
 
 
+def test_yaml_builds_the_layer() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--layer", type=torch.nn.Module)
+    parsed = parser.parse_string(
+        "layer: {class_path: lightning_eff.moe.FineGrainedMoE, init_args: {d_model: 16, config: {granularity: 2}}}"
+    ).layer.init_args
+    layer = FineGrainedMoE(parsed.d_model, parsed.d_ff, parsed.config.as_dict())
+    assert (layer.config.granularity, layer.d_ff) == (2, 64)
+
+
 @pytest.mark.parametrize(("truncation", "limit"), [("std", 2 * 0.025), ("scale", 0.2)])
 def test_weights_start_as_the_paper_has_them(truncation: str, limit: float) -> None:
     torch.manual_seed(0)

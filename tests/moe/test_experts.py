@@ -187,6 +187,14 @@ def test_reference_can_be_differentiated_twice() -> None:
     )
 
 
+def test_fused_experts_refuse_to_be_differentiated_twice() -> None:
+    problem = Problem([2, 3])
+    x = problem.inputs["x"].requires_grad_()
+    (grad,) = torch.autograd.grad(problem.run("fused").square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="moe_ffn_backward"):
+        grad.sum().backward()
+
+
 def test_nothing_is_kept_for_a_backward_pass_that_cannot_come() -> None:
     problem = Problem([5, 0, 3])
     args = (*(problem.inputs[k] for k in ("x", "w1", "b1", "w2", "weights")), problem.token_index, problem.counts)

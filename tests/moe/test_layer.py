@@ -5,10 +5,12 @@ import doctest
 import io
 import math
 import pickle
+import re
 from importlib import import_module
 
 import pytest
 import torch
+from helpers import REPOSITORY
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -413,6 +415,16 @@ def test_layer_and_function_agree() -> None:
     layer, x = make(output_norm="none"), tokens(20, 16)
     token_index, weights, counts, _ = layer.route(x).assignment
     torch.testing.assert_close(layer(x), moe_ffn(x, layer.w1, layer.w2, weights, token_index, counts))
+
+
+def test_block_of_the_readme_runs(capsys) -> None:
+    readme = (REPOSITORY / "lightning_eff" / "moe" / "README.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "FineGrainedMoE(" in b)
+    with torch.random.fork_rng():
+        exec(block, {})
+    loads = eval(capsys.readouterr().out, {"tensor": torch.tensor})
+    assert loads.shape == (32,)
+    assert loads.sum() == 2 * 128 * 4
 
 
 @pytest.mark.parametrize("module", ["config", "layer"])
