@@ -121,3 +121,72 @@ class RestoreOnException(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put back."""
         self._restore()
+
+
+class DataFreeModule(LightningModule):
+    """A module whose steps need no data: the loaders of a data module are covered while it is trained or predicts.
+
+    Attributes:
+        steps_per_epoch: >= 1, in each process.
+        keep_validation: Leave validation alone.
+    """
+
+    steps_per_epoch: int
+    keep_validation: bool = False
+    _shadow: ShadowedLoaders | None = None
+
+    @property
+    def private_loader(self) -> Callable[[], Any] | None:
+        """The data module's own ``train_dataloader`` while that is covered; ``None`` without a data module."""
+        return None if self._shadow is None else self._shadow.private
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Put step tokens before the data module's loaders, and have these put back also after an exception."""
+        self._cover_loaders()
+        return [RestoreOnException(self._restore_loaders)]
+
+    def setup(self, stage: str) -> None:
+        """Put step tokens before the data module's loaders where a subclass has callbacks of its own."""
+        if self._shadow is None:
+            self._cover_loaders()
+
+    def train_dataloader(self) -> StepTokens:
+        """Return step tokens: training needs no data."""
+        return StepTokens(self.steps_per_epoch, lambda: self.current_epoch)
+
+    def val_dataloader(self) -> Any:
+        """Return no loader; with ``validation_step`` there must be one, or Lightning warns."""
+        return []
+
+    def predict_dataloader(self) -> StepTokens:
+        """Return one token: ``trainer.predict`` needs no data."""
+        return StepTokens(1, lambda: 0)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[Any]:
+        """Return nothing: a :class:`SyntheticDataWriter` among the callbacks makes and writes the records.
+
+        Raises:
+            RuntimeError: The batch is no step token, so a private one.
+        """
+        if not isinstance(batch, StepToken):
+            raise RuntimeError("prediction makes records and takes none: leave dataloaders out of trainer.predict")
+        return []
+
+    def teardown(self, stage: str) -> None:
+        """Give the data module its loaders back."""
+        self._restore_loaders()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # copies of the module, as averaging of weights makes them, must not hold the data module
+        return {**super().__getstate__(), "_shadow": None}
+
+    def _cover_loaders(self) -> None:
+        self._restore_loaders()
+        self._shadow = ShadowedLoaders(
+            self.trainer, self.train_dataloader, self.predict_dataloader, keep_validation=self.keep_validation
+        )
+
+    def _restore_loaders(self) -> None:
+        if self._shadow is not None:
+            self._shadow.restore()
+            self._shadow = None

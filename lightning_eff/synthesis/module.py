@@ -1,8 +1,8 @@
 """DPNTKGenerator: release once in ``on_fit_start``, then train a generator on the release, without data.
 
 ``on_fit_start`` and not ``setup``: there a checkpoint has been restored, so that a resumed run finds its release and
-does not look at the data again. The data module's loaders are covered already in ``setup``, before anything can ask
-for them.
+does not look at the data again. The data module's loaders are covered earlier, before anything can ask for them
+(:class:`~lightning_eff.synthesis.loaders.DataFreeModule`).
 
 Shapes: B = b C samples of a step, b of each class; Z numbers of a latent code; P coordinates of a feature.
 """
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from lightning_eff.surgery.state import quiet_model
 from lightning_eff.synthesis.checkpoint import joined_history, promises, release_fingerprint, require_identity
 from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.features import NTKFeatures
-from lightning_eff.synthesis.loaders import RestoreOnException, ShadowedLoaders, StepToken, StepTokens
+from lightning_eff.synthesis.loaders import DataFreeModule, StepToken
 from lightning_eff.synthesis.networks import FCFeatureNet
 from lightning_eff.synthesis.options import (
     FeatureOptions,
@@ -54,7 +53,7 @@ _TWO_WAYS = (
 )
 
 
-class DPNTKGenerator(LightningModule):
+class DPNTKGenerator(DataFreeModule):
     """Learn to generate records like private ones, with an (epsilon, delta) guarantee for these.
 
     ``trainer.fit(model, datamodule=...)`` reads every training record once, releases noisy class sums of their
@@ -148,11 +147,11 @@ class DPNTKGenerator(LightningModule):
             self.delta, max_epsilon=self.release_options.max_epsilon, adjacency=self.release_options.adjacency
         )
         self._tell_of_validation()
+        self.keep_validation = self.release_options.allow_nonprivate_validation
         self.steps_trained = 0
         self._releases: list[str] = []
         self._weights: Tensor | None = None
         self._release_seconds: float | None = None
-        self._shadow: ShadowedLoaders | None = None
         self._validation: Any = None
 
     def release(self, data: PrivateData | Rows, *, epsilon: float | None = None) -> MeanEmbedding:
@@ -254,16 +253,6 @@ class DPNTKGenerator(LightningModule):
 
     # Lightning's hooks, in the order in which they are called
 
-    def configure_callbacks(self) -> list[Callback]:
-        """Put step tokens before the data module's loaders, and have these put back also after an exception."""
-        self._cover_loaders()
-        return [RestoreOnException(self._restore_loaders)]
-
-    def setup(self, stage: str) -> None:
-        """Put step tokens before the data module's loaders where a subclass has callbacks of its own."""
-        if self._shadow is None:
-            self._cover_loaders()
-
     def on_fit_start(self) -> None:
         """Release, unless that has been done."""
         if self.trainer.world_size > 1:
@@ -273,7 +262,7 @@ class DPNTKGenerator(LightningModule):
                     "the processes hold different releases, which add up to more than one ledger tells, and training "
                     f"would match a mixture: {ONE_RELEASE}"
                 )
-        if self.embedding is not None and self.trainer.ckpt_path is None and self._shadow and self._shadow.private:
+        if self.embedding is not None and self.private_loader is not None and self.trainer.ckpt_path is None:
             rank_zero_info("There is a release already: the training data of the datamodule are not read.")
         if self.embedding is None:
             if self.trainer.ckpt_path is not None:
@@ -282,23 +271,15 @@ class DPNTKGenerator(LightningModule):
                     "would spend privacy again: this strategy restores too late; call load_from_checkpoint and fit "
                     "that, or take another strategy"
                 )
-            if self._shadow is None or self._shadow.private is None:
+            if self.private_loader is None:
                 raise RuntimeError(f"there is nothing to train on: {_TWO_WAYS}")
-            self.release(self._shadow.private())
+            self.release(self.private_loader())
         assert self.embedding is not None
         self.embedding, _ = self.embedding.to(self.device), self.features.to(self.device)
         self._weights = None
         self._class_weights()  # there may be no class with enough records
         if self.trainer.ckpt_path is None:
             self._log_release()
-
-    def train_dataloader(self) -> StepTokens:
-        """Return step tokens: training needs no data."""
-        return StepTokens(self.steps_per_epoch, lambda: self.current_epoch)
-
-    def val_dataloader(self) -> Any:
-        """Return no loader; with ``validation_step`` there must be one, or Lightning warns."""
-        return []
 
     def configure_optimizers(self) -> Any:
         """Adam over the generator's parameters, with the schedule asked for."""
@@ -357,24 +338,6 @@ class DPNTKGenerator(LightningModule):
             value = self.features.mmd2(held_out, x.float(), y, weights=present / present.sum())
         self.log("val/mmd2", value, batch_size=len(y), sync_dist=True)
 
-    def predict_dataloader(self) -> StepTokens:
-        """Return one token: ``trainer.predict`` needs no data."""
-        return StepTokens(1, lambda: 0)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> list[Any]:
-        """Return nothing: a :class:`SyntheticDataWriter` among the callbacks makes and writes the records.
-
-        Raises:
-            RuntimeError: The batch is no step token, so a private one.
-        """
-        if not isinstance(batch, StepToken):
-            raise RuntimeError("prediction makes records and takes none: leave dataloaders out of trainer.predict")
-        return []
-
-    def teardown(self, stage: str) -> None:
-        """Give the data module its loaders back."""
-        self._restore_loaders()
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add release and ledger. Nothing else of the private data is held that could be added."""
         embedding = None if self.embedding is None else self.embedding.to("cpu").state_dict()
@@ -411,25 +374,9 @@ class DPNTKGenerator(LightningModule):
         self.embedding = None if state["embedding"] is None else MeanEmbedding.from_state_dict(state["embedding"])
         self._weights, self.steps_trained = None, int(state["steps_trained"])
 
-    def __getstate__(self) -> dict[str, Any]:
-        # copies of the module, as averaging of weights makes them, must not hold the data module
-        return {**super().__getstate__(), "_shadow": None}
-
     def _tell_of_validation(self) -> None:
         if self.release_options.allow_nonprivate_validation and VALIDATION not in self.ledger.not_covered:
             self.ledger.not_covered.append(VALIDATION)
-
-    def _cover_loaders(self) -> None:
-        self._restore_loaders()
-        keep = self.release_options.allow_nonprivate_validation
-        self._shadow = ShadowedLoaders(
-            self.trainer, self.train_dataloader, self.predict_dataloader, keep_validation=keep
-        )
-
-    def _restore_loaders(self) -> None:
-        if self._shadow is not None:
-            self._shadow.restore()
-            self._shadow = None
 
     def _identity(self) -> dict[str, Any]:
         return {

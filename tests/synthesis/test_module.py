@@ -576,13 +576,13 @@ def test_rare_classes_are_kept_in_share_and_place():
     y = (torch.arange(n) < n // 100).long()
     x = torch.randn(n, 2) + torch.tensor([[-1.0, 0.5], [1.0, -0.5]])[y]
     module = DPNTKGenerator(
-        10.0, num_classes=2, input_shape=(2,), feature_widths=(50,), samples_per_class=100, steps_per_epoch=250,
+        10.0, num_classes=2, input_shape=(2,), feature_widths=(400,), samples_per_class=200, steps_per_epoch=250,
         latent_dim=4, generator=MLPGenerator(4, 2, (2,), (64, 64), "identity"), release_options={"noise_seed": 0},
     )  # fmt: skip
     module.release((x, y))
     trainer(max_epochs=1).fit(module)
     made = module.generate(n, seed=0)
     assert abs(float(made.y.float().mean()) - 0.01) < 0.002
-    # in standard deviations of the class; over noise seeds, 200 records at epsilon 10 have errors of 0.02 to 0.32
-    for c, most in enumerate((0.1, 0.4)):
-        assert float((made.x[made.y == c].mean(0) - x[y == c].mean(0)).abs().max()) < most
+    even = module.generate(n, torch.arange(n) % 2, seed=0)  # enough of the rare class to tell its mean
+    for c in range(2):  # in standard deviations of the class
+        assert float((even.x[even.y == c].mean(0) - x[y == c].mean(0)).abs().max()) < 0.1
