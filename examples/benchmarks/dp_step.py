@@ -213,6 +213,7 @@ class Ours(Step):
         self.engine = PerSampleEngine(self.model)
         self.plan = SelectionPlan(**options) if options else None
         self.steps = 0
+        self.noise = torch.empty(sum(parameter.numel() for parameter in self.model.parameters()))
         if self.plan is not None:
             self.plan.bind(dict(self.model.named_parameters()))
 
@@ -234,7 +235,8 @@ class Ours(Step):
         for name, parameter in self.model.named_parameters():
             chosen = None if self.selections is None else self.selections[name]
             packed = sums[name].view(-1) if chosen is None else chosen.pack(sums[name])
-            packed.add_(torch.randn_like(packed), alpha=NOISE * MAX_NORM)
+            # one place for all noise: new memory costs half as much as the noise
+            packed.add_(self.noise[: len(packed)].normal_(), alpha=NOISE * MAX_NORM)
             update(parameter, chosen, packed.mul_(-RATE / n))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_eff.privacy.engine.recording import Recorder, rule
 from lightning_eff.privacy.engine.tuning import Tuner
-from lightning_eff.privacy.engine.uses import Part, block, masked, wide
+from lightning_eff.privacy.engine.uses import Part, block, cut, masked_, wide
 from lightning_eff.privacy.engine.weights import Gradients, WeightUse, scaled_pair
 
 
@@ -90,7 +90,7 @@ class ConvolutionUse(WeightUse):
         # with groups, rows and columns are cut out of the gradient instead
         self._cut = groups == 1
         if weight is not None and self._cut and weight.selection.columns is not None:
-            inputs = inputs.index_select(2, weight.selection.columns)
+            inputs = cut(inputs, 2, weight.selection.columns)
         super().__init__(weight, bias, inputs, examples, tuner)
         self._output_size = tuple(output_size)
         self._images = inputs.size(1)
@@ -112,7 +112,7 @@ class ConvolutionUse(WeightUse):
         gradient = gradient.view(self.examples, self._images, *gradient.shape[1:])
         kept = gradient
         if self._weight is not None and self._cut and self.selection.rows is not None:
-            kept = gradient.index_select(2, self.selection.rows)
+            kept = cut(gradient, 2, self.selection.rows)
         self.keep(kept, None if self._bias is None else wide(gradient).transpose(1, 2).flatten(2).sum(2))
 
     def gradient_methods(self) -> dict[str, Gradients]:
@@ -153,7 +153,7 @@ class ConvolutionUse(WeightUse):
         """The convolution's own weight gradient, of scaled gradients."""
         inputs, gradient = scaled_pair(factors, self.inputs, self.gradient)
         total = self._weight_gradient(inputs.flatten(0, 1), gradient.flatten(0, 1), self._groups)
-        return masked(total, self.selection) if self._cut else self._block(total.unsqueeze(0)).squeeze(0)
+        return masked_(total, self.selection) if self._cut else self._block(total.unsqueeze(0)).squeeze(0)
 
     def _block(self, gradients: Tensor) -> Tensor:
         return block(gradients, self.selection)

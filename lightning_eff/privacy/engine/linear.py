@@ -8,21 +8,15 @@ positions: see ``weights.py``.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_eff.privacy.engine.recording import Recorder, rule
 from lightning_eff.privacy.engine.tuning import Tuner
-from lightning_eff.privacy.engine.uses import Part, masked, wide
+from lightning_eff.privacy.engine.uses import Part, cut, masked_, wide
 from lightning_eff.privacy.engine.weights import Gradients, WeightUse, scaled_pair
-from lightning_eff.privacy.selection.selected import Selection
-
-# share of active elements under which sparse products are faster than dense ones (a quarter to four tenths, measured)
-_SPARSE = 0.25
 
 
 @rule(F.linear)
@@ -52,7 +46,7 @@ class LinearUse(WeightUse):
         self._positions = math.prod(inputs.shape[1:-1])
         examples = inputs.size(0)
         if weight is not None and weight.selection.columns is not None:
-            inputs = inputs.index_select(-1, weight.selection.columns)
+            inputs = cut(inputs, inputs.ndim - 1, weight.selection.columns)
         super().__init__(weight, bias, inputs, examples, tuner)
 
     @property
@@ -65,7 +59,7 @@ class LinearUse(WeightUse):
         gradient = gradient.reshape(self.examples, self._positions, -1)
         kept = gradient
         if self._weight is not None and self.selection.rows is not None:
-            kept = gradient.index_select(2, self.selection.rows)
+            kept = cut(gradient, 2, self.selection.rows)
         self.keep(kept, None if self._bias is None else _sum_positions(gradient))
 
     def gradient_methods(self) -> dict[str, Gradients]:
@@ -85,42 +79,20 @@ class LinearUse(WeightUse):
         mask = self.selection.block_mask
         if mask is None:
             return gradient.sum(1) * inputs.sum(1)
-        if self._sparse:
+        if self.sparse:
             # row o of the mask is a bag of the columns that it keeps
-            rows, columns = _compressed(self.selection)
+            rows, columns = self.compressed
             bags = F.embedding_bag(columns, inputs.T.contiguous(), rows, mode="sum", include_last_offset=True)
-            return (bags * gradient.T).sum(0)
+            return bags.mul_(gradient.T).sum(0)
         return ((gradient @ mask.to(gradient.dtype)) * inputs).sum(1)
 
     def weight_sum(self, factors: Tensor) -> Tensor:
         """One matrix product over all positions of all examples, ``[R, J]``."""
         inputs, gradient = scaled_pair(factors, *self.unfolded(slice(None)))
         inputs, gradient = inputs.flatten(0, 1), gradient.flatten(0, 1)
-        if not self._sparse:
-            return masked(gradient.T @ inputs, self.selection)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
-            rows, columns = _compressed(self.selection)
-            active = torch.sparse_csr_tensor(
-                rows, columns, inputs.new_zeros(len(columns)), self.selection.block_shape, check_invariants=False
-            )
-            values = torch.sparse.sampled_addmm(active, gradient.T, inputs, beta=0.0).values()
-        return self.selection.unpack(values)
-
-    @property
-    def _sparse(self) -> bool:
-        """Whether so few elements are active that it pays to compute only those."""
-        chosen = self.selection
-        return chosen.mask is not None and chosen.count < _SPARSE * chosen.block_shape.numel()
-
-
-def _compressed(selection: Selection) -> tuple[Tensor, Tensor]:
-    """Return where each row's active elements begin, ``[R + 1]``, and their columns, ``[count]``."""
-    positions = selection.positions
-    assert positions is not None
-    rows, width = selection.block_shape
-    starts = torch.searchsorted(positions, torch.arange(0, (rows + 1) * width, width, device=positions.device))
-    return starts, positions % width
+        if not self.sparse:
+            return masked_(gradient.T @ inputs, self.selection)
+        return self.selection.unpack(self.sampled([(inputs, gradient)])[0])
 
 
 def _sum_positions(gradient: Tensor) -> Tensor:

@@ -28,13 +28,23 @@ def record_layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Scale and shift of the trailing dimensions."""
-    output = functional.layer_norm(input, normalized_shape, recorder.detached(weight), recorder.detached(bias), eps)
+    own = recorder.detached(weight), recorder.detached(bias)
+    # what layer_norm itself calls; its statistics save normalising once more
+    output, mean, inverse = torch.native_layer_norm(input, normalized_shape, *own, eps)
+    mean, inverse = mean.detach(), inverse.detach()
     kept = KeptInput(input, "a layer norm")
+    exact = input.dtype == mean.dtype and input.dtype in (torch.float32, torch.float64)
+
+    def normalise() -> Tensor:
+        if exact:
+            return (kept.get() - mean).mul_(inverse)
+        return functional.layer_norm(wide(kept.get()), normalized_shape, eps=eps)
+
     return _record(
         recorder,
         output,
         (weight, bias),
-        lambda: functional.layer_norm(wide(kept.get()), normalized_shape, eps=eps),
+        normalise,
         range(output.ndim - len(normalized_shape), output.ndim),
         "a layer norm",
     )
@@ -182,7 +192,8 @@ def _record(
         if bias is not None:
             gradients[bias.name] = _example_sums(recorder, gradient, summed)
         if weight is not None:
-            gradients[weight.name] = _example_sums(recorder, gradient * normalise(), summed)
+            # what was normalised belongs to nobody else
+            gradients[weight.name] = _example_sums(recorder, normalise().mul_(gradient), summed)
         return gradients
 
     return recorder.tap(output, GradientUse((weight, bias), recorder.examples, compute))

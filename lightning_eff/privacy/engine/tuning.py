@@ -90,7 +90,9 @@ def _timed_plan(use: WeightUse, fits: bool) -> Plan:
     cost: dict[Plan, float] = {}
     for method in use.methods():
         size = use.positions**2 if method == "gram" else gradient
-        chunks = {min(chunk, use.examples) for chunk in (2, 8, 32, use.examples)}
+        # nothing is made in chunks where only what is active is made
+        sizes = (use.examples,) if method == "sampled" else (2, 8, 32, use.examples)
+        chunks = {min(chunk, use.examples) for chunk in sizes}
         for chunk in sorted(chunks):
             if chunk * size <= _LARGEST_CHUNK or chunk == min(chunks):
                 plan = Plan(method, chunk, store=False)
@@ -104,7 +106,7 @@ def _timed_plan(use: WeightUse, fits: bool) -> Plan:
     fastest = sorted((plan for plan in cost if plan.method != "gram"), key=cost.__getitem__)[:2]
     for plan in fastest:
         stored = plan._replace(store=True)
-        total[stored] = _seconds(partial(_store_and_sum, use, stored, factors), device) + _fresh_memory(use)
+        total[stored] = _seconds(partial(_store_and_sum, use, stored, factors), device) + _fresh_memory(use, plan)
     return min(total, key=total.__getitem__)
 
 
@@ -114,12 +116,13 @@ def _store_and_sum(use: WeightUse, plan: Plan, factors: Tensor) -> None:
     weighted_sum(factors, stored)
 
 
-def _fresh_memory(use: WeightUse) -> float:
+def _fresh_memory(use: WeightUse, plan: Plan) -> float:
     """Return the seconds that the operating system takes to hand out what is stored.
 
     Timing a layer again and again gets the same memory again; in a step, that of all layers is held at once.
     """
-    size = 4 * use.examples * use.selection.block_shape.numel()
+    stored = use.selection.count if plan.method == "sampled" else use.selection.block_shape.numel()
+    size = 4 * use.examples * stored
     if use.gradient.device.type != "cpu" or size > _ALWAYS_FRESH:
         return 0.0
     return size * _seconds_per_fresh_byte()

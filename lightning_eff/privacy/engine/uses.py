@@ -179,10 +179,19 @@ def wide(tensor: Tensor) -> Tensor:
 def block(gradients: Tensor, selection: Selection) -> Tensor:
     """Cut the block out of per-sample gradients ``[m, *shape]`` and make it zero where the mask is False."""
     if selection.rows is not None:
-        gradients = gradients.index_select(1, selection.rows)
+        gradients = cut(gradients, 1, selection.rows)
     if selection.columns is not None:
-        gradients = gradients.index_select(2, selection.columns)
+        gradients = cut(gradients, 2, selection.columns)
     return masked(gradients, selection)
+
+
+def cut(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Take indices of one dimension (not negative): ``tensor.index_select(dim, index)``, up to ten times faster."""
+    if dim < 2:
+        return tensor.index_select(dim, index)
+    # torch is slow beyond the second dimension
+    taken = tensor.flatten(0, dim - 1).index_select(1, index)
+    return taken.view(*tensor.shape[:dim], len(index), *tensor.shape[dim + 1 :])
 
 
 def masked(blocks: Tensor, selection: Selection) -> Tensor:
@@ -190,6 +199,12 @@ def masked(blocks: Tensor, selection: Selection) -> Tensor:
     mask = selection.block_mask
     # several times faster than torch.where; a dropped coordinate that is not finite takes its example out
     return blocks if mask is None else blocks * mask
+
+
+def masked_(blocks: Tensor, selection: Selection) -> Tensor:
+    """As :func:`masked`, in place: for blocks that were just made."""
+    mask = selection.block_mask
+    return blocks if mask is None else blocks.mul_(mask)
 
 
 def square_norm(gradients: Tensor) -> Tensor:

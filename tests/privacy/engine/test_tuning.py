@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from agreement import run
+from agreement import assert_agrees, draw_selections, run
+from per_sample_reference import vmap_gradients
 from torch import nn
 
 from lightning_eff.privacy.engine import PerSampleEngine, tuning
-from lightning_eff.privacy.engine.tuning import Plan
+from lightning_eff.privacy.engine.tuning import Plan, Tuner
+from lightning_eff.privacy.engine.uses import cut
 from lightning_eff.privacy.engine.weights import WeightUse
 
 
@@ -79,3 +81,44 @@ def test_timed_and_counted_choices_agree() -> None:
     torch.testing.assert_close(norms, counted, rtol=1e-5, atol=0)
     for name, value in sums.items():
         torch.testing.assert_close(value, counted_sums[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("store", [True, False])
+@pytest.mark.parametrize("granularity", ["mask", "everything"])
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(8, 6), (4, 8)), (nn.Conv2d(3, 4, 3, padding=1), (3, 5, 5))], ids=["linear", "conv"]
+)
+def test_few_active_elements_can_be_made_alone(
+    layer: nn.Module, shape: tuple[int, ...], granularity: str, store: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, inputs = layer.double(), torch.randn(5, *shape).double()
+    monkeypatch.setattr(Tuner, "plan", lambda tuner, use: Plan("sampled", 5, store))
+    for seed in range(3):
+        selections = draw_selections(model, granularity, 0.85, seed)
+        assert_agrees(model, inputs, vmap_gradients(model, inputs), selections)
+
+
+@pytest.mark.filterwarnings("ignore:a per-sample gradient is not finite")
+def test_what_is_stored_of_few_active_elements_can_be_zeroed_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 6, bias=False), torch.randn(4, 3, 8)
+    uses: list[WeightUse] = []
+    keep = WeightUse.weight_norms
+    monkeypatch.setattr(WeightUse, "weight_norms", lambda use: uses.append(use) or keep(use))
+    monkeypatch.setattr(Tuner, "plan", lambda tuner, use: Plan("sampled", 4, True))
+    engine = PerSampleEngine(model)
+    engine.select(draw_selections(model, "mask", 0.85))
+    norms, sums = run(engine, x, 4, max_norm=1e6)
+    gradients = uses[0].per_sample("weight", slice(0, 4))
+    torch.testing.assert_close(gradients.flatten(1).norm(dim=1), norms)
+    torch.testing.assert_close(gradients.sum(0), sums["weight"])
+    x[2] = torch.inf
+    _, without = run(engine, x, 4, max_norm=1e6)
+    torch.testing.assert_close(without["weight"], gradients[[0, 1, 3]].sum(0))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+def test_cut_is_index_select(dim: int) -> None:
+    x, index = torch.randn(4, 4, 4, 4)[:, :, :, 1:].transpose(0, 1), torch.tensor([0, 2])
+    assert torch.equal(cut(x, dim, index), x.index_select(dim, index))
