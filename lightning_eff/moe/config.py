@@ -62,7 +62,7 @@ class Routing:
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}")
         if self.group_size is not None:
-            _check_count("group_size", self.group_size)
+            check_count("group_size", self.group_size)
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,11 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         _check_literals(self)
-        _check_count("expansion_rate", self.expansion_rate)
-        _check_count("granularity", self.granularity)
-        _check_count("n_shared", self.n_shared, least=0)
+        check_count("expansion_rate", self.expansion_rate)
+        check_count("granularity", self.granularity)
+        check_count("n_shared", self.n_shared, least=0)
         if self.top_k is not None:
-            _check_count("top_k", self.top_k)
+            check_count("top_k", self.top_k)
             if self.top_k > self.n_experts:
                 raise ValueError(
                     f"top_k must be at most expansion_rate * granularity = {self.n_experts} experts, got {self.top_k}"
@@ -311,7 +311,8 @@ def _strings(hint: Any) -> list[str]:
     return [hint] if isinstance(hint, str) else [s for part in get_args(hint) for s in _strings(part)]
 
 
-def _check_count(name: str, value: Any, least: int = 1) -> None:
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise a ValueError unless ``value`` is a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_eff.moe.config import MoEConfig, Norm
+from lightning_eff.moe.config import MoEConfig, Norm, check_count
 from lightning_eff.moe.dense import DenseFFN, truncated_normal_
 from lightning_eff.moe.experts.activations import width
 from lightning_eff.moe.functional import choose_backend, moe_ffn
@@ -78,6 +78,8 @@ class FineGrainedMoE(nn.Module):
         super().__init__()
         self.config = config = MoEConfig.of(config, **overrides)
         self.d_model, self.d_ff = d_model, 4 * d_model if d_ff is None else d_ff
+        for name in ("d_model", "d_ff"):
+            check_count(name, getattr(self, name))
         n, h = config.n_experts, config.d_expert(self.d_ff)
         if n > 8 * d_model:
             warnings.warn(
@@ -95,7 +97,8 @@ class FineGrainedMoE(nn.Module):
             DenseFFN(d_model, config.n_shared * h, config.activation, init=config.init) if config.n_shared else None
         )
         self.norm = _make_norm(config.norm, d_model)
-        self.register_buffer("balance_bias", torch.empty(n) if config.balance.method == "bias" else None)
+        learns_bias = config.balance.method == "bias"
+        self.register_buffer("balance_bias", torch.empty(n, dtype=torch.float32) if learns_bias else None)
         # no buffer: DDP would replace every process' own counts by those of the first
         self._load_since_step = torch.zeros(n, dtype=torch.int64, device="cpu")
         self.process_group: dist.ProcessGroup | None = None
@@ -291,6 +294,15 @@ class FineGrainedMoE(nn.Module):
         load = load.clone()
         dist.all_reduce(load, group=self.process_group)
         return load
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the loss-free bias in float32: its steps are too small for less."""
+        before = self.balance_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self.balance_bias
+        if before is not None and after is not None and after.dtype != torch.float32:
+            self.balance_bias = after.float() if before.is_meta else before.to(after.device)
+        return self
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -121,6 +121,10 @@ def test_empty_batch_gives_zero_losses_and_gradients(shape, options) -> None:
 
 
 def test_shapes_that_do_not_fit_are_told() -> None:
+    with pytest.raises(ValueError, match="d_model must be a whole number >= 1, got 0"):
+        make(0)
+    with pytest.raises(ValueError, match=r"d_ff must be a whole number >= 1, got 6.5"):
+        make(d_ff=6.5)
     layer = make()
     with pytest.raises(ValueError, match=r"expected tokens of d_model = 16 features, got shape \[3, 8\]"):
         layer(torch.zeros(3, 8))
@@ -268,6 +272,16 @@ def test_loss_free_bias_counts_all_batches_since_the_last_step_in_training_alone
     before = layer.balance_bias.clone()
     layer.update_balance_bias()
     torch.testing.assert_close(layer.balance_bias, before)
+
+
+def test_loss_free_bias_stays_in_float32() -> None:
+    layer = make(balance={"method": "bias"})
+    with torch.no_grad():
+        layer.balance_bias.fill_(0.1234567)
+    before = layer.balance_bias.clone()
+    for moved in (layer.bfloat16(), layer.to(torch.float64), layer.half().to("cpu")):
+        assert moved.balance_bias.dtype == torch.float32
+        assert torch.equal(moved.balance_bias, before)
 
 
 def test_losses_are_those_of_the_options() -> None:
