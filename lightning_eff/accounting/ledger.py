@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from scipy.optimize import brentq
 
 from lightning_eff.accounting.gaussian import check_delta, check_epsilon
 from lightning_eff.accounting.subsampled import ACCOUNTANTS, Accountant, PrivacyEvent, subsampled_epsilon
@@ -126,16 +128,18 @@ class PrivacyLedger:
         if self.max_epsilon is None or at_most < 1:
             return max(0, at_most)
 
-        def kept(steps: int) -> bool:
-            return self.epsilon_after(noise_multiplier, sample_rate, steps) <= float(self.max_epsilon or math.inf)
+        bound = self.max_epsilon
 
-        if kept(at_most):
-            return at_most
-        low, high = 0, at_most  # low is kept, high is not
+        def room(steps: int, accountant: Accountant | None = None) -> float:
+            events = [*self._events, self._event(noise_multiplier, sample_rate, steps)]
+            return bound - self._epsilon(events, accountant=accountant)
+
+        # the rdp bound is never below and costs little: it finds where the search by prv begins
+        low, high = 0, at_most + 1  # low is kept, high is not
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if kept(middle) else (low, middle)
-        return low
+            low, high = (middle, high) if room(middle, "rdp") >= 0 else (low, middle)
+        return low if self.accountant == "rdp" else _last_kept(room, low, at_most)
 
     def report(self, deltas: Sequence[float] = (1e-5, 1e-6)) -> dict[str, Any]:
         """Return everything as plain Python: figures, history, and the sentences they rest on."""
@@ -286,6 +290,26 @@ class PrivacyLedger:
         self, events: Sequence[PrivacyEvent], delta: float | None = None, accountant: Accountant | None = None
     ) -> float:
         return subsampled_epsilon(events, self.delta if delta is None else delta, accountant or self.accountant)
+
+
+def _last_kept(room: Callable[[int], float], low: int, at_most: int) -> int:
+    """The last number up to ``at_most`` that leaves room, where ``low`` does; every question takes long."""
+    high, further = low + 1, max(1, low // 32)
+    while high <= at_most and room(high) >= 0:
+        low, high, further = high, high + further, 2 * further
+    high = min(high, at_most + 1)
+    guess = (low + high) // 2
+    if low and high <= at_most:  # epsilon is nearly smooth in the steps, the answer lies at the root or beside it
+        guess = int(brentq(lambda steps: max(room(round(steps)), -1e9), low, high, xtol=0.5))
+    further = 1
+    while high - low > 1:
+        guess = min(max(guess, low + 1), high - 1)
+        if room(guess) >= 0:
+            low, guess = guess, guess + further
+        else:
+            high, guess = guess, guess - further
+        further *= 2
+    return low
 
 
 def _without_steps(event: PrivacyEvent) -> tuple[Any, ...]:

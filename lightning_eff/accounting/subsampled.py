@@ -3,10 +3,11 @@
 Privacy loss distributions, arXiv 2106.02848 ("prv"), and Renyi divergences, arXiv 1908.10530 ("rdp"), both for
 data sets that differ in one record more or less. Both are upper bounds. What opacus 1.6 leaves to its callers is
 settled here: no step costs nothing, no noise costs everything, full batches are exact, and values so large that the
-prv grid would not fit into memory are told by the rdp bound.
+prv grid would not fit into memory, or of so many kinds of steps that it would take minutes, are told by the rdp bound.
 """
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ _PRV_MOST = 60.0
 _LOW_ORDERS = tuple(1 + order / 100 for order in range(1, 10))
 _HIGH_ORDERS = (72, 80, 96, 128, 192, 256, 384, 512, 768, 1024)
 _MOST_SIGMA = 1e3
+# Each pair of noise and rate takes the prv accountant a third of a second.
+_PRV_MOST_PHASES = 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class PrivacyEvent:
     Args:
         noise_multiplier: Standard deviation of the noise divided by the sensitivity, >= 0.
         sample_rate: Probability in (0, 1] with which a record takes part in a step; 1 is the plain Gaussian mechanism.
-        steps: How many of them, >= 1.
+        steps: How many of them, an integer >= 1, of whatever type.
         label: What they were for.
         sensitivity: The most that one record moves what was released (L2 norm), > 0.
     """
@@ -56,10 +59,14 @@ class PrivacyEvent:
         check_noise_multiplier(self.noise_multiplier)
         if not 0 < self.sample_rate <= 1:
             raise ValueError(f"sample_rate must lie in (0, 1], got {self.sample_rate}")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+        if isinstance(self.steps, bool) or not hasattr(self.steps, "__index__") or self.steps < 1:
             raise ValueError(f"steps must be an integer >= 1, got {self.steps!r}")
         if not 0 < self.sensitivity < math.inf:
             raise ValueError(f"sensitivity must be finite and > 0, got {self.sensitivity}")
+        # plain Python, so that files and checkpoints can hold it
+        object.__setattr__(self, "steps", operator.index(self.steps))
+        for name in ("noise_multiplier", "sample_rate", "sensitivity"):
+            object.__setattr__(self, name, float(getattr(self, name)))
 
 
 def subsampled_epsilon(events: Sequence[PrivacyEvent], delta: float, accountant: Accountant = "prv") -> float:
@@ -69,7 +76,8 @@ def subsampled_epsilon(events: Sequence[PrivacyEvent], delta: float, accountant:
         events: What was done, in any order.
         delta: In (0, 1).
         accountant: ``"prv"``, which is tighter, or ``"rdp"``, which is quicker. Where every sample rate is 1 both
-            give the exact value. Above epsilon 60 both give the rdp bound.
+            give the exact value. Above epsilon 60, and for more than eight different pairs of noise and rate, both
+            give the rdp bound.
 
     Returns:
         An upper bound; 0 without events, infinity where one of them had no noise.
@@ -160,7 +168,7 @@ def _opacus_epsilon(history: tuple[tuple[float, float, int], ...], delta: float,
         warnings.simplefilter("ignore")
         divergences = sum(steps * _renyi_divergences(sigma, rate) for sigma, rate, steps in history)
         bound = float(get_privacy_spent(orders=_orders(), rdp=divergences, delta=delta)[0])
-        if accountant == "rdp" or not bound <= _PRV_MOST:
+        if accountant == "rdp" or not bound <= _PRV_MOST or len(history) > _PRV_MOST_PHASES:
             return bound
         distribution = PRVAccountant()
         distribution.history = list(history)

@@ -1,8 +1,9 @@
 import json
 import math
 
+import numpy as np
 import pytest
-from opacus.accountants import RDPAccountant
+from opacus.accountants import PRVAccountant, RDPAccountant
 
 from lightning_eff.accounting import PrivacyBudgetExceeded, PrivacyEvent, PrivacyLedger
 
@@ -58,6 +59,30 @@ def test_steps_left_is_the_last_number_within_the_budget():
     assert ledger.steps_left(1.0, 0.01, left - 5) == left - 5
     ledger.record(1.0, 0.01, left)
     assert ledger.steps_left(1.0, 0.01, 100) == 0
+
+
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_steps_left_are_found_by_few_questions_where_training_has_no_end(accountant, monkeypatch):
+    ledger = PrivacyLedger(max_epsilon=2.0, accountant=accountant)
+    ledger.record(1.0, 0.01, 50)
+    asked, ask = [], PRVAccountant.get_epsilon
+    monkeypatch.setattr(
+        PRVAccountant, "get_epsilon", lambda *args, **kwargs: asked.append(args) or ask(*args, **kwargs)
+    )
+    left = ledger.steps_left(1.01, 0.01, 1 << 24)
+    assert len(asked) <= (12 if accountant == "prv" else 0)
+    assert ledger.epsilon_after(1.01, 0.01, left) <= 2.0 < ledger.epsilon_after(1.01, 0.01, left + 1)
+
+
+def test_no_step_is_left_where_the_first_one_costs_too_much():
+    assert PrivacyLedger(max_epsilon=0.1).steps_left(1.0, 0.02, 1 << 24) == 0
+
+
+def test_steps_of_other_libraries_numbers_are_recorded_as_plain_ones():
+    ledger = PrivacyLedger()
+    ledger.record(np.float32(1.0), 0.01, np.int64(3))
+    ledger.record(1.0, 0.01, np.int64(2))
+    assert json.loads(json.dumps(ledger.state_dict()))["history"][0]["steps"] == 5
 
 
 def test_without_a_budget_every_step_is_left():

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 
 from lightning_eff.accounting import PrivacyEvent, subsampled_epsilon, subsampled_sigma
@@ -54,6 +55,21 @@ def test_a_step_that_costs_next_to_nothing_is_not_reported_at_a_tenth():
 def test_so_little_noise_that_the_prv_grid_would_not_fit_is_told_by_rdp():
     events = [PrivacyEvent(0.1, 0.5, 1000)]
     assert 60 < subsampled_epsilon(events, 1e-5) == subsampled_epsilon(events, 1e-5, "rdp") < math.inf
+
+
+def test_so_many_phases_that_prv_would_take_long_are_told_by_rdp(monkeypatch):
+    phases = [PrivacyEvent(1 + place / 10, 0.01, 20) for place in range(9)]
+    assert subsampled_epsilon(phases[:8], 1e-5) < subsampled_epsilon(phases[:8], 1e-5, "rdp")
+    monkeypatch.setattr("opacus.accountants.PRVAccountant.get_epsilon", lambda *args, **kwargs: pytest.fail("asked"))
+    assert subsampled_epsilon(phases, 1e-5) == subsampled_epsilon(phases, 1e-5, "rdp")
+
+
+def test_numbers_of_other_libraries_become_plain_ones():
+    event = PrivacyEvent(np.float32(1.5), np.float64(0.25), np.int64(3), sensitivity=np.float64(2))
+    assert event == PrivacyEvent(1.5, 0.25, 3, sensitivity=2.0)
+    assert {type(value) for value in vars(event).values()} == {float, int, str}
+    with pytest.raises(ValueError, match="steps must be an integer"):
+        PrivacyEvent(1.0, steps=True)
 
 
 @pytest.mark.parametrize(
