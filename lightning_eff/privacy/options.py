@@ -22,8 +22,9 @@ class PrivateTrainingOptions:
         isolation_check: Compare on the first batch each example's gradient inside of the batch with its gradient
             alone, which catches losses that mix examples: ``"error"``, ``"warn"`` or ``"off"``.
         memory_budget_mb: Megabytes that per-sample gradients may take, >= 0.
-        log_every_n_steps: Steps between two logged values of epsilon, >= 1; ``None`` is the Trainer's. It is logged
-            at the end of every epoch in any case.
+        log_every_n_steps: Steps between two exact values of epsilon, >= 1; ``None`` is the Trainer's. It is exact, too,
+            at the end of every epoch and before validation and checkpoints; in between it is told for at most a tenth
+            more steps than were taken.
         noise_seed: Makes noise and sampling repeatable, for tests: **nothing is private then**.
         allow_unaccounted_resume: Go on from a checkpoint that does not tell what was spent, or that was trained on
             another data set; every report says so.

@@ -24,6 +24,7 @@ from lightning_eff.privacy.budget import SEEDED, SHUFFLED, UNACCOUNTED, Budget, 
 from lightning_eff.privacy.engine.engine import Clipping
 from lightning_eff.privacy.engine.uses import slices
 from lightning_eff.privacy.first_batch import FirstBatch
+from lightning_eff.privacy.metrics import SpentEpsilon, log_step
 from lightning_eff.privacy.noise import SecretStreams
 from lightning_eff.privacy.options import PrivateTrainingOptions
 from lightning_eff.privacy.outputs import join_outputs, loss_of
@@ -91,6 +92,7 @@ class PrivateTraining(Strategy):
         self._streams: SecretStreams | None = None
         self._step: PrivateStep | None = None
         self._known: KnownParameters | None = None
+        self._spent = SpentEpsilon()
         self._static: StaticMasks | None = None
         self._private_loaders: list[Any] = []
         self._data: PrivateData | None = None
@@ -461,23 +463,16 @@ class PrivateTraining(Strategy):
         trainer = module.trainer
         if self._budget.is_spent:
             self._stop(trainer)
-        every = self.options.log_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = every and (trainer.global_step + 1) % every == 0
-        ends = trainer.should_stop or trainer.global_step + 1 == trainer.max_steps
-        if trainer.barebones or not (due or trainer.is_last_batch or ends):
-            return
         assert self._budget.plan is not None
-        plan = self._budget.plan
-        rate = self._plan.rate_at(trainer.global_step, trainer.current_epoch)
-        # infinity is what it is without noise, and what a logger may take
-        module.log("dp/epsilon", self.epsilon, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
-        for name, value in (
-            ("noise_multiplier", plan.noise_multiplier),
-            ("sample_rate", plan.sample_rate),
-            ("active_coordinates", float(self.active_coordinates)),
-            ("drop_rate", rate),
-        ):
-            module.log(f"dp/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+        log_step(
+            module,
+            self._spent,
+            self.ledger,
+            self._budget.plan,
+            self.options.log_every_n_steps,
+            active_coordinates=float(self.active_coordinates),
+            drop_rate=self._plan.dropped,
+        )
 
     def _stop(self, trainer: Trainer) -> None:
         trainer.should_stop = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -113,6 +114,13 @@ class SelectionPlan:
                     "the RateSchedule of drop_rate needs to know how long training takes: give the Trainer max_epochs "
                     "or max_steps and a loader with a length, or RateSchedule(over=STEPS) with refresh by steps"
                 )
+        warmup = getattr(self.selector, "warmup_steps", 0)
+        if self.drop_rate != 0 and total_steps is not None and warmup >= total_steps:
+            warnings.warn(
+                f"{type(self.selector).__name__} trains everything in its first {warmup} steps and training has only "
+                f"{total_steps}: nothing is ever dropped. Give it fewer warmup_steps, or train longer",
+                stacklevel=2,
+            )
         self._parameters = dict(parameters)
         self._module, self._total_steps, self._epochs = module, total_steps, epochs
         self._candidates = {
@@ -148,6 +156,14 @@ class SelectionPlan:
             return schedule.rate(epoch * (self._total_steps or 0) / (self._epochs or 1), schedule.over)
         begun = step if self.refresh == "step" else step - step % int(self.refresh)
         return schedule.rate(begun, (self._total_steps or 1) if schedule.over == "fit" else schedule.over)
+
+    @property
+    def dropped(self) -> float:
+        """Share of the coordinates there are to choose from that the present choice leaves out."""
+        if self._current is None or all(self._current[name] is self._candidates[name] for name in self._free):
+            return 0.0
+        there = sum(self._candidates[name].count for name in self._free)
+        return 1 - sum(self._current[name].count for name in self._free) / max(1, there)
 
     def check_public(self, private: Any) -> None:
         """Raise ValueError if the rule uses data of the private loader or data set."""
