@@ -6,6 +6,8 @@ Sources: "Pre-Pruning and Gradient-Dropping Improve Differentially Private Image
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -15,7 +17,9 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torchmetrics import Metric
 
+from lightning_eff.privacy.logged import agree_on_logged, metrics_of_the_process
 from lightning_eff.privacy.training import CHECKPOINT_KEY, PrivateTraining
 
 
@@ -102,6 +106,8 @@ class DPGradientDropDDPStrategy(PrivateTraining, DDPStrategy):
     strategy_name = "dp_gradient_drop_ddp"
 
     _in_user_step = False
+    _metrics: tuple[Metric, ...] = ()
+    _connector: Any = None
 
     def configure_ddp(self) -> None:
         """Give every process the parameters of the first; no reducer, as autograd makes no weight gradient."""
@@ -113,17 +119,50 @@ class DPGradientDropDDPStrategy(PrivateTraining, DDPStrategy):
             raise ValueError("sync_batchnorm=True mixes examples of all processes: leave it out and use GroupNorm")
         super().setup(trainer)
 
+    def on_train_start(self) -> None:
+        """See to it that processes agree on what they logged before Lightning reduces it."""
+        super().on_train_start()
+        module = self._module()
+        self._metrics = tuple(layer for layer in module.modules() if isinstance(layer, Metric))
+        # of all that happens between the last batch of an epoch and the first reduction, this alone is not a hook
+        self._connector = module.trainer._logger_connector
+        self._connector.epoch_end_reached = self._epoch_end_reached
+
+    def _epoch_end_reached(self) -> None:
+        trainer = self._module().trainer
+        if trainer.training:
+            with self._without_others():
+                agree_on_logged(trainer._results, self._module(), self.reduce)
+        type(self._connector).epoch_end_reached(self._connector)
+
+    def teardown(self) -> None:
+        """Give the Trainer back as it was."""
+        if self._connector is not None:
+            vars(self._connector).pop("epoch_end_reached", None)
+        self._connector, self._metrics = None, ()
+        super().teardown()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's step without collective calls: another process may have no example and not run it."""
+        with self._without_others(), metrics_of_the_process(self._metrics):
+            return super().training_step(*args, **kwargs)
+
+    @contextmanager
+    def _without_others(self) -> Iterator[None]:
         self._in_user_step = True
         try:
-            return super().training_step(*args, **kwargs)
+            yield
         finally:
             self._in_user_step = False
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Reduce over processes; inside of a training step, values that are logged stay those of the process."""
-        return tensor if self._in_user_step else super().reduce(tensor, group, reduce_op)
+        if self._in_user_step:
+            return tensor
+        if isinstance(tensor, Tensor) and not tensor.is_floating_point() and reduce_op in ("mean", "avg"):
+            # Lightning cuts off the mean of integers, among them the numbers of examples, which differ here
+            tensor = tensor.double()
+        return super().reduce(tensor, group, reduce_op)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         """Gather from all processes, which a training step must not do: it would mix examples.

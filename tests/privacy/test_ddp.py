@@ -83,6 +83,60 @@ check_equal(flat(module))
     )
 
 
+def test_an_epoch_in_which_a_process_has_no_examples_is_logged_by_all(tmp_path):
+    run_ddp(
+        HEAD
+        + """
+import datetime, math, torchmetrics
+
+class Logging(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.right = torchmetrics.Accuracy("multiclass", num_classes=3)
+        self.each = torchmetrics.MeanMetric(dist_sync_on_step=True)
+        self.epochs = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("both", loss.detach(), on_step=True, on_epoch=True, sync_dist=True)
+        self.log("most", float(len(batch[0])), on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
+        self.right(self.net(batch[0]), batch[1])
+        self.log("right", self.right, on_step=False, on_epoch=True)
+        self.each(loss.detach())
+        self.each.compute()
+        self.log("each", self.each, on_step=True, on_epoch=True)
+        return loss
+
+    def on_train_epoch_end(self):
+        now = self.trainer.callback_metrics
+        self.epochs.append((len(self.sizes), {k: float(v) for k, v in now.items()}))
+        self.sizes.clear()
+
+module = Logging()
+strategy = strategy_of(1.0, noise_seed=4, isolation_check="off", timeout=datetime.timedelta(seconds=60))
+trainer = trainer_of(strategy, 12, limit_train_batches=1)
+import warnings; warnings.simplefilter("ignore")
+trainer.fit(module, DataLoader(dataset(100), batch_size=1, shuffle=True))
+both = [None, None]
+dist.all_gather_object(both, module.epochs)
+lonely = 0
+for (mine, ours), (others, theirs) in zip(*both):
+    assert ours.keys() == theirs.keys()
+    if (mine == 0) != (others == 0):
+        lonely += 1
+        # on average over examples, so that it is the value of the process that has them
+        alone = ours if mine else theirs
+        assert ours["both_epoch"] == ours["each_epoch"] == alone["loss"], (ours, theirs)
+    for name in {"both_epoch", "most", "right", "each_epoch"} & ours.keys():
+        assert ours[name] == theirs[name] and math.isfinite(ours[name]), (name, ours, theirs)
+assert lonely > 2, both
+assert "epoch_end_reached" not in vars(trainer._logger_connector)
+check_equal(flat(module))
+""",
+        tmp_path,
+    )
+
+
 @pytest.mark.slow
 def test_the_sum_over_processes_is_the_sum_over_their_examples(tmp_path):
     run_ddp(
