@@ -73,6 +73,11 @@ def test_backend_equals_the_reference(backend, dtype, tolerance, activation, bia
     assert_equal_results(problem, backend, tolerance)
 
 
+@pytest.mark.parametrize("h", [1, 20, 32, 50])
+def test_gates_of_any_width(h) -> None:
+    assert_equal_results(Problem([5, 0, 3], activation="swiglu", h=h), "fused", 1e-12)
+
+
 @pytest.mark.parametrize("backend", ["fused", "grouped"])
 @pytest.mark.parametrize("counts", [[4], [0, 7, 0, 0], [1] * 32, [0, 1, 30, 0, 2, 0]])
 def test_empty_and_crowded_experts(counts, backend) -> None:

@@ -38,8 +38,9 @@ def activate_into(out: Tensor, pre: Tensor, activation: Activation, gates: Tenso
     else:
         gate, up = pre.chunk(2, -1)
         gates = out if gates is None else gates
-        gates.copy_(gate)  # silu on short strided rows takes three times as long
-        torch.ops.aten.silu.out(gates, out=gates)
+        if _leaves_a_rest(gate):
+            gate = gates.copy_(gate)
+        torch.ops.aten.silu.out(gate, out=gates)
         torch.mul(gates, up, out=out)
 
 
@@ -65,6 +66,16 @@ def backward_into(out: Tensor, grad: Tensor, pre: Tensor, activation: Activation
         by_gate, by_up = out.chunk(2, -1)
         torch.mul(grad, gates, out=by_up)
         grad.mul_(up)
-        work.copy_(gate)
-        torch.ops.aten.silu_backward.grad_input(grad, work, grad_input=grad)
-        by_gate.copy_(grad)
+        if _leaves_a_rest(gate):
+            torch.ops.aten.silu_backward.grad_input(grad, work.copy_(gate), grad_input=work)
+            by_gate.copy_(work)
+        else:
+            torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=by_gate)
+
+
+def _leaves_a_rest(half: Tensor) -> bool:
+    """Whether rows of ``half`` are no whole vectors: what is left of each is then exponentiated one by one.
+
+    Copied to where rows follow each other, only the last one leaves a rest: more than twice as fast for rows of 48.
+    """
+    return half.shape[-1] % 32 != 0
