@@ -38,7 +38,7 @@ def require_identity(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         if saved.get(name) != value:
             raise ValueError(
                 f"the checkpoint was made with another {name}: expected {value!r}, got {saved.get(name)!r}; build the "
-                "model as it was, or use load_from_checkpoint"
+                "model as it was, or use load_from_checkpoint without other options"
             )
 
 
