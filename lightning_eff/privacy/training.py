@@ -99,6 +99,7 @@ class PrivateTraining(Strategy):
         self._count_drawn: Callable[[], int] | None = None
         self._drawn = 0
         self._fewer_rows_seen = False
+        self._plan_is_restored = False
         self._norm_layers: list[tuple[str, torch.nn.Module]] = []
         self._first_batch: FirstBatch | None = None
         if self.options.noise_seed is not None:
@@ -181,6 +182,9 @@ class PrivateTraining(Strategy):
             self._static = self._step = None
             self._first_batch = FirstBatch(self.options.isolation_check)
             self._fewer_rows_seen = False
+            if not self._plan_is_restored:
+                self._plan.start_anew()
+            self._plan_is_restored = False
         super().setup(trainer)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -335,7 +339,9 @@ class PrivateTraining(Strategy):
                 self._budget.load_state_dict(state)
             # another rule starts from nothing
             if fitting and state["selector"] == type(self._plan.selector).__name__:
+                self._plan.start_anew()
                 self._plan.load_state_dict(state["selection"])
+                self._plan_is_restored = True
         elif fitting:
             if not self.options.allow_unaccounted_resume:
                 raise ValueError(
@@ -351,6 +357,7 @@ class PrivateTraining(Strategy):
         """Let go of the step, the key of the noise and the loaders."""
         self._step = self._streams = self._static = self._first_batch = self._count_drawn = None
         self._private_loaders, self._norm_layers = [], []
+        self._plan_is_restored = False
         super().teardown()
 
     def _module(self) -> LightningModule:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_eff.accounting import PrivacyEvent
 from lightning_eff.privacy.budget import _begins_with
 from lightning_eff.privacy.selection.plan import SelectionPlan
+from lightning_eff.privacy.selection.selectors import NoisyGradientSelector
 from lightning_eff.privacy.training import CHECKPOINT_KEY
 
 pytestmark = pytest.mark.filterwarnings("ignore:noise_seed makes noise and sampling repeatable")
@@ -50,8 +51,8 @@ def test_two_and_two_epochs_are_four_epochs_bit_for_bit(tmp_path, settings):
         plan = settings.get("selection")
         if not isinstance(plan, SelectionPlan):
             return dict(settings)
-        name = "noisy_gradient" if plan.refresh == 7 else "magnitude"
-        return {"selection": SelectionPlan(plan.drop_rate, name, refresh=plan.refresh, explore=plan.explore)}
+        rule = NoisyGradientSelector(6) if plan.refresh == 7 else "magnitude"
+        return {"selection": SelectionPlan(plan.drop_rate, rule, refresh=plan.refresh, explore=plan.explore)}
 
     whole, _ = train(4, noise_seed=5, **twin())
     train(2, tmp_path / "half.ckpt", noise_seed=5, **twin())
@@ -256,5 +257,5 @@ def test_histories_are_compared_by_their_steps():
 
 def test_another_selection_rule_starts_from_nothing(tmp_path):
     train(1, tmp_path / "one.ckpt", drop_rate=0.5)
-    _, runner = train(2, resume=tmp_path / "one.ckpt", selection=SelectionPlan(0.5, "noisy_gradient"))
+    _, runner = train(2, resume=tmp_path / "one.ckpt", selection=SelectionPlan(0.5, NoisyGradientSelector(3)))
     assert runner.strategy.ledger.steps == 10

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_eff.privacy.selection.plan import SelectionPlan
+from lightning_eff.privacy.selection.selectors import NoisyGradientSelector
 
 SEEDED = "ignore:noise_seed makes noise and sampling repeatable"
 NO_NOISE = "ignore:noise_multiplier is 0"
@@ -283,3 +284,23 @@ def test_empty_batches_are_steps_with_noise_alone_for_which_the_users_step_is_no
     assert trainer.strategy.ledger.steps == trainer.global_step == len(gradients.seen) == 80
     assert all(seen["net.0.weight"].all() for seen in gradients.seen)
     assert torch.isfinite(trainer.callback_metrics["loss"])
+
+
+def test_a_second_fit_observes_anew_what_the_first_one_observed():
+    strategy = private(drop_rate=0.5, selection=NoisyGradientSelector(warmup_steps=3))
+
+    class Active(L.Callback):
+        counts = []
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.counts.append(trainer.strategy.active_coordinates)
+
+    wider = Classifier()
+    wider.net[0], wider.net[2] = nn.Linear(8, 9), nn.Linear(9, 3)
+    for module in (Classifier(), wider):
+        trainer = trainer_of(strategy, accelerator="auto", devices=1, callbacks=[Active()])
+        trainer.fit(module, loader())
+    everything, half = 75, 48 // 2 + 6 + 18 // 2 + 3
+    assert Active.counts[:5] == [everything] * 3 + [half] * 2
+    everything, half = 9 * 9 + 3 * 10, 72 // 2 + 9 + round(27 / 2) + 3
+    assert Active.counts[5:] == [everything] * 3 + [half] * 2

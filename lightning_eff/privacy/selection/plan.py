@@ -181,7 +181,7 @@ class SelectionPlan:
             self.selector.observe({name: released[name] for name in self._free}, self._current, noise_std)
 
     def start_anew(self) -> None:
-        """Forget what the rule has learned, because the parameters are others now."""
+        """Forget what the rule has learned, because the parameters are others now or another fit begins."""
         if isinstance(self.selector, Selector):
             self.selector.start_anew()
         self._current = self._key = self._loaded = None

@@ -84,7 +84,7 @@ class Selector:
         """Take note of the noisy mean gradient that a step released: blocks, and the deviation of their noise."""
 
     def start_anew(self) -> None:
-        """Forget what was observed: the parameters have been replaced by others."""
+        """Forget what was observed: the parameters have been replaced by others, or another fit begins."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python and tensors."""
@@ -202,9 +202,20 @@ class NoisyGradientSelector(Selector):
         self._steps += 1
 
     def select(self, context: SelectionContext) -> dict[str, Selection]:
-        """Choose everything at first, then the units with the most energy."""
+        """Choose everything at first, then the units with the most energy.
+
+        Raises:
+            ValueError: What was observed is of another network.
+        """
         if not self.phase:
             return dict(context.candidates)
+        observed = {name: energy.shape for name, energy in self._energy.items()}
+        wrong = [name for name, parameter in context.parameters.items() if observed.get(name) != parameter.shape]
+        if wrong:
+            raise ValueError(
+                f"NoisyGradientSelector has observed gradients of another network, not of {', '.join(wrong)}: take a "
+                "new selector, or begin the fit without ckpt_path"
+            )
         scores = {name: self._energy[name].to(parameter.device) for name, parameter in context.parameters.items()}
         return context.best(scores)
 

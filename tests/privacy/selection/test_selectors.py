@@ -167,6 +167,17 @@ def test_noisy_gradient_goes_on_after_resuming() -> None:
     assert resumed.at(10)["w"].equals(whole.at(10)["w"])
 
 
+def test_noisy_gradients_of_another_network_are_refused_and_a_reset_begins_anew() -> None:
+    plan = noisy_plan(1)
+    plan.at(0)
+    plan.observe(released(0), NOISE)
+    plan.bind({"w": torch.zeros(40, 60), "b": torch.zeros(40)})
+    with pytest.raises(ValueError, match="another network, not of w"):
+        plan.at(1)
+    plan.start_anew()
+    assert plan.at(1)["w"].is_all
+
+
 def test_noisy_gradient_works_on_what_pre_pruning_left() -> None:
     mask = torch.zeros(40, 50, dtype=torch.bool)
     mask[::2] = True
