@@ -63,7 +63,14 @@ if TYPE_CHECKING:
         line_shapley,
     )
     from lightning_eff.models import ImageClassifier, LeNet, SmallCNN, SmallResNet
-    from lightning_eff.moe import ChinchillaLaw, ComputePlanner, FineGrainedMoELaw, fit_scaling_law
+    from lightning_eff.moe import (
+        ChinchillaLaw,
+        ComputePlanner,
+        FineGrainedMoE,
+        FineGrainedMoELaw,
+        MoEConfig,
+        fit_scaling_law,
+    )
     from lightning_eff.privacy import (
         DPGradientDropDDPStrategy,
         DPGradientDropStrategy,
@@ -111,6 +118,7 @@ if TYPE_CHECKING:
         ReleaseOptions,
         SynthesisFigures,
         SyntheticData,
+        SyntheticDataWriter,
         TableSchema,
         TabularDataModule,
         release_mean_embedding,
@@ -221,6 +229,9 @@ _ROOM_OF = {
     "TableSchema": "synthesis",
     "TabularDataModule": "synthesis",
     "release_mean_embedding": "synthesis",
+    "SyntheticDataWriter": "synthesis",
+    "FineGrainedMoE": "moe",
+    "MoEConfig": "moe",
 }
 
 __all__ = [
@@ -249,6 +260,7 @@ __all__ = [
     "ExitReport",
     "FashionMNISTDataModule",
     "FeatureOptions",
+    "FineGrainedMoE",
     "FineGrainedMoELaw",
     "GameOptions",
     "GradientDominance",
@@ -266,6 +278,7 @@ __all__ = [
     "LineGameOptions",
     "LineSelection",
     "MatchingOptions",
+    "MoEConfig",
     "MultiExitNetwork",
     "PerSampleEngine",
     "Phase",
@@ -289,6 +302,7 @@ __all__ = [
     "StructuredPruningCallback",
     "SynthesisFigures",
     "SyntheticData",
+    "SyntheticDataWriter",
     "SyntheticLidarDataModule",
     "TableSchema",
     "TabularDataModule",
