@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -121,7 +122,8 @@ def refuse_batch_statistics(layers: Sequence[tuple[str, nn.Module]]) -> None:
         raise ValueError(
             f"{', '.join(names)}: statistics of the batch mix examples, and running ones keep them without noise, "
             "whether the layer is frozen or not. Replace the layer by nn.GroupNorm, or put it into evaluation mode "
-            "with statistics of public data: module.eval() on it, and keep it there"
+            "with statistics of public data: call eval() on it in __init__, configure_model or setup of the module, "
+            "and keep it there"
         )
 
 
@@ -129,13 +131,12 @@ def trained_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> Ma
     """Return by name the parameters that require a gradient and that the optimizer changes.
 
     Raises:
-        ValueError: There are none, or the optimizer needs several gradients a step.
+        ValueError: There are none, or the optimizer needs several gradients a step, or has parameters that the module
+            does not own; or hooks wait for gradients that never come.
     """
     if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
         raise ValueError("LBFGS asks for several gradients of one batch: use an optimizer that takes one, such as SGD")
-    optimized = {
-        id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
-    }
+    optimized = {id(parameter): parameter for parameter in optimized_parameters(optimizers)}
     found = {
         name: parameter
         for name, parameter in module.named_parameters()
@@ -147,7 +148,42 @@ def trained_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> Ma
             f"nothing to train: {trainable} parameters require a gradient, and none of them is in the optimizer "
             "(configure_optimizers)"
         )
+    owned = {id(parameter) for parameter in module.parameters()}
+    strange = [list(p.shape) for key, p in optimized.items() if key not in owned and p.requires_grad]
+    if strange:
+        raise ValueError(
+            f"the optimizer has parameters of shapes {strange} that are not among those of {type(module).__name__}, so "
+            "that nothing would clip and noise their gradients: register them (as nn.Parameter attributes, or in "
+            "nn.ParameterList, not in a plain list), or leave them out"
+        )
+    hooked = [name for name, p in found.items() if p._backward_hooks or p._post_accumulate_grad_hooks]
+    if hooked:
+        raise ValueError(
+            f"{hooked} have hooks for their gradient (register_hook or register_post_accumulate_grad_hook), which "
+            "private training never calls: autograd makes no gradient of theirs. Remove the hooks; "
+            "on_before_optimizer_step sees the private gradient"
+        )
     return found
+
+
+def optimized_parameters(optimizers: Sequence[Optimizer]) -> list[nn.Parameter]:
+    """Everything that optimizers change."""
+    return [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def monitors_of_training_metrics(trainer: Trainer, schedulers: Sequence[LRSchedulerConfig]) -> list[str]:
+    """Tell by a sentence each who goes by a metric that was logged of private training batches."""
+    results = trainer.fit_loop.epoch_loop._results
+    logged = {result.meta.name for result in results.values() if not result.meta.name.startswith("dp/")}
+    names = {name + ending for name in logged for ending in ("", "_step", "_epoch")}
+    monitors = [(type(s.scheduler).__name__, s.monitor) for s in schedulers if s.reduce_on_plateau]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    monitors += [(type(callback).__name__, getattr(callback, "monitor", None)) for callback in callbacks]
+    return [
+        f"{who} goes by {monitor!r}, which was logged of private training batches without noise."
+        for who, monitor in monitors
+        if monitor in names
+    ]
 
 
 def _has(trainer: Trainer, kind: type[Callback]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,12 +20,17 @@ class PrivateTrainingOptions:
         accountant: ``"prv"``, which is tighter, or ``"rdp"``, which is quicker.
         dropped: What the optimizer may do with coordinates a step does not train: ``"freeze"`` gives them their value
             back, bit for bit, whatever momentum and weight decay did; ``"zero_grad"`` only gives a gradient of zero.
-        isolation_check: Compare on the first batch each example's gradient inside of the batch with its gradient
-            alone, which catches losses that mix examples: ``"error"``, ``"warn"`` or ``"off"``.
+        isolation_check: Compare on the first, second, fourth, eighth ... batch the gradients of some examples inside
+            of the batch with their gradients alone, which catches losses that mix examples: ``"error"``, ``"warn"``
+            or ``"off"``.
+        public_buffers: fnmatch patterns of buffers that training steps may change because nothing of the examples is
+            in them, such as a counter of steps. Any other that changes is told in every report.
         memory_budget_mb: Megabytes that per-sample gradients may take, >= 0.
         log_every_n_steps: Steps between two exact values of epsilon, >= 1; ``None`` is the Trainer's. It is exact, too,
             at the end of every epoch and before validation and checkpoints; in between it is told for at most a tenth
             more steps than were taken.
+        dirpath: Where ``privacy.json`` and ``privacy.md``, the ledger and its report, are written when a fit ends;
+            ``None`` writes nothing.
         noise_seed: Makes noise and sampling repeatable, for tests: **nothing is private then**.
         allow_unaccounted_resume: Go on from a checkpoint that does not tell what was spent, or that was trained on
             another data set; every report says so.
@@ -36,8 +42,10 @@ class PrivateTrainingOptions:
     accountant: Accountant = "prv"
     dropped: Dropped = "freeze"
     isolation_check: IsolationCheck = "error"
+    public_buffers: Sequence[str] = ()
     memory_budget_mb: float = 256
     log_every_n_steps: int | None = None
+    dirpath: str | None = None
     noise_seed: int | None = None
     allow_unaccounted_resume: bool = False
 
@@ -48,6 +56,9 @@ class PrivateTrainingOptions:
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if isinstance(self.public_buffers, str):
+            raise ValueError(f"public_buffers must be a sequence of patterns, got the string {self.public_buffers!r}")
+        object.__setattr__(self, "public_buffers", tuple(self.public_buffers))  # YAML makes lists
         if self.log_every_n_steps is not None and self.log_every_n_steps < 1:
             raise ValueError(f"log_every_n_steps must be >= 1, got {self.log_every_n_steps}")
         if self.memory_budget_mb < 0:

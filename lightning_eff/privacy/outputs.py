@@ -9,16 +9,23 @@ import torch
 from torch import Tensor
 
 
-def loss_of(output: Any) -> Tensor | None:
-    """Return the loss in what a training step returned; None where it returned none.
+def loss_of(output: Any) -> Tensor:
+    """Return the loss in what a training step returned.
 
     Raises:
+        ValueError: It is None.
         TypeError: It is neither a tensor nor a mapping with a tensor under ``"loss"``.
     """
     loss = output.get("loss") if isinstance(output, Mapping) else output
-    if (loss is not None and not isinstance(loss, Tensor)) or (loss is None and output is not None):
+    if output is None:
+        raise ValueError(
+            "training_step returned None, which leaves all examples of a batch out: whether an example takes part "
+            "would depend on the others, and no noise covers that. Return the loss of every batch; examples whose "
+            "gradient is not finite are left out by themselves"
+        )
+    if not isinstance(loss, Tensor):
         raise TypeError(
-            "expected training_step to return a loss tensor, a mapping with one under 'loss', or None, got "
+            f"expected training_step to return a loss tensor or a mapping with one under 'loss', got "
             f"{type(output).__name__}"
         )
     return loss
@@ -27,15 +34,13 @@ def loss_of(output: Any) -> Tensor | None:
 def join_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
     """Join by key: tensors with a row for each example one after the other, scalars by their mean over examples.
 
-    Anything else is that of the last batch. Outputs that are None count for nothing.
+    Anything else is that of the last batch.
     """
-    pairs = [(output, size) for output, size in zip(outputs, sizes, strict=True) if output is not None]
-    if len(pairs) < 2:
-        return pairs[0][0] if pairs else None
-    kept, kept_sizes = zip(*pairs, strict=True)
-    if isinstance(kept[-1], Mapping):
-        return {key: _join([output.get(key) for output in kept], kept_sizes) for key in kept[-1]}
-    return _join(kept, kept_sizes)
+    if len(outputs) == 1:
+        return outputs[0]
+    if isinstance(outputs[-1], Mapping):
+        return {key: _join([output.get(key) for output in outputs], sizes) for key in outputs[-1]}
+    return _join(outputs, sizes)
 
 
 def _join(values: Sequence[Any], sizes: Sequence[int]) -> Any:

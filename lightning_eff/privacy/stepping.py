@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_eff.privacy.engine.engine import Clipping, PerSampleEngine
@@ -110,6 +111,12 @@ class PrivateStep:
 
     def begin(self, step: int, epoch: int) -> None:
         """Choose what the next optimizer step trains, and forget what was collected for one that never came."""
+        if self._sums:
+            rank_zero_warn(
+                "no optimizer step came after a batch, so that its examples count for nothing: batches cannot be added "
+                "up by an optimizer_step that skips some of them. Take the batch size you want to train with and "
+                "max_physical_batch_size="
+            )
         selections = self.plan.at(step, epoch)
         if selections is not self.selections:
             self.selections = selections
@@ -129,10 +136,6 @@ class PrivateStep:
         sums = self._engine.clipped_sum(self._max_grad_norm, self._clipping)
         for name in self.parameters:
             self._sums[name] = self._sums[name].add_(sums[name]) if name in self._sums else sums[name]
-        self._engine.reset()
-
-    def skip(self) -> None:
-        """Drop a physical batch that has no loss."""
         self._engine.reset()
 
     def add_up(self) -> Tensor:

@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 from lightning_eff.accounting import PrivacyLedger
 from lightning_eff.privacy import checks
 from lightning_eff.privacy.batches import number_of_examples, some_examples
-from lightning_eff.privacy.budget import SEEDED, SHUFFLED, UNACCOUNTED, Budget, PrivateData, note
+from lightning_eff.privacy.budget import UNACCOUNTED, Budget, PrivateData, note
 from lightning_eff.privacy.engine.engine import Clipping
 from lightning_eff.privacy.engine.uses import slices
-from lightning_eff.privacy.first_batch import FirstBatch
+from lightning_eff.privacy.inspection import Inspection
 from lightning_eff.privacy.metrics import SpentEpsilon, log_step
 from lightning_eff.privacy.noise import SecretStreams
 from lightning_eff.privacy.options import PrivateTrainingOptions
@@ -37,6 +37,7 @@ from lightning_eff.privacy.selection.plan import SelectionPlan
 from lightning_eff.privacy.selection.schedule import RateSchedule
 from lightning_eff.privacy.selection.selected import Selection
 from lightning_eff.privacy.selection.selectors import Selector, SelectorName
+from lightning_eff.privacy.statement import write_statement
 from lightning_eff.privacy.stepping import MaskMode, PrivateStep, StaticMasks
 from lightning_eff.surgery.state import untouched_generators
 
@@ -101,7 +102,7 @@ class PrivateTraining(Strategy):
         self._fewer_rows_seen = False
         self._plan_is_restored = False
         self._norm_layers: list[tuple[str, torch.nn.Module]] = []
-        self._first_batch: FirstBatch | None = None
+        self._inspection: Inspection | None = None
         if self.options.noise_seed is not None:
             rank_zero_warn("noise_seed makes noise and sampling repeatable: it is for tests, nothing is private")
 
@@ -180,7 +181,7 @@ class PrivateTraining(Strategy):
             checks.check_trainer(trainer, self._module())
             checks.check_precision(self.precision_plugin)
             self._static = self._step = None
-            self._first_batch = FirstBatch(self.options.isolation_check)
+            self._inspection = Inspection(self.options.isolation_check, self.options.public_buffers)
             self._fewer_rows_seen = False
             if not self._plan_is_restored:
                 self._plan.start_anew()
@@ -256,13 +257,18 @@ class PrivateTraining(Strategy):
         assert self._step is not None
         self._step.begin(trainer.global_step, trainer.current_epoch)
 
+    def on_train_end(self) -> None:
+        """See what was logged at the end of the last epoch."""
+        super().on_train_end()
+        self._tell_monitors()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's step on physical batches and collect their clipped sums.
 
         An empty batch gives a loss of zero; the user's step is not called for it.
         """
         assert self._step is not None
-        assert self._first_batch is not None
+        assert self._inspection is not None
         batch, *others = args
         examples = number_of_examples(batch)
         self._check_rows(examples)
@@ -270,11 +276,10 @@ class PrivateTraining(Strategy):
             return torch.zeros((), device=self.root_device)
         trainer = self._module().trainer
         size = min(examples, self.max_physical_batch_size or examples)
-        if examples > 1:
-            self._first_batch.check_isolation(self._module(), self._user_step(others, kwargs), batch)
+        self._inspection.check_isolation(self._module(), self._user_step(others, kwargs), batch, self.ledger)
         parts = list(slices(examples, size))
         outputs, sizes = [], []
-        with self._first_batch.watch_buffers(self._module(), self.ledger):
+        with self._inspection.watch_buffers(self._module(), self.ledger):
             for part in parts:
                 physical = batch if len(parts) == 1 else some_examples(batch, part)
                 count = part.stop - part.start
@@ -355,7 +360,7 @@ class PrivateTraining(Strategy):
 
     def teardown(self) -> None:
         """Let go of the step, the key of the noise and the loaders."""
-        self._step = self._streams = self._static = self._first_batch = self._count_drawn = None
+        self._step = self._streams = self._static = self._inspection = self._count_drawn = None
         self._private_loaders, self._norm_layers = [], []
         self._plan_is_restored = False
         super().teardown()
@@ -386,7 +391,9 @@ class PrivateTraining(Strategy):
         self._budget.begin(data, remaining, max(0, asked), self.options.allow_unaccounted_resume)
         if self._budget.is_spent:
             self._stop(trainer)
-        self._write_assumptions()
+        write_statement(self.ledger, poisson=self.poisson_sampling, seeded=self.options.noise_seed is not None)
+        if self._inspection is not None:
+            self._inspection.tell(self.ledger)
 
     def _build_step(self) -> None:
         module = self._module()
@@ -433,8 +440,7 @@ class PrivateTraining(Strategy):
 
         def step(module: Any, batch: Any) -> Tensor:
             with self.precision_plugin.train_step_context():
-                loss = loss_of(module.training_step(batch, *others, **kwargs))
-            return torch.zeros(()) if loss is None else loss
+                return loss_of(module.training_step(batch, *others, **kwargs))
 
         return step
 
@@ -442,9 +448,6 @@ class PrivateTraining(Strategy):
         """Run backward for one physical batch, take its clipped sum, and return the output without graph."""
         assert self._step is not None
         loss = loss_of(output)
-        if loss is None:
-            self._step.skip()
-            return output
         if loss.requires_grad:
             # the loss is a mean over the batch: an example's own gradient is n times its share
             loss.register_hook(lambda gradient: gradient * examples)  # type: ignore[no-untyped-call]
@@ -461,6 +464,10 @@ class PrivateTraining(Strategy):
         flat = step.add_up()
         budget.record()
         step.release(flat, budget.plan.noise_multiplier, budget.data.expected_batch, number)
+        private = {id(parameter) for parameter in step.parameters.values()}
+        for parameter in checks.optimized_parameters(self.optimizers):
+            if id(parameter) not in private:
+                parameter.grad = None  # neither clipped nor noised
 
     def _add_up(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -468,6 +475,7 @@ class PrivateTraining(Strategy):
     def _after_step(self) -> None:
         module = self._module()
         trainer = module.trainer
+        self._tell_monitors()
         if self._budget.is_spent:
             self._stop(trainer)
         assert self._budget.plan is not None
@@ -481,31 +489,14 @@ class PrivateTraining(Strategy):
             drop_rate=self._plan.dropped,
         )
 
+    def _tell_monitors(self) -> None:
+        trainer = self._module().trainer
+        for sentence in checks.monitors_of_training_metrics(trainer, self.lr_scheduler_configs):
+            if sentence not in self.ledger.caveats:
+                rank_zero_warn(f"{sentence} Let it go by a metric of public data, or by validation.")
+                note(self.ledger.caveats, sentence)
+
     def _stop(self, trainer: Trainer) -> None:
         trainer.should_stop = True
         bound = self.ledger.max_epsilon
         rank_zero_info(f"Private training stops: one more step would pass max_epsilon = {bound:g}.")
-
-    def _write_assumptions(self) -> None:
-        ledger, options = self.ledger, self.options
-        if options.noise_seed is not None:
-            note(ledger.caveats, SEEDED)
-        if self.poisson_sampling:
-            note(ledger.assumptions, "Each step draws every example with probability q, whatever the others do.")
-        else:
-            note(ledger.caveats, SHUFFLED)
-        checked = "not checked" if options.isolation_check == "off" else "checked on the first batch"
-        for sentence in (
-            f"The loss of an example does not depend on other examples ({checked}), nor does what collate_fn and "
-            "transfer hooks make of it.",
-            "Which coordinates a step trains depends on released parameters and gradients, public data and "
-            "independent randomness alone.",
-            "The number of examples, the network and all settings were chosen without looking at the private data.",
-        ):
-            note(ledger.assumptions, sentence)
-        for sentence in (
-            "Losses and metrics of private batches that were logged or shown.",
-            "Choices made on private validation data: when to stop, which checkpoint, which settings.",
-            "Leaks of floating-point noise and of running times.",
-        ):
-            note(ledger.not_covered, sentence)

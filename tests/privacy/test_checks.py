@@ -178,6 +178,31 @@ def test_frozen_batch_normalisation_in_training_mode_is_refused_too():
 
 
 @pytest.mark.filterwarnings(EVALUATING)
+def test_batch_statistics_that_are_switched_on_for_the_step_alone_are_refused():
+    class Late(Normed):
+        def training_step(self, batch, batch_idx):
+            self.norm.train(self.current_epoch > 0)
+            loss = super().training_step(batch, batch_idx)
+            self.norm.eval()
+            return loss
+
+    with pytest.raises(ValueError, match="statistics of the batch mixes examples"):
+        fit(Late(nn.BatchNorm1d(8, affine=False).eval()), trainer={"max_epochs": 2})
+
+
+@pytest.mark.filterwarnings(EVALUATING)
+@pytest.mark.parametrize("where", ["configure_model", "setup"])
+def test_batch_normalisation_may_be_frozen_in_the_hooks_that_are_named(where):
+    class Frozen(Normed):
+        def freeze(self, stage=None):
+            self.norm.eval()
+
+    setattr(Frozen, where, Frozen.freeze)
+    assert fit(Frozen(nn.BatchNorm1d(8)))[1].strategy.ledger.steps == 5
+    refused(f"eval.. on it in __init__, .*{where}", Normed(nn.BatchNorm1d(8)))
+
+
+@pytest.mark.filterwarnings(EVALUATING)
 def test_batch_normalisation_in_evaluation_mode_trains():
     module, trainer = fit(Normed(nn.BatchNorm1d(8).eval()))
     assert trainer.strategy.ledger.steps == 5
@@ -212,6 +237,41 @@ def test_nothing_to_train_is_an_error():
             return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
 
     refused("nothing to train: 4 parameters require a gradient, and none of them is in the optimizer", Elsewhere())
+
+
+def test_parameters_that_the_module_does_not_own_are_refused():
+    class Listed(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.extra = [nn.Parameter(torch.zeros(8))]
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch[0] + self.extra[0], batch[1]), batch_idx)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([*self.parameters(), *self.extra], lr=1.0)
+
+    refused(r"parameters of shapes \[\[8\]\] that are not among those of Listed", Listed())
+
+
+def test_what_is_frozen_keeps_no_gradient_that_the_optimizer_would_follow():
+    class Stale(Classifier):
+        def training_step(self, batch, batch_idx):
+            self.net[0].bias.grad = batch[0].mean() * torch.ones(6)
+            return super().training_step(batch, batch_idx)
+
+    module = Stale()
+    module.net[0].bias.requires_grad_(False)
+    before = module.net[0].bias.clone()
+    fit(module)
+    assert torch.equal(module.net[0].bias, before)
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_that_would_never_be_called_are_refused_by_name(register):
+    module = Classifier()
+    getattr(module.net[0].weight, register)(lambda given: None)
+    refused(r"\['net.0.weight'\] have hooks", module)
 
 
 def test_optimizers_that_ask_twice_are_refused():
@@ -294,78 +354,6 @@ def test_private_data_given_as_public_are_refused():
     selector = PublicGradientSelector(DataLoader(data, batch_size=8))
     with pytest.raises(ValueError, match="examples of the private training data"):
         fit(data=DataLoader(data, batch_size=8), selection=selector, drop_rate=0.5)
-
-
-class Weighted(Classifier):
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return nn.functional.cross_entropy(self.net(x), y, weight=torch.tensor([1.0, 1.0, 9.0]))
-
-
-def test_a_loss_that_mixes_examples_is_an_error_a_warning_or_let_pass():
-    whole = DataLoader(dataset(), batch_size=40)
-    with pytest.raises(ValueError, match=r"depends on the other examples.*times its norm alone"):
-        fit(Weighted(), data=whole, isolation_check="error")
-    with pytest.warns(UserWarning, match="depends on the other examples"):
-        fit(Weighted(), data=whole, isolation_check="warn")
-    fit(Weighted(), data=whole, isolation_check="off")
-
-
-def test_a_sum_over_examples_is_refused():
-    class Summed(Classifier):
-        def training_step(self, batch, batch_idx):
-            return nn.functional.cross_entropy(self.net(batch[0]), batch[1], reduction="sum")
-
-    with pytest.raises(ValueError, match="must be the plain mean over examples"):
-        fit(Summed(), isolation_check="error")
-
-
-def test_the_isolation_check_leaves_no_trace():
-    from torchmetrics.classification import MulticlassAccuracy
-
-    class Counting(Classifier):
-        def __init__(self):
-            super().__init__()
-            self.accuracy = MulticlassAccuracy(3, average="micro")
-            self.drop = nn.Dropout(0.5)
-            self.calls = 0
-
-        def training_step(self, batch, batch_idx):
-            x, y = batch
-            self.calls += 1
-            output = self.net(self.drop(x))
-            self.accuracy(output, y)
-            self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
-            return nn.functional.cross_entropy(output, y)
-
-    class Seen(L.Callback):
-        examples = 0
-
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            self.examples += len(batch[0])
-
-        def on_train_epoch_end(self, trainer, pl_module):
-            self.counted = int(pl_module.accuracy.tp.sum() + pl_module.accuracy.fn.sum())
-
-    seen = Seen()
-    module, _ = fit(Counting(), callbacks=[seen], isolation_check="error", noise_seed=None)
-    assert module.calls <= 5
-    assert seen.counted == seen.examples
-
-
-def test_buffers_that_training_changes_are_told():
-    class Remembering(Classifier):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("last", torch.zeros(8))
-
-        def training_step(self, batch, batch_idx):
-            self.last = batch[0][0].detach().clone()
-            return super().training_step(batch, batch_idx)
-
-    with pytest.warns(UserWarning, match=r"changes the buffers \['last'\]"):
-        _, trainer = fit(Remembering())
-    assert any("last" in sentence for sentence in trainer.strategy.ledger.not_covered)
 
 
 def test_batches_that_cannot_be_split_are_refused_with_the_places():

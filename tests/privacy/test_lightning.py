@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from private_runs import Classifier, Gradients, dataset, equal, fit, loader, private, trainer_of, weights_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_eff.privacy.strategy import DPGradientDropStrategy
 
@@ -221,16 +221,30 @@ def test_dict_batches_and_collate_functions_of_the_user_are_taken_as_they_are():
     assert trainer.strategy.ledger.steps == 5
 
 
-def test_a_step_without_a_loss_is_noise_alone():
-    class Silent(Classifier):
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_step_that_leaves_a_batch_out_is_refused(size):
+    class Guarded(Classifier):
         def training_step(self, batch, batch_idx):
-            return None
+            loss = super().training_step(batch, batch_idx)
+            return loss if torch.isfinite(loss) else None
 
-    gradients = Gradients()
-    with pytest.warns(UserWarning, match="returned `None`"):
-        _, trainer = fit(Silent(), callbacks=[gradients])
-    assert trainer.strategy.ledger.steps == 5
-    assert all(seen["net.0.weight"].all() for seen in gradients.seen)
+    x, y = (values.clone() for values in dataset().tensors)
+    x[30] = float("nan")
+    with pytest.raises(ValueError, match="would depend on the others"):
+        fit(Guarded(), data=DataLoader(TensorDataset(x, y), batch_size=40), max_physical_batch_size=size)
+
+
+def test_batches_that_an_optimizer_step_skips_are_told():
+    class Skipping(Classifier):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            if batch_idx % 2:
+                optimizer.step(closure=optimizer_closure)
+            else:
+                optimizer_closure()
+
+    with pytest.warns(UserWarning, match="no optimizer step came after a batch"):
+        _, trainer = fit(Skipping())
+    assert trainer.strategy.ledger.steps == 2
 
 
 def test_parameters_that_are_unfrozen_later_join_in():
