@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,10 @@ class Budget:
         delta: ``None`` for :func:`default_delta` of the training data.
         max_epsilon: Never to be passed, or ``None``.
         accountant: ``"prv"`` or ``"rdp"``.
+        ledger: Where the steps are entered; its delta, bound and accountant hold. ``None`` makes one.
+
+    Raises:
+        ValueError: The target lies above the bound, or the ledger does not fit what else is given.
     """
 
     def __init__(
@@ -63,9 +67,20 @@ class Budget:
         delta: float | None,
         max_epsilon: float | None,
         accountant: Accountant,
+        ledger: PrivacyLedger | None = None,
     ) -> None:
+        if ledger is None:
+            ledger = PrivacyLedger(1e-5 if delta is None else delta, max_epsilon=max_epsilon, accountant=accountant)
+        else:
+            _check_given(ledger, delta, max_epsilon)
+            delta = ledger.delta
+        if target_epsilon is not None and ledger.max_epsilon is not None and target_epsilon > ledger.max_epsilon:
+            raise ValueError(
+                f"target_epsilon = {target_epsilon:g} lies above max_epsilon = {ledger.max_epsilon:g}, so that "
+                "training would stop before its end: leave max_epsilon out, or take a target up to it"
+            )
         self.target_epsilon = target_epsilon
-        self.ledger = PrivacyLedger(1e-5 if delta is None else delta, max_epsilon=max_epsilon, accountant=accountant)
+        self.ledger = ledger
         self.noise_multiplier = noise_multiplier
         self.data: PrivateData | None = None
         self.plan: PrivacyPlan | None = None
@@ -73,6 +88,7 @@ class Budget:
         self.given_delta = delta
         self.given_noise = noise_multiplier
         self._ends_early = False
+        self._steps_entered = 0
         self._resumed_data: Mapping[str, Any] | None = None
 
     def begin(
@@ -87,8 +103,8 @@ class Budget:
             allow_other_data: Add up over data sets.
 
         Raises:
-            ValueError: The target is out of reach, the plan passes it, ``max_epsilon`` forbids steps that have to be
-                taken, or a checkpoint was of another data set.
+            ValueError: The target is out of reach, the plan passes it, ``max_epsilon`` forbids the first step or steps
+                that have to be taken, or a checkpoint was of another data set.
         """
         self._compare_data(data, allow_other_data)
         self.data = data
@@ -114,6 +130,14 @@ class Budget:
         planned = _NO_END if steps is None else steps
         self.steps_left = self.ledger.steps_left(self.noise_multiplier, self.plan.sample_rate, planned)
         self._ends_early = self.steps_left < planned
+        self._steps_entered = self.ledger.steps
+        if self._ends_early:
+            self.plan = replace(self.plan, max_epsilon=self.ledger.max_epsilon, allowed_steps=self.steps_left)
+        if self.steps_left < 1 <= planned and not self.ledger.steps:
+            raise ValueError(
+                f"max_epsilon = {self.ledger.max_epsilon:g} is below the cost of a single step, epsilon "
+                f"{self.plan.epsilon_after(1):.4g}: raise it, or take more noise or smaller batches"
+            )
         if self.steps_left < min(at_least, planned):
             raise ValueError(
                 f"min_epochs or min_steps asks for {at_least} more steps, max_epsilon = {self.ledger.max_epsilon:g} "
@@ -131,6 +155,7 @@ class Budget:
             PrivacyBudgetExceeded: It would pass ``max_epsilon``. Nothing was recorded.
         """
         assert self.plan is not None
+        self._steps_entered += 1
         if self.steps_left < 1:
             self.ledger.record(self.plan.noise_multiplier, self.plan.sample_rate, label="training")
             return
@@ -146,8 +171,8 @@ class Budget:
 
     @property
     def plan_is_over(self) -> bool:
-        """Whether all steps that were planned have been taken, so that a further one has to be planned."""
-        return not self._ends_early and self.steps_left < 1
+        """Whether a further step has to be planned: all that were planned are taken, or others used the ledger."""
+        return (not self._ends_early and self.steps_left < 1) or self.ledger.steps != self._steps_entered
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a file should tell, as plain Python."""
@@ -205,6 +230,13 @@ class Budget:
             return
         plan = make(noise_multiplier=self.noise_multiplier)
         if plan.epsilon > self.target_epsilon * (1 + 1e-6):
+            spent = self.ledger.epsilon()
+            if spent > 0.98 * self.target_epsilon:
+                raise ValueError(
+                    f"{steps} more steps would end at epsilon {plan.epsilon:.4g}, above target_epsilon = "
+                    f"{self.target_epsilon:g}: this strategy has already spent {spent:.3g} of {self.target_epsilon:g}; "
+                    "make a new one or raise target_epsilon"
+                )
             raise ValueError(
                 f"{steps} more steps with the noise multiplier {self.noise_multiplier:.4g} found before would end at "
                 f"epsilon {plan.epsilon:.4g}, above target_epsilon = {self.target_epsilon:g}: the number of examples, "
@@ -231,6 +263,17 @@ class Budget:
         ]
         if changed:
             rank_zero_info(f"Private training goes on with other data: {', '.join(changed)}; the ledger keeps both.")
+
+
+def _check_given(ledger: PrivacyLedger, delta: float | None, max_epsilon: float | None) -> None:
+    if ledger.adjacency != "add_remove":
+        raise ValueError(
+            f"the ledger is for adjacency {ledger.adjacency!r}, and sampled steps are accounted for between data sets "
+            "of one example more or less: pass PrivacyLedger(adjacency='add_remove')"
+        )
+    for name, value in (("delta", delta), ("max_epsilon", max_epsilon)):
+        if value is not None and value != getattr(ledger, name):
+            raise ValueError(f"{name} = {value:g} beside a ledger with {getattr(ledger, name)}: give it to the ledger")
 
 
 def note(sentences: list[str], sentence: str) -> None:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from lightning_eff.accounting import Accountant, PrivacyEvent, subsampled_epsilon, subsampled_sigma
+from lightning_eff.accounting import (
+    Accountant,
+    PrivacyEvent,
+    PrivacyLedger,
+    subsampled_epsilon,
+    subsampled_sigma,
+)
 
 if TYPE_CHECKING:
     from lightning_eff.reporting import Table
@@ -26,6 +32,8 @@ class PrivacyPlan:
         delta: In (0, 1).
         accountant: ``"prv"`` or ``"rdp"``.
         history: What was done before on the same data.
+        max_epsilon: Where training ends before the planned steps are over; ``None`` where it does not.
+        allowed_steps: How many of the steps ``max_epsilon`` allows; ``None`` is all.
     """
 
     num_samples: int
@@ -36,6 +44,8 @@ class PrivacyPlan:
     delta: float
     accountant: Accountant = "prv"
     history: Sequence[PrivacyEvent] = field(default=(), repr=False)
+    max_epsilon: float | None = None
+    allowed_steps: int | None = None
 
     @classmethod
     def make(
@@ -51,6 +61,7 @@ class PrivacyPlan:
         accountant: Accountant = "prv",
         steps_per_epoch: int | None = None,
         history: Sequence[PrivacyEvent] = (),
+        max_epsilon: float | None = None,
     ) -> PrivacyPlan:
         """Plan a run; with ``target_epsilon`` find the noise multiplier that ends there.
 
@@ -65,9 +76,11 @@ class PrivacyPlan:
             accountant: See :func:`~lightning_eff.accounting.subsampled_epsilon`.
             steps_per_epoch: ``None`` for ``N / batch_size``, rounded up.
             history: What was done before.
+            max_epsilon: Bound at which training stops, or ``None``.
 
         Raises:
-            ValueError: The arguments contradict each other, or no noise reaches the target.
+            ValueError: The arguments contradict each other, no noise reaches the target, or the bound is below the
+                cost of one step.
         """
         check_one_of(noise_multiplier, target_epsilon)
         if (epochs is None) == (steps is None):
@@ -85,7 +98,18 @@ class PrivacyPlan:
             noise_multiplier = (
                 subsampled_sigma(target_epsilon, delta, rate, total, accountant, history) if total else math.inf
             )
-        return cls(num_samples, batch_size, per_epoch, total, noise_multiplier, delta, accountant, history)
+        plan = cls(num_samples, batch_size, per_epoch, total, noise_multiplier, delta, accountant, history)
+        if max_epsilon is None or plan.epsilon <= max_epsilon:
+            return plan
+        ledger = PrivacyLedger(delta, max_epsilon=max_epsilon, accountant=accountant)
+        ledger.load_state_dict({**ledger.state_dict(), "history": [dict(vars(event)) for event in history]})
+        allowed = ledger.steps_left(noise_multiplier, plan.sample_rate, total)
+        if not allowed and not history:
+            raise ValueError(
+                f"max_epsilon = {max_epsilon:g} is below the cost of a single step, epsilon "
+                f"{plan.epsilon_after(1):.4g}: raise it, or take more noise or smaller batches"
+            )
+        return replace(plan, max_epsilon=max_epsilon, allowed_steps=allowed)
 
     @property
     def sample_rate(self) -> float:
@@ -131,10 +155,17 @@ class PrivacyPlan:
         return self._caption()
 
     def _caption(self) -> str:
-        return (
+        facts = (
             f"N = {self.num_samples:,}, expected batch {self.expected_batch_size:,g} (q = {self.sample_rate:.4g}), "
             f"{self.steps:,} steps, noise multiplier {self.noise_multiplier:.4g}, delta {self.delta:g}, "
-            f"accountant {self.accountant}: epsilon {self.epsilon:.4g} at the end"
+            f"accountant {self.accountant}"
+        )
+        if self.max_epsilon is None or self.allowed_steps is None:
+            return f"{facts}: epsilon {self.epsilon:.4g} at the end"
+        of = f" of {self.steps:,}" if self.steps else ""
+        return (
+            f"{facts}: max_epsilon = {self.max_epsilon:g} ends training after {self.allowed_steps:,}{of} steps, "
+            f"epsilon {self.epsilon_after(self.allowed_steps):.4g}"
         )
 
 

@@ -47,6 +47,8 @@ class DPGradientDropStrategy(PrivateTraining, SingleDeviceStrategy):
             The result is the same.
         poisson_sampling: False trains on the loader's own batches; epsilon is approximate then, and reports say so.
         options: What is seldom changed.
+        ledger: A :class:`PrivacyLedger` of adjacency ``"add_remove"`` that other runs or releases on the same data were
+            entered into, to go on in; its delta, bound and accountant hold. ``None`` begins one.
         kwargs: Of Lightning's strategy.
 
     Raises:
@@ -64,8 +66,7 @@ class DPGradientDropStrategy(PrivateTraining, SingleDeviceStrategy):
     def parallel_devices(self, devices: list[torch.device]) -> None:
         if len(devices) > 1:
             raise ValueError(
-                f"DPGradientDropStrategy trains on one device, got {len(devices)}: use DPGradientDropDDPStrategy or "
-                'strategy="dp_gradient_drop_ddp"'
+                f"DPGradientDropStrategy trains on one device, got {len(devices)}: use DPGradientDropDDPStrategy"
             )
         self._root_device = devices[0]
 
@@ -100,6 +101,7 @@ class DPGradientDropDDPStrategy(PrivateTraining, DDPStrategy):
         max_physical_batch_size: See there.
         poisson_sampling: See there.
         options: See there.
+        ledger: See there; the processes agree on it.
         kwargs: Of Lightning's DDPStrategy; what concerns its reducer has no effect.
     """
 
@@ -201,4 +203,6 @@ class _LedgerLauncher(_MultiProcessingLauncher):
         super().update_main_process_results(trainer, extra)
         strategy = trainer.strategy
         assert isinstance(strategy, PrivateTraining)
+        # it began as a copy of ours
+        strategy.ledger.load_state_dict(extra[CHECKPOINT_KEY]["ledger"])
         strategy._budget.load_state_dict(extra[CHECKPOINT_KEY])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_eff.accounting import PrivacyLedger
 from lightning_eff.privacy import checks
+from lightning_eff.privacy.announcement import banner, hyperparameters, tell_loggers, write_reports
 from lightning_eff.privacy.batches import number_of_examples, some_examples
 from lightning_eff.privacy.budget import UNACCOUNTED, Budget, PrivateData, note
 from lightning_eff.privacy.engine.engine import Clipping
@@ -64,6 +66,7 @@ class PrivateTraining(Strategy):
         max_physical_batch_size: int | None = None,
         poisson_sampling: bool = True,
         options: PrivateTrainingOptions | None = None,
+        ledger: PrivacyLedger | None = None,
         **kwargs: Any,
     ) -> None:
         if noise_multiplier is not None or target_epsilon is not None:
@@ -84,7 +87,8 @@ class PrivateTraining(Strategy):
         else:
             plan = SelectionPlan(drop_rate, selection, granularity)
         self.options = PrivateTrainingOptions() if options is None else options
-        self._budget = Budget(noise_multiplier, target_epsilon, delta, max_epsilon, self.options.accountant)
+        self._budget = Budget(noise_multiplier, target_epsilon, delta, max_epsilon, self.options.accountant, ledger)
+        self._idle_accelerator: Accelerator | None = None
         super().__init__(**kwargs)
         self.max_grad_norm, self.clipping = max_grad_norm, clipping
         self.max_physical_batch_size = max_physical_batch_size
@@ -105,6 +109,15 @@ class PrivateTraining(Strategy):
         self._inspection: Inspection | None = None
         if self.options.noise_seed is not None:
             rank_zero_warn("noise_seed makes noise and sampling repeatable: it is for tests, nothing is private")
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """What the Trainer runs on; a Trainer that is over leaves the next one the choice."""
+        return self._accelerator or self._idle_accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
 
     @property
     def ledger(self) -> PrivacyLedger:
@@ -158,6 +171,7 @@ class PrivateTraining(Strategy):
             delta=budget.given_delta,
             accountant=self.ledger.accountant,
             history=self.ledger.history,
+            max_epsilon=self.ledger.max_epsilon,
         )
 
     def set_static_masks(self, masks: Mapping[str, Tensor], mode: MaskMode) -> None:
@@ -177,7 +191,11 @@ class PrivateTraining(Strategy):
     def setup(self, trainer: Trainer) -> None:
         """Check, set up as ever, check the optimizer."""
         if trainer.state.fn == TrainerFn.FITTING:
-            check_one_of(self._budget.given_noise, self._budget.target_epsilon)
+            if self._budget.given_noise is None and self._budget.target_epsilon is None:
+                raise ValueError(
+                    "private training needs exactly one of noise_multiplier and target_epsilon, and a name carries no "
+                    f"budget: strategy={type(self).__name__}(target_epsilon=3.0)"
+                )
             checks.check_trainer(trainer, self._module())
             checks.check_precision(self.precision_plugin)
             self._static = self._step = None
@@ -222,15 +240,20 @@ class PrivateTraining(Strategy):
         self._begin_data()
         self._build_step()
         assert self._step is not None
-        trained = sum(parameter.numel() for parameter in self._step.parameters.values())
-        self._step.begin(self._module().trainer.global_step, self._module().trainer.current_epoch)
-        rank_zero_info(
-            f"Private training: {self.plan()}. C = {self.max_grad_norm:g} ({self.clipping}); coordinates: "
-            f"{trained:,} trainable, {self._step.kept_coordinates:,} kept, {self.active_coordinates:,} active; "
-            f"neighbours: one example more or less; batches {'drawn' if self.poisson_sampling else 'SHUFFLED'}; noise "
-            f"from {'noise_seed, NOT PRIVATE' if self.options.noise_seed is not None else 'the operating system'}. "
-            "Epsilon does not cover logged training metrics, nor choices made on private validation data."
+        trainer = self._module().trainer
+        self._step.begin(trainer.global_step, trainer.current_epoch)
+        settings = hyperparameters(self.plan(), self.max_grad_norm, self.clipping)
+        text = banner(
+            self.plan(),
+            settings,
+            trainable=sum(parameter.numel() for parameter in self._step.parameters.values()),
+            kept=self._step.kept_coordinates,
+            active=self.active_coordinates,
+            poisson=self.poisson_sampling,
+            seeded=self.options.noise_seed is not None,
         )
+        rank_zero_info(text)
+        tell_loggers(trainer.loggers, settings)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Choose what this step trains."""
@@ -359,11 +382,15 @@ class PrivateTraining(Strategy):
         return checkpoint
 
     def teardown(self) -> None:
-        """Let go of the step, the key of the noise and the loaders."""
+        """Let go of the step, the key of the noise and the loaders, and write the reports of a fit."""
+        if self._streams is not None and self.options.dirpath is not None and self.global_rank == 0:
+            write_reports(self.ledger, self.options.dirpath)
         self._step = self._streams = self._static = self._inspection = self._count_drawn = None
         self._private_loaders, self._norm_layers = [], []
         self._plan_is_restored = False
         super().teardown()
+        # a Trainer refuses a strategy that has one already, unless it is told nothing about it
+        self._idle_accelerator, self._accelerator = self.accelerator, None
 
     def _module(self) -> LightningModule:
         assert self.lightning_module is not None

@@ -1,0 +1,68 @@
+"""What a private training run says of itself: when it begins, to loggers, and in files when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_eff.accounting import PrivacyLedger
+from lightning_eff.privacy.planning import PrivacyPlan
+
+
+def banner(
+    plan: PrivacyPlan,
+    settings: Mapping[str, Any],
+    *,
+    trainable: int,
+    kept: int,
+    active: int,
+    poisson: bool,
+    seeded: bool,
+) -> str:
+    """Tell in three lines what is about to happen.
+
+    Args:
+        plan: Of the run.
+        settings: From :func:`hyperparameters`.
+        trainable: Coordinates that the optimizer has.
+        kept: Those that pre-pruning left.
+        active: Those that the first step trains.
+        poisson: Whether batches are drawn, not shuffled.
+        seeded: Whether the noise can be repeated.
+    """
+    sampling = "examples drawn for each step" if poisson else "batches SHUFFLED, so that epsilon is approximate"
+    noise = "noise_seed, NOT PRIVATE" if seeded else "the operating system"
+    return "\n".join(
+        (
+            f"Private training: {plan}.",
+            f"  C = {settings['dp/max_grad_norm']:g} ({settings['dp/clipping']}); {trainable:,} coordinates, {kept:,} "
+            f"kept, {active:,} trained in the first step; {sampling}; noise from {noise}.",
+            "  Neighbours: one example more or less. Not covered: logged training metrics, and choices made on private "
+            "validation data.",
+        )
+    )
+
+
+def hyperparameters(plan: PrivacyPlan, max_grad_norm: float, clipping: str) -> dict[str, Any]:
+    """What loggers are told beside the module's own hyperparameters."""
+    return {
+        "dp/noise_multiplier": plan.noise_multiplier,
+        "dp/max_grad_norm": max_grad_norm,
+        "dp/clipping": clipping,
+        "dp/delta": plan.delta,
+        "dp/accountant": plan.accountant,
+        "dp/sample_rate": plan.sample_rate,
+    }
+
+
+def tell_loggers(loggers: Iterable[Any], settings: Mapping[str, Any]) -> None:
+    """Add hyperparameters to those that each logger has."""
+    for logger in loggers:
+        logger.log_hyperparams(dict(settings))
+
+
+def write_reports(ledger: PrivacyLedger, dirpath: str | Path) -> None:
+    """Write ``privacy.json``, which :meth:`PrivacyLedger.load` reads, and ``privacy.md``."""
+    ledger.save(Path(dirpath) / "privacy.json")
+    (Path(dirpath) / "privacy.md").write_text(ledger.to_markdown(), encoding="utf-8")
