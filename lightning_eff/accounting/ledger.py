@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from scipy.optimize import brentq
 
 from lightning_eff.accounting.gaussian import check_delta, check_epsilon
-from lightning_eff.accounting.subsampled import ACCOUNTANTS, Accountant, PrivacyEvent, subsampled_epsilon
+from lightning_eff.accounting.subsampled import (
+    ACCOUNTANTS,
+    PRV_MOST_PHASES,
+    Accountant,
+    PrivacyEvent,
+    subsampled_epsilon,
+)
 
 if TYPE_CHECKING:
     from lightning_eff.reporting import Table
@@ -144,12 +150,14 @@ class PrivacyLedger:
     def report(self, deltas: Sequence[float] = (1e-5, 1e-6)) -> dict[str, Any]:
         """Return everything as plain Python: figures, history, and the sentences they rest on."""
         wanted = sorted({self.delta, *deltas}, reverse=True)
-        subsampled = any(event.sample_rate < 1 for event in self._events)
+        phases = {(event.noise_multiplier, event.sample_rate) for event in self._events}
+        accountant = self.accountant if len(phases) <= PRV_MOST_PHASES else "rdp"
+        subsampled = any(rate < 1 for _, rate in phases)
         return {
             "epsilon": self.epsilon(),
             "delta": self.delta,
             "max_epsilon": self.max_epsilon,
-            "accountant": self.accountant if subsampled else "exact",
+            "accountant": accountant if subsampled else "exact",
             "neighbours": _ADJACENCIES[self.adjacency],
             "steps": self.steps,
             "private": math.isfinite(self.epsilon()) and not self.caveats,

@@ -33,8 +33,8 @@ _PRV_MOST = 60.0
 _LOW_ORDERS = tuple(1 + order / 100 for order in range(1, 10))
 _HIGH_ORDERS = (72, 80, 96, 128, 192, 256, 384, 512, 768, 1024)
 _MOST_SIGMA = 1e3
-# Each pair of noise and rate takes the prv accountant a third of a second.
-_PRV_MOST_PHASES = 8
+PRV_MOST_PHASES = 8
+"""Beyond so many different pairs of noise and rate, all is accounted for by the rdp bound."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _opacus_epsilon(history: tuple[tuple[float, float, int], ...], delta: float,
         warnings.simplefilter("ignore")
         divergences = sum(steps * _renyi_divergences(sigma, rate) for sigma, rate, steps in history)
         bound = float(get_privacy_spent(orders=_orders(), rdp=divergences, delta=delta)[0])
-        if accountant == "rdp" or not bound <= _PRV_MOST or len(history) > _PRV_MOST_PHASES:
+        if accountant == "rdp" or not bound <= _PRV_MOST or len(history) > PRV_MOST_PHASES:
             return bound
         distribution = PRVAccountant()
         distribution.history = list(history)

@@ -78,6 +78,15 @@ def test_no_step_is_left_where_the_first_one_costs_too_much():
     assert PrivacyLedger(max_epsilon=0.1).steps_left(1.0, 0.02, 1 << 24) == 0
 
 
+def test_the_report_tells_which_accountant_it_took():
+    ledger = PrivacyLedger()
+    for place in range(8):
+        ledger.record(1 + place, 0.001)
+    assert ledger.report()["accountant"] == "prv"
+    ledger.record(9.0, 0.001)
+    assert ledger.report()["accountant"] == "rdp"
+
+
 def test_steps_of_other_libraries_numbers_are_recorded_as_plain_ones():
     ledger = PrivacyLedger()
     ledger.record(np.float32(1.0), 0.01, np.int64(3))
