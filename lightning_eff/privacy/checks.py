@@ -35,7 +35,7 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
     if not module.automatic_optimization:
         raise ValueError(
             f"{type(module).__name__} optimizes by hand (automatic_optimization = False), so that nobody else can clip "
-            "and noise its gradients: let Lightning optimize"
+            "and noise its gradients: let Lightning optimize; several optimizers become one with parameter groups"
         )
     if trainer.accumulate_grad_batches != 1 or _has(trainer, GradientAccumulationScheduler):
         raise ValueError(
@@ -118,13 +118,17 @@ def check_batch_statistics(module: nn.Module) -> None:
 def refuse_batch_statistics(layers: Sequence[tuple[str, nn.Module]]) -> None:
     """Raise ValueError for layers that use batch statistics; nothing for none."""
     if layers:
-        names = [f"{name} ({type(layer).__name__})" for name, layer in layers]
+        names = first_few([f"{name} ({type(layer).__name__})" for name, layer in layers])
         raise ValueError(
-            f"{', '.join(names)}: statistics of the batch mix examples, and running ones keep them without noise, "
-            "whether the layer is frozen or not. Replace the layer by nn.GroupNorm, or put it into evaluation mode "
-            "with statistics of public data: call eval() on it in __init__, configure_model or setup of the module, "
-            "and keep it there"
+            "statistics of the batch mix examples, and running ones keep them without noise, whether the layer is "
+            f"frozen or not: {names}. Replace each by nn.GroupNorm, or put it into evaluation mode with statistics of "
+            "public data: call eval() on it in __init__, configure_model or setup of the module, and keep it there"
         )
+
+
+def first_few(names: Sequence[str], most: int = 3) -> str:
+    """Tell some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def trained_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> Mapping[str, nn.Parameter]:

@@ -72,6 +72,14 @@ class IsolationReport:
         worst = max(range(len(self.inside)), key=lambda i: self.differences[i])
         return self.inside[worst] / self.alone[worst] if self.alone[worst] else float("inf")
 
+    @property
+    def is_a_sum(self) -> bool:
+        """Whether every example counts inside as often as there are examples."""
+        ratios = [
+            inside / (alone * len(self.inside)) for inside, alone in zip(self.inside, self.alone, strict=True) if alone
+        ]
+        return not (self.random or self.exchanged) and bool(ratios) and all(abs(r - 1) <= 0.05 for r in ratios)
+
     def __str__(self) -> str:
         if self.random:
             return (
@@ -84,13 +92,20 @@ class IsolationReport:
             return f"each of {len(self.inside)} examples keeps its gradient among other neighbours"
         if self.isolated:
             return f"each of {len(self.inside)} examples has the gradient it has alone"
+        if self.is_a_sum:
+            return (
+                f"an example's gradient inside of a batch of {len(self.inside)} is {self.worst_ratio:.3g} times its "
+                "gradient alone: this looks like a sum over the examples, take the mean. The loss must be the plain "
+                'mean over examples, loss.mean() or reduction="mean"'
+            )
         return (
             f"an example's gradient depends on the other examples of its batch: its norm inside is "
             f"{self.worst_ratio:.3g} times its norm {'among others' if self.exchanged else 'alone'}, and the sum "
             f"differs by {self.sum_difference:.2g}. Clipping then does not bound what one example can change. The loss "
             "must be the plain mean over examples, and every layer must have the examples in its first dimension: no "
-            "class weights with a mean, no mean over what ignore_index leaves, no contrastive terms, no statistics of "
-            "the batch, no mixing of examples, no sequence-first layers"
+            'class weights with a mean (but F.cross_entropy(outputs, targets, weight=w, reduction="none").mean()), no '
+            "mean over what ignore_index leaves, no contrastive terms, no statistics of the batch, no mixing of "
+            "examples, no sequence-first layers"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,3 +66,15 @@ class PrivateTrainingOptions:
             raise ValueError(f"log_every_n_steps must be >= 1, got {self.log_every_n_steps}")
         if self.memory_budget_mb < 0:
             raise ValueError(f"memory_budget_mb must be >= 0, got {self.memory_budget_mb}")
+
+
+def check_options(options: object) -> None:
+    """Refuse what is no :class:`PrivateTrainingOptions`.
+
+    Raises:
+        TypeError: Says what to write for a dict.
+    """
+    if not isinstance(options, PrivateTrainingOptions):
+        given = options.items() if isinstance(options, Mapping) else [("accountant", "prv")]
+        told = ", ".join(f"{name}={value!r}" for name, value in given)
+        raise TypeError(f"expected options=PrivateTrainingOptions({told}), got a {type(options).__name__}")

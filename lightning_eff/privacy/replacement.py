@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from lightning_eff.privacy.checks import first_few
+
 
 class KnownParameters:
     """The parameters of a module as they were when they were last looked at: objects, and their shapes.
@@ -33,10 +35,9 @@ class KnownParameters:
 
 def replaced(names: Sequence[str]) -> str:
     """The caveat of a ledger about parameters with these names."""
-    told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
-        f"A callback or the module replaced or resized parameters during training ({told}): what it looked at is not "
-        "covered."
+        f"A callback or the module replaced or resized parameters during training ({first_few(names)}): what it looked "
+        "at is not covered."
     )
 
 

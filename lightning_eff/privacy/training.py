@@ -28,7 +28,7 @@ from lightning_eff.privacy.engine.uses import slices
 from lightning_eff.privacy.inspection import Inspection
 from lightning_eff.privacy.metrics import SpentEpsilon, log_step
 from lightning_eff.privacy.noise import SecretStreams
-from lightning_eff.privacy.options import PrivateTrainingOptions
+from lightning_eff.privacy.options import PrivateTrainingOptions, check_options
 from lightning_eff.privacy.outputs import join_outputs, loss_of
 from lightning_eff.privacy.planning import PrivacyPlan, check_one_of
 from lightning_eff.privacy.replacement import KnownParameters, replaced
@@ -87,6 +87,7 @@ class PrivateTraining(Strategy):
         else:
             plan = SelectionPlan(drop_rate, selection, granularity)
         self.options = PrivateTrainingOptions() if options is None else options
+        check_options(self.options)
         self._budget = Budget(noise_multiplier, target_epsilon, delta, max_epsilon, self.options.accountant, ledger)
         self._idle_accelerator: Accelerator | None = None
         super().__init__(**kwargs)
@@ -208,7 +209,15 @@ class PrivateTraining(Strategy):
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Set up the user's optimizer and see what it trains."""
-        super().setup_optimizers(trainer)
+        try:
+            super().setup_optimizers(trainer)
+        except RuntimeError as error:
+            if "multiple optimizers" not in str(error):
+                raise
+            raise ValueError(
+                "private training writes one gradient in a step, for one optimizer: give it the parameters of the "
+                "others as parameter groups, as in SGD([{'params': a, 'lr': 0.1}, {'params': b, 'lr': 0.01}])"
+            ) from error
         checks.trained_parameters(self._module(), self.optimizers)
         self._known = KnownParameters(self._module())
 

@@ -61,7 +61,7 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_neither_noise_nor_target_is_an_error_that_names_both():
-    with pytest.raises(ValueError, match=r"noise_multiplier=None and target_epsilon=None"):
+    with pytest.raises(ValueError, match=r"one of noise_multiplier and target_epsilon, and a name carries no budget"):
         fit(noise_multiplier=None)
 
 
@@ -171,6 +171,32 @@ class Normed(Classifier):
 )
 def test_statistics_of_the_batch_are_refused_with_both_ways_out(layer):
     refused(r"(?s)norm \(.*Norm.*GroupNorm.*evaluation mode", Normed(layer))
+
+
+def test_many_layers_with_statistics_are_not_all_named():
+    class Deep(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.BatchNorm1d(8) for _ in range(20))
+
+    refused(
+        r"^statistics of the batch .*: norms.0 \(BatchNorm1d\), norms.1 \(BatchNorm1d\), norms.2 \(BatchNorm1d\) and "
+        r"17 more\. Replace each",
+        Deep(),
+    )
+
+
+def test_several_optimizers_become_parameter_groups():
+    class Two(Classifier):
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net[i].parameters(), lr=0.1) for i in (0, 2)]
+
+    refused("one optimizer: give it the parameters of the others as parameter groups", Two())
+
+
+def test_options_as_a_dict_are_refused_with_what_to_write():
+    with pytest.raises(TypeError, match=r"expected options=PrivateTrainingOptions\(accountant='rdp'\), got a dict"):
+        DPGradientDropStrategy(noise_multiplier=1.0, options={"accountant": "rdp"})
 
 
 def test_frozen_batch_normalisation_in_training_mode_is_refused_too():
@@ -321,7 +347,7 @@ def test_a_target_out_of_reach_names_what_is_within_reach():
 
 
 def test_several_devices_are_refused_by_the_strategy_for_one():
-    with pytest.raises(ValueError, match=r"one device, got 2.*dp_gradient_drop_ddp"):
+    with pytest.raises(ValueError, match=r"one device, got 2: use DPGradientDropDDPStrategy$"):
         trainer_of(private(), devices=2)
     with pytest.raises(ValueError, match="one node, got 2"):
         trainer_of(private(), num_nodes=2)

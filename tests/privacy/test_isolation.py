@@ -59,6 +59,22 @@ def test_losses_that_mix_examples_are_found(loss: Callable[[nn.Module, Any], Ten
     assert "depends on the other examples" in str(report)
 
 
+def test_a_sum_is_told_from_other_mixing_and_class_weights_get_the_code_that_works() -> None:
+    def summed(module: nn.Module, batch: Any) -> Tensor:
+        return functional.cross_entropy(module(batch[0]), batch[1], reduction="sum")
+
+    def advised(module: nn.Module, batch: Any) -> Tensor:
+        weights = torch.tensor([1.0, 5.0, 0.2])
+        return functional.cross_entropy(module(batch[0]), batch[1], weight=weights, reduction="none").mean()
+
+    told = str(check_sample_isolation(network(), summed, batch()))
+    assert "inside of a batch of 6 is 6 times its gradient alone: this looks like a sum over the examples" in told
+    told = str(check_sample_isolation(network(), weighted, batch()))
+    assert 'F.cross_entropy(outputs, targets, weight=w, reduction="none").mean()' in told
+    assert "sum over" not in told
+    assert check_sample_isolation(network(), advised, batch()).isolated
+
+
 def test_weighted_mean_has_the_ratio_that_its_weights_give() -> None:
     # inside, an example of class c counts w_c / mean(w) times; mean over two examples each of 1, 5 and 0.2
     report = check_sample_isolation(network(), weighted, batch())
