@@ -85,8 +85,9 @@ class IsolationReport:
             return (
                 "the training step gives another gradient every time it runs, also where the random generators of "
                 "Python, NumPy and torch start from the same seed, so it cannot be checked whether examples depend on "
-                "each other: draw from those generators alone; or make sure that no examples are mixed and no "
-                "statistics are taken over the batch, and set isolation_check='off'"
+                "each other: draw from those generators alone, and keep nothing of a batch for the next one; or make "
+                "sure that no examples are mixed and no statistics are taken over the batch, and set "
+                "isolation_check='off'"
             )
         if self.isolated and self.exchanged:
             return f"each of {len(self.inside)} examples keeps its gradient among other neighbours"
@@ -188,7 +189,9 @@ class _Comparison:
         with self._without_dropout, self.engine.record(examples):
             loss = self._loss_fn(self._module, batch)
         self.engine.backward(loss)
+        # what is not finite contributes nothing
         norms = self.engine.norms()
+        norms = torch.where(norms.isfinite(), norms, 0.0)
         if left_out is not None:
             self.engine.leave_out(torch.tensor(left_out, device=norms.device))
         # so large that nothing is clipped

@@ -75,6 +75,16 @@ def test_a_sum_is_told_from_other_mixing_and_class_weights_get_the_code_that_wor
     assert check_sample_isolation(network(), advised, batch()).isolated
 
 
+@pytest.mark.filterwarnings("ignore:a per-sample gradient is not finite")
+@pytest.mark.parametrize("change", [lambda x: x, lambda x: x + 0.1 * torch.randn_like(x)])
+def test_an_example_that_is_not_finite_does_not_look_like_dependence(change: Callable[[Tensor], Tensor]) -> None:
+    x, y = batch()
+    x[2] = float("nan")
+    model = network(Augmented(change))
+    assert check_sample_isolation(model, cross_entropy, (x, y)).isolated
+    assert not check_sample_isolation(model, weighted, (x, y)).isolated
+
+
 def test_weighted_mean_has_the_ratio_that_its_weights_give() -> None:
     # inside, an example of class c counts w_c / mean(w) times; mean over two examples each of 1, 5 and 0.2
     report = check_sample_isolation(network(), weighted, batch())

@@ -108,11 +108,6 @@ def record_instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Scale and shift of channels; running statistics are only read."""
-    if use_input_stats and running_mean is not None:
-        raise ValueError(
-            "an instance norm with track_running_stats=True in training mode averages the batch into its running "
-            "statistics, which no noise protects: set track_running_stats=False, or call eval() on it"
-        )
     output = functional.instance_norm(
         input,
         running_mean,
@@ -145,16 +140,9 @@ def record_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Scale and shift of channels, with frozen statistics.
-
-    Raises:
-        ValueError: the statistics are those of the batch.
-    """
-    if training or running_mean is None or running_var is None:
-        raise ValueError(
-            "a batch norm that uses the statistics of the batch mixes examples, so no example has a gradient of its "
-            "own: call eval() on it to freeze its statistics, or put a GroupNorm in its place"
-        )
+    """Scale and shift of channels, with frozen statistics: see ``statistics.py``."""
+    assert running_mean is not None
+    assert running_var is not None
     output = functional.batch_norm(
         input,
         running_mean,

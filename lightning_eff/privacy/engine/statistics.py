@@ -14,7 +14,7 @@ from torch.nn import functional
 from lightning_eff.privacy.engine.recording import GUARDS
 
 
-def refuse_batch_norm(running_mean: Any, running_var: Any, training: bool) -> None:
+def _refuse_batch_norm(running_mean: Any, running_var: Any, training: bool) -> None:
     """Raise ValueError where a batch norm uses the statistics of the batch."""
     if training or running_mean is None or running_var is None:
         raise ValueError(
@@ -23,7 +23,7 @@ def refuse_batch_norm(running_mean: Any, running_var: Any, training: bool) -> No
         )
 
 
-def refuse_instance_norm(running_mean: Any, use_input_stats: bool) -> None:
+def _refuse_instance_norm(running_mean: Any, use_input_stats: bool) -> None:
     """Raise ValueError where an instance norm keeps statistics of the batch."""
     if use_input_stats and running_mean is not None:
         raise ValueError(
@@ -42,7 +42,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> None:
-    refuse_batch_norm(running_mean, running_var, training)
+    _refuse_batch_norm(running_mean, running_var, training)
 
 
 def _instance_norm(
@@ -55,19 +55,19 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> None:
-    refuse_instance_norm(running_mean, use_input_stats)
+    _refuse_instance_norm(running_mean, use_input_stats)
 
 
 def _torch_batch_norm(
     input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool, *others: Any
 ) -> None:
-    refuse_batch_norm(running_mean, running_var, training)
+    _refuse_batch_norm(running_mean, running_var, training)
 
 
 def _torch_instance_norm(
     input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, use_input_stats: bool, *others: Any
 ) -> None:
-    refuse_instance_norm(running_mean, use_input_stats)
+    _refuse_instance_norm(running_mean, use_input_stats)
 
 
 GUARDS.update(
