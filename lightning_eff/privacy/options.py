@@ -31,8 +31,6 @@ class PrivateTrainingOptions:
             more steps than were taken.
         dirpath: Where ``privacy.json`` and ``privacy.md``, the ledger and its report, are written when a fit ends;
             ``None`` writes nothing.
-        dirpath: Where ``privacy.json`` and ``privacy.md``, the ledger and its report, are written when a fit ends;
-            ``None`` writes nothing.
         noise_seed: Makes noise and sampling repeatable, for tests: **nothing is private then**.
         allow_unaccounted_resume: Go on from a checkpoint that does not tell what was spent, or that was trained on
             another data set; every report says so.
@@ -47,7 +45,6 @@ class PrivateTrainingOptions:
     public_buffers: Sequence[str] = ()
     memory_budget_mb: float = 256
     log_every_n_steps: int | None = None
-    dirpath: str | None = None
     dirpath: str | None = None
     noise_seed: int | None = None
     allow_unaccounted_resume: bool = False

@@ -31,8 +31,8 @@ from lightning_eff.privacy.noise import SecretStreams
 from lightning_eff.privacy.options import PrivateTrainingOptions, check_options
 from lightning_eff.privacy.outputs import join_outputs, loss_of
 from lightning_eff.privacy.planning import PrivacyPlan, check_one_of
-from lightning_eff.privacy.replacement import KnownParameters, replaced
 from lightning_eff.privacy.records import check_rows
+from lightning_eff.privacy.replacement import KnownParameters, replaced
 from lightning_eff.privacy.sampling import CollateOrEmpty, private_loader
 from lightning_eff.privacy.selection.granularity import Granularity
 from lightning_eff.privacy.selection.plan import SelectionPlan
