@@ -6,11 +6,13 @@ import lightning as L
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 from private_runs import Classifier, dataset, fit, loader, private, trainer_of
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_eff.accounting import PrivacyLedger
 from lightning_eff.privacy import DPGradientDropStrategy
 from lightning_eff.privacy.planning import PrivacyPlan
+from lightning_eff.synthesis import NTKFeatures, ReleaseOptions, release_mean_embedding
 
 
 def banner_of(caplog, **settings):
@@ -152,6 +154,18 @@ def test_a_ledger_that_releases_were_entered_into_goes_on():
     assert ledger.epsilon() <= 6.0 < ledger.epsilon_after(1.0, 0.2)
     alone = fit(max_epsilon=6.0, delta=1e-5, trainer={"max_epochs": 50})[1].strategy
     assert ledger.history[-1].steps < alone.ledger.steps
+
+
+def test_a_release_of_class_sums_and_training_are_told_together():
+    ledger = PrivacyLedger(1e-5, accountant="rdp")
+    net = NTKFeatures(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)))
+    options = ReleaseOptions(adjacency="add_remove")
+    release_mean_embedding(dataset().tensors, net, 3, epsilon=1.0, options=options, ledger=ledger, progress=False)
+    strategy = private(noise_multiplier=3.0, ledger=ledger)
+    trainer_of(strategy).fit(Classifier(), loader())
+    assert [event.steps for event in ledger.history] == [1, 5]
+    assert ledger.epsilon() > max(1.0, fit(noise_multiplier=3.0)[1].strategy.epsilon)
+    assert any("class sums" in event.label for event in strategy.ledger.history)
 
 
 def test_a_target_counts_what_is_in_the_given_ledger():
