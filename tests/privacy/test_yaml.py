@@ -64,7 +64,7 @@ def test_flags_in_the_shell_override_the_yaml():
     )
     strategy = trained.trainer.strategy
     assert strategy.ledger.steps == 3
-    assert trained.trainer.callback_metrics["dp/drop_rate"] == pytest.approx(0.9)
+    assert trained.trainer.callback_metrics["dp/drop_rate"] == pytest.approx(0.9, abs=1e-3)  # of whole units
 
 
 @pytest.mark.slow
