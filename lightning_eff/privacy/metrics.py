@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_eff.accounting import PrivacyLedger
 from lightning_eff.privacy.planning import PrivacyPlan
@@ -68,7 +70,7 @@ def log_step(
     if trainer.barebones:
         return
     exact_in = steps_to_exact(trainer, every or trainer.log_every_n_steps)  # type: ignore[attr-defined]
-    epsilon = spent.after_step(ledger, plan, exact_in)
+    epsilon = _rounded_up(spent.after_step(ledger, plan, exact_in))
     # infinity is what it is without noise, and what a logger may take
     module.log("dp/epsilon", epsilon, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
     if exact_in == 0 or "dp/sample_rate" not in trainer.callback_metrics:
@@ -78,6 +80,12 @@ def log_step(
             "sample_rate": plan.sample_rate,
         }.items():
             module.log(f"dp/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+
+
+def _rounded_up(epsilon: float) -> Tensor:
+    """Metrics are float32."""
+    rounded = torch.tensor(epsilon, dtype=torch.float32)
+    return rounded if float(rounded) >= epsilon else torch.nextafter(rounded, torch.tensor(torch.inf))
 
 
 def steps_to_exact(trainer: Trainer, every: int | None) -> float:
