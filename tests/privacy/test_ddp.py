@@ -214,11 +214,16 @@ def test_the_ledger_comes_back_from_processes_that_were_spawned(tmp_path):
     run_ddp(
         HEAD.replace("import os, sys", "import os, sys\nos.environ.setdefault('DEVICES', '2')")
         + """
+from lightning_eff.accounting import PrivacyLedger
+
 if __name__ == "__main__":
-    strategy = strategy_of(start_method="spawn")
+    ledger = PrivacyLedger(1e-5, accountant="rdp")
+    ledger.record(4.0, label="release")
+    strategy = strategy_of(start_method="spawn", ledger=ledger)
     trainer = trainer_of(strategy, 1)
     trainer.fit(Classifier(), DataLoader(dataset(), batch_size=4))
-    assert strategy.ledger.steps == 5
+    assert strategy.ledger is ledger
+    assert [(event.label, event.steps) for event in ledger.history] == [("release", 1), ("training", 5)]
     assert abs(trainer.callback_metrics["dp/epsilon"] - strategy.epsilon) < 1e-5
     print("came back")
 """,
