@@ -4,6 +4,7 @@ import json
 
 import lightning as L
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from private_runs import Classifier, dataset, fit, loader, private, trainer_of
 from torch import nn
@@ -166,6 +167,17 @@ def test_a_release_of_class_sums_and_training_are_told_together():
     assert [event.steps for event in ledger.history] == [1, 5]
     assert ledger.epsilon() > max(1.0, fit(noise_multiplier=3.0)[1].strategy.epsilon)
     assert any("class sums" in event.label for event in strategy.ledger.history)
+
+
+def test_a_run_goes_on_with_the_ledger_that_it_wrote(tmp_path):
+    ledger = PrivacyLedger(1e-5, accountant="rdp")
+    ledger.record(4.0, label="release")
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    first = private(ledger=ledger, options={"dirpath": str(tmp_path)})
+    trainer_of(first, callbacks=[checkpoint], enable_checkpointing=True).fit(Classifier(), loader())
+    second = private(ledger=PrivacyLedger.load(tmp_path / "privacy.json"))
+    trainer_of(second, max_epochs=3).fit(Classifier(), loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert [(event.label, event.steps) for event in second.ledger.history] == [("release", 1), ("training", 15)]
 
 
 def test_a_target_counts_what_is_in_the_given_ledger():
