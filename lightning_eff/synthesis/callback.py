@@ -113,7 +113,8 @@ class SyntheticDataWriter(Callback):
     Args:
         n: Records, >= 1.
         dirpath: The folder; ``None`` takes the trainer's ``default_root_dir``.
-        labels: Class of all of them; ``None`` takes every class as often as the release has it.
+        labels: Class of all of them, its number or its category; ``None`` takes every class as often as the release
+            has it.
         seed: Of the records; ``None`` draws one.
 
     Attributes:
@@ -121,7 +122,7 @@ class SyntheticDataWriter(Callback):
     """
 
     def __init__(
-        self, n: int, dirpath: str | Path | None = None, labels: int | None = None, seed: int | None = None
+        self, n: int, dirpath: str | Path | None = None, labels: int | str | None = None, seed: int | None = None
     ) -> None:
         check_integer("n", n, least=1)
         self.n, self.labels, self.seed = n, labels, seed

@@ -36,8 +36,15 @@ def require_identity(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first field in which a checkpoint is of another module."""
     for name, value in own.items():
         if saved.get(name) != value:
+            told = repr(value), repr(saved.get(name))
+            if name in ("epsilon", "delta"):
+                raise ValueError(
+                    f"the checkpoint holds a release made with {name} = {told[1]}, and the model was built with "
+                    f"{told[0]}: leave {name} out of load_from_checkpoint; it comes from the checkpoint. "
+                    "Another guarantee needs another release, by a new model"
+                )
             raise ValueError(
-                f"the checkpoint was made with another {name}: expected {value!r}, got {saved.get(name)!r}; build the "
+                f"the checkpoint was made with another {name}: expected {told[0]}, got {told[1]}; build the "
                 "model as it was, or use load_from_checkpoint without other options"
             )
 

@@ -48,6 +48,12 @@ class MeanEmbedding:
                     f"got the shape {tuple(block.shape)}"
                 )
 
+    def __repr__(self) -> str:
+        return (
+            f"MeanEmbedding({self.num_classes} classes, {self.feature_dim} coordinates, "
+            f"num_records={self.num_records}, private={self.private})"
+        )
+
     @property
     def num_classes(self) -> int:
         """Number of classes C."""

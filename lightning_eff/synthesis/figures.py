@@ -61,6 +61,9 @@ def signal_figure(embedding: MeanEmbedding, class_names: Sequence[str] | None = 
         for place, (value, use) in enumerate(zip(ratio.tolist(), usable.tolist(), strict=True)):
             axis.text(value, place, f" {value:.3g}" + ("" if use else "  too few records"), va="center", fontsize=8)
         axis.axvline(1.0, color=HIGHLIGHT, linewidth=1)
+        axis.set_title(
+            "left of the line the noise is larger: little of such a class is learned", loc="left", fontsize=9
+        )
         axis.margins(x=0.15)
         axis.set_xlabel("signal to noise of the class sum (estimated)")
     else:

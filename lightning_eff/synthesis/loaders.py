@@ -59,17 +59,19 @@ class ShadowedLoaders:
     Lightning warns of a validation step without a validation loader.
 
     Args:
-        trainer: Whose data module, if it has one.
+        module: The one the trainer runs.
+        trainer: Whose data module, if it has one, or whose loader passed to ``fit``.
         training: Makes the tokens of the training.
         prediction: Makes those of the prediction.
         keep_validation: Leave validation alone.
 
     Attributes:
-        private: The data module's own ``train_dataloader``; ``None`` without a data module.
+        private: The data module's own ``train_dataloader``, or what gives the loader passed to ``fit``; else ``None``.
     """
 
     def __init__(
         self,
+        module: LightningModule,
         trainer: Trainer,
         training: Callable[[], StepTokens],
         prediction: Callable[[], StepTokens],
@@ -86,6 +88,11 @@ class ShadowedLoaders:
             self._replace(datamodule, "train_dataloader", lambda: training())
             if not keep_validation:
                 self._replace(datamodule, "val_dataloader", _no_loaders)
+        if datamodule is None and fitting:
+            source = trainer.fit_loop._data_source
+            if not isinstance(given := source.instance, LightningModule | StepTokens | None):
+                self.private = lambda: given
+                self._replace(source, "instance", module)
         if fitting and not keep_validation:
             self._replace(trainer, "limit_val_batches", 0)
 
@@ -137,7 +144,7 @@ class DataFreeModule(LightningModule):
 
     @property
     def private_loader(self) -> Callable[[], Any] | None:
-        """The data module's own ``train_dataloader`` while that is covered; ``None`` without a data module."""
+        """Gives the data module's own loader, or that passed to ``fit``, while it is covered; ``None`` without one."""
         return None if self._shadow is None else self._shadow.private
 
     def configure_callbacks(self) -> list[Callback]:
@@ -183,7 +190,7 @@ class DataFreeModule(LightningModule):
     def _cover_loaders(self) -> None:
         self._restore_loaders()
         self._shadow = ShadowedLoaders(
-            self.trainer, self.train_dataloader, self.predict_dataloader, keep_validation=self.keep_validation
+            self, self.trainer, self.train_dataloader, self.predict_dataloader, keep_validation=self.keep_validation
         )
 
     def _restore_loaders(self) -> None:

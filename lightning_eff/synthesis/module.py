@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -40,16 +42,23 @@ from lightning_eff.synthesis.processes import ONE_RELEASE, Processes
 from lightning_eff.synthesis.reading import PrivateData, records_of
 from lightning_eff.synthesis.release import NOT_PRIVATE, release_mean_embedding
 from lightning_eff.synthesis.report import VALIDATION, PrivacyReport, privacy_report
-from lightning_eff.synthesis.sampling import class_labels, latent_codes
-from lightning_eff.synthesis.signal import class_weights, noise_floor, noise_norms, signal_norms, usable_classes
+from lightning_eff.synthesis.sampling import Labels, class_labels, latent_codes
+from lightning_eff.synthesis.signal import (
+    class_weights,
+    drowned_classes,
+    noise_floor,
+    noise_norms,
+    signal_norms,
+    usable_classes,
+)
 from lightning_eff.synthesis.spaces import RecordSpace
 from lightning_eff.synthesis.synthetic import SyntheticData
 from lightning_eff.synthesis.tables import Rows, TableSchema
 
 _KEY = "dp_ntk"
 _TWO_WAYS = (
-    "either trainer.fit(model, datamodule=...), whose training data are read once, or, in one process, "
-    "model.release(data) before trainer.fit(model)"
+    "either trainer.fit(model, datamodule=...) or trainer.fit(model, loader), whose training data are read once, or, "
+    "in one process, model.release(data) before trainer.fit(model)"
 )
 
 
@@ -150,6 +159,8 @@ class DPNTKGenerator(DataFreeModule):
         self.keep_validation = self.release_options.allow_nonprivate_validation
         self.steps_trained = 0
         self._releases: list[str] = []
+        self._trained_on: str | None = None
+        self._in_use: str | None = None
         self._weights: Tensor | None = None
         self._release_seconds: float | None = None
         self._validation: Any = None
@@ -157,7 +168,7 @@ class DPNTKGenerator(DataFreeModule):
     def release(self, data: PrivateData | Rows, *, epsilon: float | None = None) -> MeanEmbedding:
         """Read private data once and release what the generator is trained on; the only method that reads them.
 
-        A further call makes a further release, which the ledger adds up, and replaces the one in use.
+        A further call makes a further release, which the ledger adds up, and replaces the one in use: train again.
 
         Args:
             data: See :func:`~lightning_eff.synthesis.release_mean_embedding`; with a schema also rows.
@@ -169,6 +180,13 @@ class DPNTKGenerator(DataFreeModule):
             RuntimeError: This process is one of several that do not run together yet; no record was read.
         """
         epsilon = self.epsilon if epsilon is None else epsilon
+        if isinstance(data, str | Path | LightningDataModule):
+            raise ValueError(
+                "release reads rows, tensors, a data set or a loader, got a "
+                f"{'file name' if isinstance(data, str | Path) else 'data module'}: call "
+                "release(read_csv(path)), with read_csv of lightning_eff.synthesis.tables, or "
+                "trainer.fit(model, datamodule=...)"
+            )
         if self.schema is not None and _are_rows(data):
             data = self.schema.encode(data)
         self.features.to(self.device)
@@ -186,21 +204,17 @@ class DPNTKGenerator(DataFreeModule):
         )
         self._release_seconds = time.perf_counter() - start
         self.embedding, self._weights = embedding, None
-        self._releases.append(release_fingerprint(embedding))
+        self._in_use = release_fingerprint(embedding)
+        self._releases.append(self._in_use)
         if math.isinf(epsilon):
             rank_zero_warn(NOT_PRIVATE)
-        usable = usable_classes(embedding)
-        if not usable.all():
-            few = ", ".join(str(c) for c in (~usable).nonzero().flatten().tolist())
-            rank_zero_warn(
-                f"class {few}: too few records for this epsilon. Their counts lie within three standard "
-                "deviations of the noise; they are left out of training, and what is generated for them is arbitrary"
-            )
+        self._warn_of_classes(embedding)
         return embedding
 
     def privacy_report(self) -> PrivacyReport:
         """Return the guarantee, what it rests on and what it does not cover."""
-        return privacy_report(self.ledger, self.embedding, self.release_options, self.schema)
+        in_use = self._releases.index(self._in_use) + 1 if self._in_use in self._releases else None
+        return privacy_report(self.ledger, self.embedding, self.release_options, self.schema, in_use)
 
     @property
     def noise_floor(self) -> float | None:
@@ -210,7 +224,7 @@ class DPNTKGenerator(DataFreeModule):
     def generate(
         self,
         n: int,
-        labels: int | Sequence[int] | Tensor | None = None,
+        labels: Labels = None,
         *,
         seed: int | None = None,
         batch_size: int = 4096,
@@ -219,8 +233,8 @@ class DPNTKGenerator(DataFreeModule):
 
         Args:
             n: How many, >= 1.
-            labels: Class of all of them, or of each ``[n]``; ``None`` takes every class as often as the release has
-                it, in random order.
+            labels: Class of all of them, or of each ``[n]``, as a number or as a category of the schema's label;
+                ``None`` takes every class as often as the release has it, in random order.
             seed: Of latent codes and order; the same seed gives the same records. ``None`` draws one.
             batch_size: Samples at a time; the result does not depend on it.
 
@@ -231,9 +245,12 @@ class DPNTKGenerator(DataFreeModule):
         check_integer("batch_size", batch_size, least=1)
         if not self.steps_trained:
             rank_zero_warn("the generator has not been trained: its samples are arbitrary")
+        elif self._trained_on not in (None, self._in_use):
+            rank_zero_warn("the generator was trained on an earlier release: call trainer.fit(model) to train it again")
         seed = int.from_bytes(os.urandom(4)) if seed is None else seed
         random = torch.Generator().manual_seed(seed)
-        y = class_labels(n, labels, self._shares(), random)
+        names = () if self.schema is None else self.schema.label_categories or ()
+        y = class_labels(n, labels, self._shares(), random, names)
         z = torch.randn(n, self.noise_dim, generator=random, dtype=torch.float32)
         with quiet_model(self.generator), torch.no_grad():
             x = torch.cat(
@@ -263,7 +280,9 @@ class DPNTKGenerator(DataFreeModule):
                     f"would match a mixture: {ONE_RELEASE}"
                 )
         if self.embedding is not None and self.private_loader is not None and self.trainer.ckpt_path is None:
-            rank_zero_info("There is a release already: the training data of the datamodule are not read.")
+            rank_zero_info(
+                "There is a release already: the training data are not read; model.release(data) makes another one."
+            )
         if self.embedding is None:
             if self.trainer.ckpt_path is not None:
                 raise RuntimeError(
@@ -302,7 +321,7 @@ class DPNTKGenerator(DataFreeModule):
             terms = self.features.mmd2_terms(
                 self._released(), x.float(), y, weights=self._class_weights(), estimator=self.matching.estimator
             )
-        self.steps_trained += 1
+        self.steps_trained, self._trained_on = self.steps_trained + 1, self._in_use
         self.log("train/mmd2", terms.mmd2.detach(), batch_size=len(y), prog_bar=True)
         self.log("train/mmd2_cross", terms.mmd2.detach() - terms.target, batch_size=len(y))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(y))
@@ -348,10 +367,12 @@ class DPNTKGenerator(DataFreeModule):
             "identity": self._identity(),
             "features": {name: tensor.cpu() for name, tensor in self.features.state_dict().items()},
             "steps_trained": self.steps_trained,
+            "trained_on": self._trained_on,
         }
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
-        if saved is not None and "_instantiator" not in saved:  # a subclass may have saved objects over plain values
-            saved.update(self._plain)
+        if saved is not None:  # a subclass may have saved objects, or the name of a file, over plain values
+            saved.update({"schema": self._plain["schema"]} if "_instantiator" in saved else self._plain)
+            saved.update({name: value.item() for name, value in saved.items() if isinstance(value, np.generic)})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take release and ledger over.
@@ -372,7 +393,24 @@ class DPNTKGenerator(DataFreeModule):
         self._tell_of_validation()
         self.features.load_state_dict(state["features"])
         self.embedding = None if state["embedding"] is None else MeanEmbedding.from_state_dict(state["embedding"])
+        self._in_use = None if self.embedding is None else release_fingerprint(self.embedding)
         self._weights, self.steps_trained = None, int(state["steps_trained"])
+        self._trained_on = state.get("trained_on")
+
+    def _warn_of_classes(self, embedding: MeanEmbedding) -> None:
+        usable, drowned = usable_classes(embedding), drowned_classes(embedding)
+        if not usable.all():
+            few = ", ".join(str(c) for c in (~usable).nonzero().flatten().tolist())
+            rank_zero_warn(
+                f"class {few}: too few records for this epsilon. Their counts lie within three standard "
+                "deviations of the noise; they are left out of training, and what is generated for them is arbitrary"
+            )
+        if drowned.any():
+            weak = ", ".join(str(c) for c in drowned.nonzero().flatten().tolist())
+            rank_zero_warn(
+                f"class {weak}: the signal of the release is below its noise, so what is generated may show little "
+                "of the records; merge classes, take smaller feature_widths, or allow a larger epsilon"
+            )
 
     def _tell_of_validation(self) -> None:
         if self.release_options.allow_nonprivate_validation and VALIDATION not in self.ledger.not_covered:
@@ -394,7 +432,7 @@ class DPNTKGenerator(DataFreeModule):
         # objects among the hyperparameters could not be loaded again: torch reads plain values only
         self._plain: dict[str, Any] = {
             "schema": None if self.schema is None else self.schema.to_dict(),
-            "feature_widths": list(feature_widths),
+            "feature_widths": list(map(int, feature_widths)),
             "input_shape": None if self.schema is not None else list(self.space.shape),
             "release_options": plain_options(self.release_options),
             "feature_options": plain_options(self.feature_options),
@@ -403,6 +441,7 @@ class DPNTKGenerator(DataFreeModule):
         self.save_hyperparameters(ignore=["generator", "split_batch", *self._plain])
         if "_instantiator" in self.hparams:  # built by LightningCLI, which knows all arguments as plain values
             self.save_hyperparameters()
+            self.save_hyperparameters({"schema": self._plain["schema"]})  # the name of a file is true in one folder
         else:
             self.save_hyperparameters(self._plain)
 

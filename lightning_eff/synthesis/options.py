@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
+import numpy as np
 from torch import nn
 
 from lightning_eff.accounting import Adjacency
@@ -50,6 +51,7 @@ class ReleaseOptions:
     noise_seed: int | None = None
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         check_choice("adjacency", self.adjacency, get_args(Adjacency))
         for name in ("num_records", "max_contributions", "batch_size"):
             if getattr(self, name) is not None:
@@ -116,6 +118,7 @@ class FeatureOptions:
     sketch_dim: int | None = None
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         check_choice("input_range", self.input_range, get_args(InputRange))
         check_integer("seed", self.seed, least=0)
         if self.sketch_dim is not None:
@@ -145,6 +148,7 @@ class MatchingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         check_choice("weighting", self.weighting, get_args(Weighting))
         check_choice("estimator", self.estimator, get_args(Estimator))
         check_choice("lr_schedule", self.lr_schedule, get_args(Schedule))
@@ -174,6 +178,13 @@ def plain_options(options: ReleaseOptions | FeatureOptions | MatchingOptions) ->
     }
 
 
+def _make_plain(options: ReleaseOptions | FeatureOptions | MatchingOptions) -> None:
+    """NumPy's numbers to Python's: these go into checkpoints."""
+    for field in fields(options):
+        if isinstance(value := getattr(options, field.name), np.generic):
+            object.__setattr__(options, field.name, value.item())
+
+
 def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
     """Raise a ValueError unless ``value`` is one of ``known``."""
     if not isinstance(value, str) or value not in known:
@@ -182,5 +193,5 @@ def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
 
 def check_integer(name: str, value: Any, *, least: int) -> None:
     """Raise a ValueError unless ``value`` is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")

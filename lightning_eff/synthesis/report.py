@@ -9,11 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lightning_eff.accounting import PrivacyLedger
+from lightning_eff.accounting import PrivacyLedger, gaussian_epsilon
 from lightning_eff.reporting import Column, Table
 from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.options import ReleaseOptions
-from lightning_eff.synthesis.signal import signal_to_noise, usable_classes
+from lightning_eff.synthesis.signal import drowned_classes, signal_to_noise, usable_classes
 from lightning_eff.synthesis.tables import TableSchema
 from lightning_eff.synthesis.tables.schema import INFERRED
 
@@ -23,6 +23,7 @@ _NEIGHBOURS = {
     "replace_one": "one record replaced by another, their number being public",
     "add_remove": "one record more or less",
 }
+_YES = {True: "yes", False: "no"}
 _PACKAGES = ("lightning-eff", "torch", "lightning", "scipy", "numpy")
 
 
@@ -56,6 +57,19 @@ class PrivacyReport:
         plain = {**self.facts, **{name: getattr(self, name) for name in self._parts}}
         return {name: _jsonable(value) for name, value in plain.items()}
 
+    def releases(self) -> list[dict[str, Any]]:
+        """Number, epsilon and sigma of each release by itself, and whether it is the one in use."""
+        sigmas = [event["noise_multiplier"] for event in self.history for _ in range(event["steps"])]
+        return [
+            {
+                "release": number,
+                "epsilon": gaussian_epsilon(sigma, self.facts["delta"]),
+                "sigma": sigma,
+                "in_use": number == self.facts.get("release_in_use"),
+            }
+            for number, sigma in enumerate(sigmas, start=1)
+        ]
+
     _parts = ("caveats", "assumptions", "not_covered", "classes", "history")
 
     def to_markdown(self) -> str:
@@ -85,9 +99,15 @@ class PrivacyReport:
     def _text(self, caveat: str, headline: str, table: Any) -> str:
         epsilon, delta = self.facts["epsilon"], self.facts["delta"]
         known = f"epsilon = {epsilon:.6g} at delta = {delta:g}" if math.isfinite(epsilon) else "NOT PRIVATE"
+        if not self.history:
+            known = "nothing released yet"
         parts = [caveat.format(sentence) for sentence in self.caveats] + [headline.format(known)]
         rows = [[name.replace("_", " "), _shown(value)] for name, value in self.facts.items()]
         parts.append(table(Table("", ["fact", "value"], rows)).rstrip())
+        if len(releases := self.releases()) > 1:
+            told: list[str | Column] = ["release", Column("epsilon", ".6g"), Column("sigma", ".6g"), "in use"]
+            rows = [[line["release"], line["epsilon"], line["sigma"], _YES[line["in_use"]]] for line in releases]
+            parts.append(table(Table("", told, rows)).rstrip())
         if self.classes:
             columns: list[str | Column] = [
                 "class",
@@ -108,6 +128,7 @@ def privacy_report(
     embedding: MeanEmbedding | None,
     options: ReleaseOptions,
     schema: TableSchema | None = None,
+    in_use: int | None = None,
 ) -> PrivacyReport:
     """Gather what is known of all releases of a ledger.
 
@@ -116,15 +137,18 @@ def privacy_report(
         embedding: The one in use; ``None`` before the first.
         options: What the next one would promise; of a release that is there, what it has promised counts.
         schema: Of a table.
+        in_use: Number of the release ``embedding``, from 1; by default that of the last with its sigma.
     """
     epsilon = ledger.epsilon()
     meta = {} if embedding is None else embedding.meta
     released = options.counts_are_released if embedding is None else meta.get("count_weight") is not None
     facts = {
-        "private": math.isfinite(epsilon) and not ledger.caveats,
+        "private": bool(ledger.steps) and math.isfinite(epsilon) and not ledger.caveats,
         "epsilon": epsilon,
         "delta": ledger.delta,
+        "max_epsilon": ledger.max_epsilon,
         "releases": ledger.steps,
+        "release_in_use": None if embedding is None else in_use or _last_with(ledger, meta.get("sigma")),
         "sigma": meta.get("sigma"),
         "sensitivity": meta.get("sensitivity"),
         "adjacency": f"{ledger.adjacency}: {_NEIGHBOURS[ledger.adjacency]}",
@@ -150,6 +174,11 @@ def privacy_report(
     )
 
 
+def _last_with(ledger: PrivacyLedger, sigma: float | None) -> int | None:
+    sigmas = [event.noise_multiplier for event in ledger.history for _ in range(event.steps)]
+    return max((number for number, own in enumerate(sigmas, start=1) if own == sigma), default=None)
+
+
 def _unit(max_contributions: int) -> str:
     return "one record" if max_contributions == 1 else f"one person with up to {max_contributions} records"
 
@@ -157,12 +186,15 @@ def _unit(max_contributions: int) -> str:
 def _classes(embedding: MeanEmbedding, schema: TableSchema | None) -> list[dict[str, Any]]:
     names = schema.label_categories if schema is not None else None
     ratio, usable = signal_to_noise(embedding).tolist(), usable_classes(embedding).tolist()
+    drowned = drowned_classes(embedding).tolist()
     return [
         {
             "class": c if names is None else names[c] if c < len(names) else "missing",
             "records": float(embedding.counts[c]),
             "signal_to_noise": ratio[c],
-            "remark": None if usable[c] else "too few records for this epsilon; left out of training",
+            "remark": ("signal below its noise" if drowned[c] else None)
+            if usable[c]
+            else "too few records for this epsilon; left out of training",
         }
         for c in range(embedding.num_classes)
     ]

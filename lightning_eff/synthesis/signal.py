@@ -52,6 +52,12 @@ def usable_classes(embedding: MeanEmbedding) -> Tensor:
     return usable
 
 
+def drowned_classes(embedding: MeanEmbedding) -> Tensor:
+    """Which of the usable classes ``(C,)`` have an estimated signal below their noise."""
+    drowned: Tensor = usable_classes(embedding) & (signal_to_noise(embedding) < 1)
+    return drowned
+
+
 def class_weights(embedding: MeanEmbedding, weighting: Weighting) -> Tensor:
     """Weights ``(C,)`` of the classes in the loss; 0 for those that are not usable, the others as if these were all.
 

@@ -80,7 +80,7 @@ class RecordSpace:
             check_integer("each of input_shape", size, least=1)
         if input_range == "auto":
             input_range = "unit" if len(shape) == 3 else "any"
-        return cls(num_classes, shape, input_range)
+        return cls(int(num_classes), tuple(map(int, shape)), input_range)
 
     @property
     def coordinate_names(self) -> list[str] | None:

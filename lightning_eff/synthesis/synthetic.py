@@ -39,6 +39,9 @@ class SyntheticData:
     def __len__(self) -> int:
         return len(self.x)
 
+    def __repr__(self) -> str:
+        return f"SyntheticData(n={len(self)}, shape={list(self.x.shape[1:])}, schema={self.schema!r}, seed={self.seed})"
+
     @cached_property
     def rows(self) -> dict[str, list[Any]]:
         """Values by column name in their original types, the label last.

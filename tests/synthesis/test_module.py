@@ -4,6 +4,7 @@ import math
 import warnings
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
@@ -125,7 +126,7 @@ def test_a_fit_that_leaves_other_data_unread_says_so(caplog):
     other = CountedData(records(50))
     with caplog.at_level(logging.INFO):
         trainer().fit(module, datamodule=other)
-    assert "There is a release already: the training data of the datamodule are not read." in caplog.text
+    assert "There is a release already: the training data are not read" in caplog.text
     assert not other.train.reads
     assert module.embedding.num_records == 101
 
@@ -166,10 +167,18 @@ def test_what_trains_before_a_release_is_told_to_release_first(tmp_path):
 def test_without_data_and_release_the_two_ways_are_told():
     with pytest.raises(RuntimeError, match=r"trainer.fit\(model, datamodule=...\).*model.release\(data\)"):
         trainer().fit(small())
-    loader = DataLoader(CountingDataset(*records()))
-    with pytest.raises(RuntimeError, match=r"datamodule=...\)"):
-        trainer().fit(small(), loader)
-    assert not loader.dataset.reads
+
+
+def test_a_loader_passed_to_fit_is_released_once_like_that_of_a_data_module():
+    module, run = small(), trainer()
+    loader = DataLoader(CountingDataset(*records()), batch_size=16, shuffle=True)
+    run.fit(module, loader)
+    assert loader.dataset.reads == ONCE
+    assert module.steps_trained == 14
+    assert run.fit_loop._data_source.instance is loader
+    trainer().fit(module, loader)
+    assert loader.dataset.reads == ONCE
+    assert module.ledger.steps == 1
 
 
 def test_private_batches_in_training_or_validation_are_refused():
@@ -177,7 +186,8 @@ def test_private_batches_in_training_or_validation_are_refused():
     module.release(records())
     loader = DataLoader(CountingDataset(*records()), batch_size=16)
     with pytest.raises(RuntimeError, match="training got a batch of data"):
-        trainer().fit(module, loader)
+        module.training_step(next(iter(loader)), 0)
+    loader.dataset.reads.clear()
     with pytest.raises(RuntimeError, match="validation got private records"):
         trainer().validate(module, loader, verbose=False)
 
@@ -196,12 +206,41 @@ def test_a_further_release_is_added_up_and_stopped_by_the_budget_before_data_are
     first = module.release(data)
     module.release(data, epsilon=0.9)
     assert module.embedding is not first
+    assert [line["in_use"] for line in module.privacy_report().releases()] == [False, True]
     spent = module.ledger.epsilon()
     data.reads.clear()
     with pytest.raises(PrivacyBudgetExceeded):
         module.release(data)
     assert not data.reads
     assert module.ledger.epsilon() == spent
+
+
+def test_a_second_release_wants_a_second_training_and_the_report_lists_both(tmp_path):
+    module = small()
+    module.release(records())
+    trainer().fit(module)
+    module.generate(3)
+    module.release(records(), epsilon=2.0)
+    with pytest.warns(UserWarning, match="trained on an earlier release"):
+        module.generate(3)
+    run = trainer(max_steps=3)
+    run.fit(module)
+    module.generate(3)  # warnings are errors
+    run.save_checkpoint(tmp_path / "twice.ckpt")
+    report = DPNTKGenerator.load_from_checkpoint(tmp_path / "twice.ckpt").privacy_report()
+    first, second = report.releases()
+    assert (first["epsilon"], second["epsilon"]) == pytest.approx((5.0, 2.0))
+    assert not first["in_use"]
+    assert second["in_use"]
+    assert "| release | epsilon |" in report.to_markdown()
+
+
+def test_classes_whose_signal_drowns_are_warned_of_once_and_remarked():
+    module = small(0.3, release_options=ReleaseOptions(noise_seed=0, label_prior="uniform"))
+    with pytest.warns(UserWarning, match="signal of the release is below its noise") as told:
+        module.release(records(300))
+    assert sum("below its noise" in str(warning.message) for warning in told) == 1
+    assert "signal below its noise" in str(module.privacy_report())
 
 
 def test_training_twice_from_one_release_is_post_processing():
@@ -568,6 +607,24 @@ def test_a_broken_record_of_a_table_is_told_by_the_name_of_its_column():
     x[4, -1] = math.nan
     with pytest.raises(ValueError, match="first in column 'height'"):
         DPNTKGenerator(1.0, schema=schema).release((x, y))
+
+
+def test_classes_of_a_table_may_be_named_and_columns_that_are_not_read_are_told(caplog):
+    rows = {"id": list(range(200)), "age": [20, 60] * 100, "smoker": ["yes", "no"] * 100}
+    schema = TableSchema([NumericColumn("age", 0, 99)], "smoker", ["yes", "no"])
+    module = DPNTKGenerator(50.0, schema=schema, feature_widths=(8,), steps_per_epoch=2, samples_per_class=4)
+    with caplog.at_level(logging.INFO):
+        trainer(max_epochs=1).fit(module, datamodule=TabularDataModule(rows))
+    assert "not read, as the schema has no such column: id" in caplog.text
+    assert set(module.generate(np.int64(3), labels="no").rows["smoker"]) == {"no"}
+    assert module.generate(2, labels=["no", 0]).y.tolist() == [1, 0]
+    with pytest.raises(ValueError, match="one of the classes 'yes' = 0, 'no' = 1, got 'maybe'"):
+        module.generate(3, labels="maybe")
+    for data in ("rows.csv", TabularDataModule(rows)):
+        with pytest.raises(ValueError, match=r"release reads rows.*read_csv"):
+            module.release(data)
+    assert len(repr(module.generate(3))) < 200
+    assert len(repr(module.embedding)) < 200
 
 
 def test_rare_classes_are_kept_in_share_and_place():

@@ -192,6 +192,8 @@ def test_what_makes_a_release_not_private_comes_first():
 
 def test_before_a_release_nothing_was_spent():
     report = small().privacy_report()
+    assert str(report).startswith("nothing released yet")
+    assert not report.private
     assert report.facts["epsilon"] == 0
     assert report.classes == []
 

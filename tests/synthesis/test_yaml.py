@@ -88,6 +88,25 @@ def test_infinity_a_generator_and_a_table_are_told_in_yaml(tmp_path, fit):
     assert set(module.generate(5, seed=0).rows) == {"age", "sex", "income"}
 
 
+def test_a_checkpoint_holds_the_schema_itself_and_not_the_name_of_its_file(tmp_path, fit, monkeypatch):
+    schema = {"columns": [{"name": "age", "low": 17, "high": 90, "bins": 8}]}
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema))
+    (tmp_path / "rows.csv").write_text("\n".join(["age", *(str(17 + k % 70) for k in range(200))]))
+    model = {"epsilon": 5.0, "schema": "schema.yaml", "feature_widths": [8], "steps_per_epoch": 3}
+    config = {
+        "seed_everything": 0,
+        "trainer": yaml.safe_load(CONF.read_text())["trainer"],
+        "model": {"class_path": "lightning_eff.synthesis.DPNTKGenerator", "init_args": model},
+        "data": {"class_path": "lightning_eff.synthesis.TabularDataModule", "init_args": {"path": "rows.csv"}},
+    }
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(config))
+    fit("--config", "table.yaml")
+    (tmp_path / "schema.yaml").unlink()
+    module = DPNTKGenerator.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert module.schema.to_dict() == schema
+    assert module.hparams["schema"] == schema
+
+
 def test_a_generator_of_ones_choice_is_named_in_yaml_and_loaded_from_the_checkpoint(tmp_path, fit):
     arguments = "{latent_dim: 6, num_classes: 10, output_shape: [1, 8, 8], widths: [30]}"
     generator = f"{{class_path: lightning_eff.synthesis.MLPGenerator, init_args: {arguments}}}"

@@ -32,6 +32,9 @@ NOT_PRIVATE = (
     "choose what is released by it."
 )
 
+NOT_TO_RELEASE = "computed on real records, not private"
+"""What every figure of the report says."""
+
 _FINE = 32  # intervals of a numeric column in the second count
 
 
@@ -101,11 +104,14 @@ class TableQuality:
     def figures(self) -> dict[str, Figure]:
         """Histograms, pairs of columns and nearest records, by the name of their file."""
         pairs = self.cells.pairwise(self.real, self.synthetic)
-        return {
+        figures = {
             "marginals": plot_marginals(self.cells, self.real, self.synthetic),
             "pairs": plot_pairs(self.cells.names, pairs, self.real_associations, self.synthetic_associations),
             "nearest": plot_nearest(self.nearest),
         }
+        for figure in figures.values():
+            figure.supxlabel(NOT_TO_RELEASE, fontsize=8, color="firebrick")
+        return figures
 
     def save(self, dirpath: str | Path) -> Path:
         """Write ``quality.md``, its figures beside it, and every table as JSON; return the path of the first."""

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -19,6 +20,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+_DATES = "dates must become numbers first, such as days since a day of your choice"
 Floats = NDArray[np.float64]
 Value = str | int | float | bool
 Encoding = Literal["bins", "minmax", "unit"]
@@ -301,6 +303,8 @@ def onehot(index: NDArray[np.int64], width: int) -> NDArray[np.float32]:
 
 def _numbers(name: str, values: Sequence[Any], missing_values: Sequence[str]) -> Floats:
     array = np.asarray(values)
+    if array.dtype.kind in "Mm":
+        raise ValueError(f"column {name!r}: {_DATES}")
     if array.dtype.kind in "fiub":
         return array.astype(np.float64)
     absent = {*missing_values, "None", "nan", "<NA>"}
@@ -309,7 +313,8 @@ def _numbers(name: str, values: Sequence[Any], missing_values: Sequence[str]) ->
         return np.array([math.nan if text in absent else float(text) for text in texts], dtype=np.float64)
     # not raised while float()'s error is handled: that one shows the value, and would stay with this one as its context
     broken = np.array([text not in absent and not _reads_as_number(text) for text in texts])
-    raise ValueError(f"column {name!r}: {_rows(broken)} something that is no number")
+    dates = any(_reads_as_date(text) for text in texts)
+    raise ValueError(f"column {name!r}: {_rows(broken)} something that is no number" + (f"; {_DATES}" * dates))
 
 
 def _reads_as_number(text: str) -> bool:
@@ -318,6 +323,14 @@ def _reads_as_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _reads_as_date(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return not text.isdigit()
 
 
 def _rows(broken: NDArray[np.bool_]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -81,6 +82,9 @@ class TabularDataModule(LightningDataModule):
         self.schema = schema_from(schema)
         train, val = self._read(self.path), None if self.val_path is None else self._read(self.val_path)
         test = None if self.test_path is None else self._read(self.test_path)
+        unread = [name for name in train if name not in self.schema.names]
+        if unread and not [name for name in self.schema.names if name not in train]:
+            rank_zero_info(f"not read, as the schema has no such column: {', '.join(unread)}")
         if self.test_fraction:
             train, test = split_rows(train, self.test_fraction, self.seed)
         given = {"train": train, "val": val, "test": test}

@@ -7,7 +7,9 @@ from private rows would themselves say something about them, so they are declare
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -290,7 +292,8 @@ class TableSchema:
             max_categories: Columns of numbers with at most this many different values count as categories.
 
         Raises:
-            ValueError: ``public`` was not stated, or a column of text has only one value.
+            ValueError: ``public`` was not stated; or a column has only one value, holds dates, or text of which nearly
+                every row has another one. The message tells no value.
         """
         if not public:
             raise ValueError(
@@ -303,7 +306,7 @@ class TableSchema:
         columns = [
             _inferred(name, values, encoding, bins, max_categories) for name, values in table.items() if name != label
         ]
-        classes = None if label is None else _distinct(table[label])
+        classes = None if label is None else _categories(label, table[label])
         return cls(columns, label, classes, source=INFERRED)
 
     def __eq__(self, other: object) -> bool:
@@ -318,7 +321,10 @@ class TableSchema:
     def _length(self, table: Mapping[str, Sequence[Any]]) -> int:
         absent = [name for name in self.names if name not in table]
         if absent:
-            raise ValueError(f"expected the columns {list(self.names)}, got none named {', '.join(map(repr, absent))}")
+            raise ValueError(
+                f"expected the columns {list(self.names)}, got none named {', '.join(map(repr, absent))}; of a file: "
+                "is there a heading (else names= gives the names), and is ',' the separator (else separator=)?"
+            )
         lengths = {name: len(table[name]) for name in self.names}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"expected columns of one length, got {lengths}")
@@ -347,6 +353,7 @@ class TableSchema:
             f"column {column.name!r}: {len(where)} of {len(numbers)} rows, the first of them row {where[0]}, hold "
             f"none of the declared categories {list(column.categories)}"
             + ("; unknown='missing' takes them for missing" if column.missing else "")
+            + ("; YAML reads yes, no, on and off as truth values: quote them there" * _truths(column))
         )
 
 
@@ -376,6 +383,10 @@ def columns_of(rows: Rows) -> dict[str, Sequence[Any]]:
         f"expected values by column name, a list of mappings or a data frame, got {type(rows).__name__}"
         + (" without any row" if isinstance(rows, Sequence) and not rows else "")
     )
+
+
+def _truths(column: CategoricalColumn) -> bool:
+    return any(isinstance(category, bool) for category in column.categories)
 
 
 def _column(column: TableColumn | Mapping[str, Any]) -> TableColumn:
@@ -413,12 +424,45 @@ def _is_missing(value: Any) -> bool:
     return value is None or value != value or str(value) in ("", "<NA>")  # NaN differs from itself
 
 
-def _inferred(name: str, values: Sequence[Any], encoding: Encoding, bins: int, max_categories: int) -> TableColumn:
+def _plain_values(values: Iterable[Any]) -> list[Any]:
+    """Plain Python, texts as numbers where all of them are, as a file holds them."""
     plain = values.tolist() if hasattr(values, "tolist") else list(values)
+    told = [value for value in plain if not _is_missing(value)]
+    if told and all(isinstance(value, str) for value in told):
+        for kind in (int, float):
+            with suppress(ValueError):
+                return [None if _is_missing(value) else kind(value) for value in plain]
+    return plain
+
+
+def _categories(name: str, values: Iterable[Any]) -> list[Value]:
+    """Different values, where they are so few that they can be categories."""
+    plain = _plain_values(values)
+    numbers, distinct = _distinct(plain), _distinct(values)
+    if {str(number) for number in numbers} == {str(value) for value in distinct}:  # not "007", which is no number 7
+        distinct = numbers
+    if len(distinct) < 2:
+        raise ValueError(f"column {name!r}: expected at least two different values, got {len(distinct)}: leave it out")
+    if len(distinct) > max(20, sum(not _is_missing(value) for value in plain) // 2):
+        raise ValueError(
+            f"column {name!r}: {len(distinct)} different values in {len(plain)} rows are no categories (names, notes "
+            "and identifiers are none): leave the column out"
+        )
+    return distinct
+
+
+def _inferred(name: str, values: Sequence[Any], encoding: Encoding, bins: int, max_categories: int) -> TableColumn:
+    if getattr(getattr(values, "dtype", None), "kind", "") in ("M", "m") or any(
+        isinstance(value, date) for value in values
+    ):
+        raise ValueError(f"column {name!r}: dates are no numbers yet: make them days since a day of your choice first")
+    plain = _plain_values(values)
     missing, distinct = any(map(_is_missing, plain)), _distinct(plain)
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct)
     if not numeric or len(distinct) <= max_categories:
-        return CategoricalColumn(name, distinct, missing=missing)
+        if missing and len(distinct) == 1:
+            return CategoricalColumn(name, _distinct(values), missing=True)
+        return CategoricalColumn(name, _categories(name, values), missing=missing)
     numbers = [float(value) for value in distinct]
     whole = all(number.is_integer() for number in numbers)
     return NumericColumn(name, min(numbers), max(numbers), encoding, bins, integer=whole, missing=missing)

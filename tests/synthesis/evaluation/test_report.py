@@ -41,6 +41,7 @@ def test_the_report_is_written_with_its_figures_and_says_it_is_not_private(quali
     for name in ("marginals", "pairs", "nearest"):
         assert f"![{name}]({name}.png)" in text
         assert (path.parent / f"{name}.png").stat().st_size > 10_000
+    assert all("not private" in figure.get_supxlabel() for figure in quality.figures().values())
     columns = json.loads((path.parent / "columns.json").read_text())
     assert [record["column"] for record in columns] == ["age", "gain", "job", "rich", "mean"]
     assert len(json.loads((path.parent / "classifiers.json").read_text())) == 4

@@ -197,6 +197,38 @@ def test_bounds_are_taken_from_rows_only_if_these_are_stated_to_be_public():
         TableSchema.infer(rows, "z", public=True)
 
 
+def test_inferring_reads_numbers_of_texts_and_refuses_what_is_no_category_without_showing_it():
+    rows = {"a": [str(k / 2) for k in range(40)], "b": ["0", "1", ""] * 13 + ["1"], "c": ["007", "8"] * 20}
+    assert TableSchema.infer(rows, public=True).columns == (
+        NumericColumn("a", 0.0, 19.5),
+        CategoricalColumn("b", [0, 1], missing=True),
+        CategoricalColumn("c", ["007", "8"]),
+    )
+    days = np.arange("2020-01-01", "2020-02-10", dtype="datetime64[D]")
+    for values, message in (
+        ([f"secret {k}" for k in range(40)], "40 different values in 40 rows are no categories"),
+        (["secret"] * 40, "at least two different values, got 1"),
+        (days, "dates are no numbers"),
+        (list(map(str, days)), "40 different values"),
+    ):
+        with pytest.raises(ValueError, match=message) as told:
+            TableSchema.infer({"a": rows["a"], "note": values}, public=True)
+        assert "secret" not in str(told.value)
+        assert "2020" not in str(told.value)
+
+
+def test_dates_are_told_to_become_numbers_and_truth_values_to_be_quoted():
+    schema = TableSchema([NumericColumn("visit", 0, 1e5), CategoricalColumn("smoker", [True, False])])
+    for visit in (["2020-01-01", "2020-01-02"], np.array(["2020-01-01", "2020-01-02"], dtype="datetime64[D]")):
+        with pytest.raises(ValueError, match="days since a day of your choice") as told:
+            schema.encode({"visit": visit, "smoker": [True, False]})
+        assert "2020" not in str(told.value)
+    with pytest.raises(ValueError, match="YAML reads yes, no, on and off as truth values: quote them"):
+        schema.encode({"visit": [1, 2], "smoker": ["yes", "no"]})
+    with pytest.raises(ValueError, match=r"is there a heading .* is ',' the separator"):
+        schema.encode({"1": [1, 2], "yes": ["yes", "no"]})
+
+
 def test_adult_fits_its_schema_row_by_row():
     schema, train, test = adult()
     assert adult_schema().width == schema.width
