@@ -193,6 +193,7 @@ def test_what_makes_a_release_not_private_comes_first():
 def test_before_a_release_nothing_was_spent():
     report = small().privacy_report()
     assert str(report).startswith("nothing released yet")
+    assert small(release_options={"max_epsilon": 7.0}).privacy_report().facts["max_epsilon"] == 7.0
     assert not report.private
     assert report.facts["epsilon"] == 0
     assert report.classes == []

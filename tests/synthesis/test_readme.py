@@ -1,8 +1,10 @@
 import re
 
+import yaml
 from helpers import REPOSITORY
 
 from lightning_eff.surgery.state import untouched_generators
+from lightning_eff.synthesis import TableSchema
 
 
 def test_the_block_of_the_readme_runs(tmp_path, monkeypatch):
@@ -16,3 +18,11 @@ def test_the_block_of_the_readme_runs(tmp_path, monkeypatch):
         exec(quick, names := {})
     assert len((tmp_path / "synthetic.csv").read_text().splitlines()) == 1_001
     assert names["again"].schema == names["model"].schema
+
+
+def test_the_schema_of_the_readme_is_one():
+    text = (REPOSITORY / "lightning_eff/synthesis/README.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    schema = TableSchema.from_dict(yaml.safe_load(block))
+    assert schema.label_categories == ("yes", "no")
+    assert schema.columns[1].zero_inflated

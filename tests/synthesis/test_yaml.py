@@ -105,6 +105,9 @@ def test_a_checkpoint_holds_the_schema_itself_and_not_the_name_of_its_file(tmp_p
     module = DPNTKGenerator.load_from_checkpoint(tmp_path / "last.ckpt")
     assert module.schema.to_dict() == schema
     assert module.hparams["schema"] == schema
+    again = fit("--config", "table.yaml", "--ckpt_path", "last.ckpt", "--trainer.max_epochs", "3")
+    assert again.steps_trained == 9
+    assert again.ledger.steps == 1
 
 
 def test_a_generator_of_ones_choice_is_named_in_yaml_and_loaded_from_the_checkpoint(tmp_path, fit):
