@@ -1,0 +1,1 @@
+"""The agent: soft actor-critic of Stable-Baselines3 on a set of tokens."""

@@ -1,0 +1,1 @@
+"""Backbones that learn from glimpses of any place and scale."""

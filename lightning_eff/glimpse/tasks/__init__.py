@@ -1,0 +1,1 @@
+"""Tasks: classification, reconstruction, segmentation."""
