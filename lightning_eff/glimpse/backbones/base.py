@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -67,10 +68,35 @@ class GlimpseBackbone(nn.Module, ABC):
     Attributes:
         latent_dim: D, width of latents; 0 if it has none.
         has_importance: Whether :meth:`encode` can tell the importance of patches.
+        least_glimpses: Fewest glimpses it is trained on; 0 if no glimpse at all teaches it something.
     """
 
     latent_dim: int = 0
     has_importance: bool = False
+    least_glimpses: int = 0
+
+    def begin(self, images: Tensor, patch_size: int) -> Seen:
+        """Return what has been seen before the first glimpse: nothing.
+
+        Args:
+            images: Whole scenes [B, C, H, W], looked at for shape, dtype and device only.
+            patch_size: p.
+        """
+        batch, channels = images.shape[:2]
+        return Seen(
+            images.new_zeros(batch, 0, 3),
+            images.new_zeros(batch, 0, channels, patch_size, patch_size),
+            images.new_zeros(batch, 0, 4),
+        )
+
+    def observe(self, seen: Seen, glimpse: Glimpse) -> Seen:
+        """Return what has been seen after one more glimpse of each image."""
+        return Seen(
+            torch.cat([seen.views, glimpse.view.unsqueeze(1)], 1),
+            torch.cat([seen.patches, glimpse.patches], 1),
+            torch.cat([seen.boxes, glimpse.boxes], 1),
+            seen.memory,
+        )
 
     @abstractmethod
     def encode(self, seen: Seen, importance: bool = False) -> Encoded:
