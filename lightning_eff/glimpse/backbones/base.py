@@ -43,6 +43,11 @@ class Seen:
     boxes: Tensor
     memory: Tensor | None = None
 
+    def take(self, images: Tensor) -> Seen:
+        """Return what has been seen of these images [A], int64."""
+        memory = None if self.memory is None else self.memory[images]
+        return Seen(self.views[images], self.patches[images], self.boxes[images], memory)
+
 
 @dataclass(frozen=True)
 class Encoded:
