@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-Activation = Literal["relu", "gelu", "silu", "swiglu"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu"]
 Backend = Literal["auto", "fused", "grouped", "reference"]
 Choice = Literal["token_choice", "expert_choice"]
 Norm = Literal["layernorm", "rmsnorm", "none"]
@@ -54,7 +54,7 @@ class Routing:
     evaluation: Choice | None = None
 
     def __post_init__(self) -> None:
-        _check_literals(self)
+        check_literals(self)
         if self.weight_scale != "auto":
             _check_positive("weight_scale", self.weight_scale)
         if self.capacity_factor is not None:
@@ -92,7 +92,7 @@ class Balance:
     norm: Literal["topk", "switch"] = "topk"
 
     def __post_init__(self) -> None:
-        _check_literals(self)
+        check_literals(self)
         for name in ("weight", "z_weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
@@ -118,7 +118,7 @@ class Initialisation:
     w2_fan_in: Literal["active", "all"] = "active"
 
     def __post_init__(self) -> None:
-        _check_literals(self)
+        check_literals(self)
         _check_positive("scale", self.scale)
 
 
@@ -131,7 +131,8 @@ class MoEConfig:
         granularity: G, width of the dense network over that of an expert, >= 1.
         top_k: Experts a token uses, from 1 to E G; None is G, which keeps the dense network's active parameters.
         router: Tokens choose experts, or experts choose tokens (the paper's setting).
-        activation: Of the experts; ``"swiglu"`` has a gate and three matrices.
+        activation: Of the experts; ``"gelu_tanh"`` is GPT-2's approximation of ``"gelu"``, ``"swiglu"`` has a gate and
+            three matrices.
         bias: Experts have a bias on their hidden units, the layer has one on its output.
         n_shared: Expert widths of an ordinary feed-forward network that every token uses besides, >= 0.
         output_norm: Norm of the output over features. ``"auto"`` is a LayerNorm, but none for token choice with
@@ -163,7 +164,7 @@ class MoEConfig:
     init: Initialisation = field(default_factory=Initialisation)
 
     def __post_init__(self) -> None:
-        _check_literals(self)
+        check_literals(self)
         check_count("expansion_rate", self.expansion_rate)
         check_count("granularity", self.granularity)
         check_count("n_shared", self.n_shared, least=0)
@@ -276,7 +277,7 @@ class MoEConfig:
 
 def _with(config: MoEConfig, changes: dict[str, Any]) -> MoEConfig:
     known = {f.name for f in fields(config)}
-    _check_names("MoEConfig", changes, known)
+    check_names("MoEConfig", changes, known)
     for name, kind in (("routing", Routing), ("balance", Balance), ("init", Initialisation)):
         value = changes.get(name)
         if isinstance(value, Mapping):
@@ -287,16 +288,18 @@ def _with(config: MoEConfig, changes: dict[str, Any]) -> MoEConfig:
 
 
 def _with_group(group: _Group, changes: Mapping[str, Any]) -> _Group:
-    _check_names(type(group).__name__, changes, {f.name for f in fields(group)})
+    check_names(type(group).__name__, changes, {f.name for f in fields(group)})
     return replace(group, **changes)
 
 
-def _check_names(owner: str, given: Mapping[str, Any], known: set[str]) -> None:
+def check_names(owner: str, given: Mapping[str, Any], known: set[str]) -> None:
+    """Raise a ValueError unless all that is given is known; it names both."""
     if unknown := set(given) - known:
         raise ValueError(f"{owner} has no {', '.join(sorted(map(str, unknown)))}; it has {', '.join(sorted(known))}")
 
 
-def _check_literals(options: Routing | Balance | Initialisation | MoEConfig) -> None:
+def check_literals(options: Any) -> None:
+    """Raise a ValueError where a field of a dataclass holds a string that its annotation does not list."""
     for name, hint in get_type_hints(type(options)).items():
         allowed = _strings(hint)
         others = tuple(part for part in get_args(hint) if isinstance(part, type))

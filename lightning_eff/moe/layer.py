@@ -96,7 +96,7 @@ class FineGrainedMoE(nn.Module):
         self.shared = (
             DenseFFN(d_model, config.n_shared * h, config.activation, init=config.init) if config.n_shared else None
         )
-        self.norm = _make_norm(config.norm, d_model)
+        self.norm = make_norm(config.norm, d_model)
         learns_bias = config.balance.method == "bias"
         self.register_buffer("balance_bias", torch.empty(n, dtype=torch.float32) if learns_bias else None)
         # no buffer: DDP would replace every process' own counts by those of the first
@@ -149,9 +149,12 @@ class FineGrainedMoE(nn.Module):
             y = y + self.shared(tokens)
         if self.norm is not None:
             y = self.norm(y)
-        self._record(routed, mask)
+        losses = self._losses(routed, mask)
+        if not _recomputing():
+            self._record(losses, routed)
         if mask is not None:
             y = y.masked_fill(~mask[:, None], 0)
+        y = self._with_losses(y, losses)
         return y.reshape(x.shape)
 
     def route(self, x: Tensor, token_mask: Tensor | None = None) -> Routed:
@@ -270,8 +273,7 @@ class FineGrainedMoE(nn.Module):
             )
         return quota
 
-    def _record(self, routed: Routed, mask: Tensor | None) -> None:
-        """Keep losses and loads of this pass."""
+    def _losses(self, routed: Routed, mask: Tensor | None) -> dict[str, Tensor]:
         config, load = self.config, routed.assignment.load
         losses = {}
         if "balance" in self.aux_weights:
@@ -281,11 +283,18 @@ class FineGrainedMoE(nn.Module):
             )
         if "z" in self.aux_weights:
             losses["z"] = z_loss(routed.logits, mask)
-        if _recomputing():
-            return
+        return losses
+
+    def _record(self, losses: dict[str, Tensor], routed: Routed) -> None:
+        """Keep losses and loads of this pass."""
+        load = routed.assignment.load
         self.aux_losses, self.last_load, self.last_counts = losses, load, routed.assignment.counts
         if self.training and self.balance_bias is not None:
             self._load_since_step = self._load_since_step.to(load.device) + load
+
+    def _with_losses(self, y: Tensor, losses: dict[str, Tensor]) -> Tensor:
+        """Return the output; what a subclass does to bring the losses into the backward pass it does here."""
+        return y
 
     def _everybodys(self, load: Tensor) -> Tensor:
         """Return the sum of ``load`` over processes."""
@@ -322,7 +331,8 @@ class FineGrainedMoE(nn.Module):
         return {**self.__dict__, "aux_losses": {}}
 
 
-def _make_norm(kind: Norm, d_model: int) -> nn.LayerNorm | nn.RMSNorm | None:
+def make_norm(kind: Norm, d_model: int) -> nn.LayerNorm | nn.RMSNorm | None:
+    """Return the norm over ``d_model`` features; None for ``"none"``."""
     if kind == "none":
         return None
     return nn.LayerNorm(d_model) if kind == "layernorm" else nn.RMSNorm(d_model)

@@ -45,7 +45,7 @@ def test_norm_and_scale_are_decided_by_what_reaches_the_router(options: dict, no
         ({"expansion_rate": 2, "granularity": 2, "top_k": 5}, "top_k must be at most expansion_rate .* = 4 .* got 5"),
         ({"n_shared": -1}, "n_shared must be a whole number >= 0, got -1"),
         ({"router": "hash"}, "router must be one of token_choice, expert_choice, got 'hash'"),
-        ({"activation": None}, "activation must be one of relu, gelu, silu, swiglu, got None"),
+        ({"activation": None}, "activation must be one of relu, gelu, gelu_tanh, silu, swiglu, got None"),
         ({"granularity": 1, "routing": {"normalize_weights": True}}, "one expert a token makes every weight 1"),
         ({"routing": {"capacity_factor": 0}}, "capacity_factor must be a number > 0, got 0"),
         ({"routing": {"capacity_factor": float("nan")}}, "capacity_factor must be a number > 0, got nan"),

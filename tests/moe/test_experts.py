@@ -1,15 +1,18 @@
 """Backends against the reference that goes token by token: outputs and all gradients."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_eff.moe import moe_ffn
+from lightning_eff.moe.config import Activation
 from lightning_eff.moe.experts import fused
 from lightning_eff.moe.functional import choose_backend
 
-ACTIVATIONS = ("relu", "gelu", "silu", "swiglu")
+ACTIVATIONS = get_args(Activation)
 
 
 class Problem:

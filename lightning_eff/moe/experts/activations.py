@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from lightning_eff.moe.config import Activation
 
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+
 
 def width(activation: Activation) -> int:
     """Return how many hidden columns of the first matrix one unit takes: 2 with a gate, else 1."""
@@ -24,15 +26,17 @@ def activate(pre: Tensor, activation: Activation) -> Tensor:
         return F.silu(gate) * up
     if activation == "relu":
         return F.relu(pre)
-    return F.gelu(pre) if activation == "gelu" else F.silu(pre)
+    if activation == "silu":
+        return F.silu(pre)
+    return F.gelu(pre, approximate=_APPROXIMATE[activation])
 
 
 def activate_into(out: Tensor, pre: Tensor, activation: Activation, gates: Tensor | None = None) -> None:
     """Write the hidden units of ``pre`` to ``out``, and those of a gate, before they are multiplied, to ``gates``."""
     if activation == "relu":
         torch.clamp_min(pre, 0, out=out)
-    elif activation == "gelu":
-        torch.ops.aten.gelu.out(pre, out=out)
+    elif activation in _APPROXIMATE:
+        torch.ops.aten.gelu.out(pre, approximate=_APPROXIMATE[activation], out=out)
     elif activation == "silu":
         torch.ops.aten.silu.out(pre, out=out)
     else:
@@ -57,8 +61,8 @@ def backward_into(out: Tensor, grad: Tensor, pre: Tensor, activation: Activation
     """
     if activation == "relu":
         torch.ops.aten.threshold_backward.grad_input(grad, pre, 0, grad_input=out)
-    elif activation == "gelu":
-        torch.ops.aten.gelu_backward.grad_input(grad, pre, grad_input=out)
+    elif activation in _APPROXIMATE:
+        torch.ops.aten.gelu_backward.grad_input(grad, pre, approximate=_APPROXIMATE[activation], grad_input=out)
     elif activation == "silu":
         torch.ops.aten.silu_backward.grad_input(grad, pre, grad_input=out)
     else:
