@@ -71,11 +71,13 @@ class GlimpseBackbone(nn.Module, ABC):
     :meth:`observe`, each of which returns a new ``Seen`` and leaves the one given alone.
 
     Attributes:
+        channels: C, of scenes and patches.
         latent_dim: D, width of latents; 0 if it has none.
         has_importance: Whether :meth:`encode` can tell the importance of patches.
         least_glimpses: Fewest glimpses it is trained on; 0 if no glimpse at all teaches it something.
     """
 
+    channels: int
     latent_dim: int = 0
     has_importance: bool = False
     least_glimpses: int = 0
