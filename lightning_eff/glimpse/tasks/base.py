@@ -44,3 +44,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def metric_inputs(self, prediction: Tensor, images: Tensor, target: Any) -> tuple[Tensor, Tensor]:
         """Return what :meth:`metrics` are updated with: predictions and what they are held against."""
+
+
+def check_target(target: Any, task: str) -> Tensor:
+    """Return ``target`` if it is a tensor; otherwise raise a ValueError that names ``task``."""
+    if not isinstance(target, Tensor):
+        raise ValueError(f"{task} needs a target, a tensor of labels; got {type(target).__name__}")
+    return target
