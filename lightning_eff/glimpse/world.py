@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from lightning_eff.batch import take
 from lightning_eff.glimpse.backbones.base import Encoded, Glimpse, GlimpseBackbone, Seen
 from lightning_eff.glimpse.config import ACTION_SIZE, GlimpseConfig, RewardConfig, StatePart
-from lightning_eff.glimpse.crop import take_glimpse
-from lightning_eff.glimpse.geometry import normalised
+from lightning_eff.glimpse.crop import check_images, take_glimpse
+from lightning_eff.glimpse.geometry import normalised, views_of
 from lightning_eff.glimpse.observation import Observation
 from lightning_eff.glimpse.tasks.base import Task
 
@@ -114,6 +114,7 @@ class GlimpseWorld:
         check_state_parts(state_parts, backbone)
         self.backbone, self.task, self.config, self.reward = backbone, task, config, reward
         self.state_parts = tuple(state_parts)
+        self._camera = replace(config, fixed_scale=None)  # actions as taken have it already, the full view has not
         self.taken = 0
         self._scored = False
 
@@ -139,12 +140,7 @@ class GlimpseWorld:
         Raises:
             ValueError: Scenes are not of the configured size, or a score is not finite.
         """
-        height, width = self.config.scene
-        if images.ndim != 4 or tuple(images.shape[2:]) != (height, width):
-            raise ValueError(
-                f"expected images [B, C, {height}, {width}], as image_size says, got {list(images.shape)}: resize "
-                "them or change image_size"
-            )
+        check_images(images, self.config)
         if not images.is_floating_point():
             images = images.float() / 255
         self.images, self.target, self.teacher = images, target, teacher
@@ -188,17 +184,16 @@ class GlimpseWorld:
                 f"expected actions [{self.active}, {ACTION_SIZE}], one for each active image, got {list(actions.shape)}"
             )
         actions = self._as_taken(actions.to(self.images.device, torch.float32))
-        with torch.autocast(self.images.device.type, enabled=False):  # what is seen is as sharp as the scene
-            glimpse = take_glimpse(self.images, actions, self.config)
-            seen = self.backbone.observe(self.seen, glimpse)
+        glimpse = take_glimpse(self.images, views_of(actions, self._camera), self.config)
+        seen = self.backbone.observe(self.seen, glimpse)
         last = self.taken + 1 >= self.config.num_glimpses
-        may_stop = self.config.stop_threshold is not None and not last
-        encoded, prediction = self._ask(seen, predict=predict or self._scored or may_stop)
+        threshold = None if last else self.config.stop_threshold
+        encoded, prediction = self._ask(seen, predict=predict or self._scored or threshold is not None)
         done = torch.full_like(self.rows, last, dtype=torch.bool)
-        if may_stop and prediction is not None:
+        if threshold is not None and prediction is not None:
             confidence = self.task.confidence(prediction)
             assert confidence is not None
-            done = confidence >= self.config.stop_threshold
+            done = confidence >= threshold
         score = self._score(prediction, self.taken + 1) if self._scored and prediction is not None else None
         return Step(
             rows=self.rows,
@@ -283,7 +278,9 @@ def _states(observation: Observation, which: Tensor) -> Observation:
     """Of states with as many tokens each, these."""
 
     def tokens(packed: Tensor | None) -> Tensor | None:
-        return None if packed is None else packed.unflatten(0, (len(observation.lengths), -1))[which].flatten(0, 1)
+        if packed is None:
+            return None
+        return packed.view(len(observation.lengths), -1, *packed.shape[1:])[which].flatten(0, 1)
 
     boxes = tokens(observation.boxes)
     assert boxes is not None
