@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from lightning_eff.glimpse.config import GlimpseConfig
 from lightning_eff.glimpse.policies.base import Policy, PolicyLike
+from lightning_eff.glimpse.policies.fitted import BestFixedSequence
+from lightning_eff.glimpse.policies.informed import GreedyLookahead, Oracle
 from lightning_eff.glimpse.policies.plain import (
     FineToCoarse,
     FixedGrid,
@@ -16,10 +18,13 @@ from lightning_eff.glimpse.policies.reference import UniformLowRes
 
 __all__ = [
     "POLICY_NAMES",
+    "BestFixedSequence",
     "FineToCoarse",
     "FixedGrid",
     "FixedSequence",
     "FullThenRandom",
+    "GreedyLookahead",
+    "Oracle",
     "Policy",
     "PolicyLike",
     "RandomPolicy",
@@ -28,8 +33,9 @@ __all__ = [
     "make_policy",
 ]
 
-_PLAIN: dict[str, type[Policy]] = {
-    kind.name: kind for kind in (RandomPolicy, FullThenRandom, FixedGrid, FineToCoarse, RepeatFullView)
+_STILL: dict[str, type[FixedSequence]] = {kind.name: kind for kind in (FixedGrid, FineToCoarse, RepeatFullView)}
+_DRAWN: dict[str, type[RandomPolicy] | type[GreedyLookahead]] = {
+    kind.name: kind for kind in (RandomPolicy, FullThenRandom, GreedyLookahead)
 }
 _MAKE_YOURSELF = {
     "best_fixed_sequence": "BestFixedSequence.fit(backbone, task, config, images, target)",
@@ -38,7 +44,7 @@ _MAKE_YOURSELF = {
 }
 
 #: Names that :func:`make_policy` knows.
-POLICY_NAMES = (*_PLAIN, "random_area")
+POLICY_NAMES = (*_DRAWN, "random_area", *_STILL)
 
 
 def make_policy(name: str, config: GlimpseConfig, seed: int = 0) -> Policy:
@@ -56,7 +62,8 @@ def make_policy(name: str, config: GlimpseConfig, seed: int = 0) -> Policy:
         return RandomPolicy(config, scale="area", seed=seed)
     if name in _MAKE_YOURSELF:
         raise ValueError(f"{name} needs data or is no policy: make it with {_MAKE_YOURSELF[name]}")
-    if name not in _PLAIN:
-        raise ValueError(f"policy must be one of {', '.join(POLICY_NAMES)}, got {name!r}")
-    kind = _PLAIN[name]
-    return kind(config, seed=seed) if issubclass(kind, RandomPolicy) else kind(config)
+    if name in _DRAWN:
+        return _DRAWN[name](config, seed=seed)
+    if name in _STILL:
+        return _STILL[name](config)
+    raise ValueError(f"policy must be one of {', '.join(POLICY_NAMES)}, got {name!r}")

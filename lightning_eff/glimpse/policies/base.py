@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from lightning_eff.glimpse.config import GlimpseConfig
 from lightning_eff.glimpse.observation import Observation
-
-if TYPE_CHECKING:
-    from lightning_eff.glimpse.world import GlimpseWorld
+from lightning_eff.glimpse.world import GlimpseWorld
 
 #: What a world can be driven with: observation of A images to actions (y, x, z) in [0, 1] [A, 3].
 PolicyLike = Callable[[Observation], Tensor]
@@ -29,10 +27,12 @@ class Policy(ABC):
 
     Attributes:
         name: As tables and logs call it.
+        needs_scores: Whether it looks at scores, so that a world must be told targets.
         world: Whose glimpses are chosen; None before :meth:`begin`.
     """
 
     name: ClassVar[str]
+    needs_scores: ClassVar[bool] = False
 
     def __init__(self, config: GlimpseConfig) -> None:
         self.config = config
@@ -49,6 +49,13 @@ class Policy(ABC):
     @abstractmethod
     def __call__(self, observation: Observation) -> Tensor:
         """Return actions (y, x, z) in [0, 1] [A, 3]."""
+
+    @property
+    def shown(self) -> GlimpseWorld:
+        """The world; RuntimeError if none was shown."""
+        if self.world is None:
+            raise RuntimeError(f"{self.name} looks into the world: call policy.begin(world) after world.reset(images)")
+        return self.world
 
     def taken(self, observation: Observation) -> int:
         """Return t, glimpses taken of every active image; 0 if no image is active."""

@@ -12,9 +12,7 @@ from torch import Tensor
 from lightning_eff.glimpse.config import ACTION_SIZE, GlimpseConfig
 from lightning_eff.glimpse.observation import Observation
 from lightning_eff.glimpse.policies.base import Policy
-
-#: The action whose glimpse shows as much of the scene as one can, from its middle.
-FULL_VIEW = (0.5, 0.5, 1.0)
+from lightning_eff.glimpse.world import FULL_VIEW
 
 
 class RandomPolicy(Policy):
