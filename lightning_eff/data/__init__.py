@@ -6,9 +6,11 @@ from lightning_eff.data.digits import DigitsDataModule
 from lightning_eff.data.fashion_mnist import FashionMNISTDataModule
 from lightning_eff.data.images import ImageSet
 from lightning_eff.data.loading import ResumableLoader, SplitDataModule
+from lightning_eff.data.text import ByteTextDataModule
 
 __all__ = [
     "BatchKeys",
+    "ByteTextDataModule",
     "CanvasDataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_eff.moe.config import Balance, Initialisation, MoEConfig, Routing
+from lightning_eff.moe.decoder import DecoderConfig
 from lightning_eff.moe.scaling import (
     ChinchillaLaw,
     ComputePlanner,
@@ -24,22 +25,30 @@ from lightning_eff.moe.scaling import (
 
 if TYPE_CHECKING:
     from lightning_eff.moe.auxiliary import collect_aux_losses, total_aux_loss
+    from lightning_eff.moe.balance import update_balance_biases
     from lightning_eff.moe.dense import DenseFFN
     from lightning_eff.moe.functional import moe_ffn
     from lightning_eff.moe.layer import FineGrainedMoE
+    from lightning_eff.moe.metrics import ExpertLoad
+    from lightning_eff.moe.model import DecoderLM
+    from lightning_eff.moe.module import MoEScalingModule
     from lightning_eff.moe.routing import balance_loss, z_loss
 
 __all__ = [
     "Balance",
     "ChinchillaLaw",
     "ComputePlanner",
+    "DecoderConfig",
+    "DecoderLM",
     "DecoderShape",
     "DenseFFN",
+    "ExpertLoad",
     "FineGrainedMoE",
     "FineGrainedMoELaw",
     "FitResult",
     "Initialisation",
     "MoEConfig",
+    "MoEScalingModule",
     "Objective",
     "Plan",
     "PlanTable",
@@ -52,16 +61,21 @@ __all__ = [
     "moe_ffn",
     "read_runs",
     "total_aux_loss",
+    "update_balance_biases",
     "z_loss",
 ]
 
 _FILE_OF = {
+    "DecoderLM": "model",
     "DenseFFN": "dense",
+    "ExpertLoad": "metrics",
     "FineGrainedMoE": "layer",
+    "MoEScalingModule": "module",
     "balance_loss": "routing",
     "collect_aux_losses": "auxiliary",
     "moe_ffn": "functional",
     "total_aux_loss": "auxiliary",
+    "update_balance_biases": "balance",
     "z_loss": "routing",
 }
 

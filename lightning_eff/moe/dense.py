@@ -33,16 +33,13 @@ class DenseFFN(nn.Module):
         d_ff = 4 * d_model if d_ff is None else d_ff
         self.activation: Activation = activation
         self.init = init or Initialisation()
-        self.up = nn.Linear(d_model, width(activation) * d_ff, bias=bias)
-        self.down = nn.Linear(d_ff, d_model, bias=bias)
-        self.reset_parameters()
+        self.up = InitialisedLinear(d_model, width(activation) * d_ff, self.init, bias)
+        self.down = InitialisedLinear(d_ff, d_model, self.init, bias)
 
     def reset_parameters(self) -> None:
         """Draw new weights; biases become zero."""
-        for linear in (self.up, self.down):
-            truncated_normal_(linear.weight, linear.in_features, self.init)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        self.up.reset_parameters()
+        self.down.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output [..., d] for tokens [..., d]."""
@@ -52,6 +49,27 @@ class DenseFFN(nn.Module):
     def extra_repr(self) -> str:
         """Name the activation."""
         return f"activation={self.activation}"
+
+
+class InitialisedLinear(nn.Linear):
+    """Linear layer that knows how its weights begin, so that one made on the meta device gets them, too.
+
+    Args:
+        in_features: Width of the input, which is the fan-in.
+        out_features: Width of the output.
+        init: Weights at the start.
+        bias: Whether there is a bias; it begins with zeros.
+    """
+
+    def __init__(self, in_features: int, out_features: int, init: Initialisation, bias: bool = False) -> None:
+        self.init = init  # the base class draws weights at once
+        super().__init__(in_features, out_features, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Draw new weights; the bias becomes zero."""
+        truncated_normal_(self.weight, self.in_features, self.init)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 def truncated_normal_(weight: Tensor, fan_in: int, init: Initialisation) -> None:

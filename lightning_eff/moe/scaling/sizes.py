@@ -35,6 +35,9 @@ class DecoderShape:
         top_k: experts a token uses, from 1 to E G; None is G, which keeps the active parameters of the dense network.
         d_ff: f, hidden width of the dense feed-forward network, > 0; None is 4 d.
         gated: experts have a gate beside the first matrix (SwiGLU): three matrices, not two.
+        n_shared: experts that every token uses besides, >= 0.
+        moe_every: each such block, counted from 1, has the experts, the others a dense network; >= 1.
+        dense_gated: as ``gated``, of the dense networks of the other blocks; None is the same.
 
     Raises:
         ValueError: an argument lies outside its range.
@@ -52,9 +55,12 @@ class DecoderShape:
     top_k: float | None = None
     d_ff: float | None = None
     gated: bool = False
+    n_shared: float = 0
+    moe_every: int = 1
+    dense_gated: bool | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("expansion_rate", 1), ("granularity", 1)):
+        for name, least in (("expansion_rate", 1), ("granularity", 1), ("n_shared", 0), ("moe_every", 1)):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= least):
                 raise ValueError(f"expected {name} >= {least}, got {getattr(self, name)}")
         for name in ("d_model", "n_layers", "d_ff"):
@@ -78,18 +84,22 @@ class DecoderShape:
     @property
     def n_total(self) -> float:
         """N: weights of attention and of all experts; with f = 4 d, d^2 (8 E + 4) a layer."""
-        return (self._attention + self._expert * self.n_experts) * self.n_layers
+        return self._weights(self.n_experts)
 
     @property
     def n_active(self) -> float:
         """N_act: weights of attention and of the experts one token uses; with f = 4 d and k = G, 12 d^2 a layer."""
-        used = self.granularity if self.top_k is None else self.top_k
-        return (self._attention + self._expert * used) * self.n_layers
+        return self._weights(self.granularity if self.top_k is None else self.top_k)
 
     @property
     def n_router(self) -> float:
         """Weights of the routers, d E G a layer; none where there is one expert to choose from."""
-        return self.d_model * router_width(self.expansion_rate, self.granularity) * self.n_layers
+        return self.d_model * router_width(self.expansion_rate, self.granularity) * self.n_moe_layers
+
+    @property
+    def n_moe_layers(self) -> float:
+        """Blocks whose feed-forward network is a mixture of experts."""
+        return self.n_layers if self.moe_every == 1 else self.n_layers // self.moe_every
 
     def flops_per_token(
         self,
@@ -131,13 +141,18 @@ class DecoderShape:
         """Share of the router in the paper's FLOPs, from 0 to 1."""
         return FLOPS_PER_ROUTER_PARAMETER * self.n_router / self.flops_per_token()
 
-    @property
-    def _attention(self) -> float:
-        return 4 * self.d_model**2
+    def _weights(self, experts: float) -> float:
+        """Weights of attention, of so many experts in blocks that have them, and of the other blocks' networks."""
+        d = self.d_model
+        width = 4 * d if self.d_ff is None else self.d_ff
+        gated = self.gated if self.dense_gated is None else self.dense_gated
+        dense = _network(d, width, gated) * (self.n_layers - self.n_moe_layers)
+        mixed = _network(d, self.d_expert, self.gated) * (experts + self.n_shared) * self.n_moe_layers
+        return 4 * d**2 * self.n_layers + mixed + dense
 
-    @property
-    def _expert(self) -> float:
-        return (3 if self.gated else 2) * self.d_model * self.d_expert
+
+def _network(d_model: float, width: float, gated: bool) -> float:
+    return (3 if gated else 2) * d_model * width
 
 
 def router_width(expansion_rate: float, granularity: float) -> float:
