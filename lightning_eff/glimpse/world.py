@@ -232,16 +232,14 @@ class GlimpseWorld:
 
     @torch.no_grad()
     def _observation(self, seen: Seen, encoded: Encoded | None) -> Observation:
-        images, tokens = seen.boxes.shape[:2]
         parts = self.state_parts
         latents = encoded.latents if encoded is not None and "latent" in parts else None
         importance = encoded.importance if encoded is not None and "importance" in parts else None
-        return Observation(
-            lengths=torch.full((images,), tokens, device=seen.boxes.device),
-            boxes=normalised(seen.boxes, self.config.scene).flatten(0, 1).float(),
-            patches=seen.patches.flatten(0, 1).float() if "patch" in parts else None,
-            importance=None if importance is None else importance.flatten(0, 1).float(),
-            latents=None if latents is None else latents.flatten(0, 1).float(),
+        return Observation.of_equal_lengths(
+            normalised(seen.boxes, self.config.scene).float(),
+            patches=seen.patches.float() if "patch" in parts else None,
+            importance=None if importance is None else importance.float(),
+            latents=None if latents is None else latents.float(),
         )
 
     @torch.no_grad()
@@ -271,26 +269,7 @@ class GlimpseWorld:
         self.rows, self.images = self.rows[active], self.images[active]
         self.target, self.teacher = take(self.target, active), take(self.teacher, active)
         self.score = take(self.score, active)
-        self.seen, self.observation = self.seen.take(active), _states(self.observation, active)
-
-
-def _states(observation: Observation, which: Tensor) -> Observation:
-    """Of states with as many tokens each, these."""
-
-    def tokens(packed: Tensor | None) -> Tensor | None:
-        if packed is None:
-            return None
-        return packed.view(len(observation.lengths), -1, *packed.shape[1:])[which].flatten(0, 1)
-
-    boxes = tokens(observation.boxes)
-    assert boxes is not None
-    return Observation(
-        lengths=observation.lengths[which],
-        boxes=boxes,
-        patches=tokens(observation.patches),
-        importance=tokens(observation.importance),
-        latents=tokens(observation.latents),
-    )
+        self.seen, self.observation = self.seen.take(active), self.observation.take(active)
 
 
 def check_state_parts(state_parts: Sequence[StatePart], backbone: GlimpseBackbone) -> None:
