@@ -10,6 +10,7 @@ StatePart = Literal["patch", "box", "importance", "latent"]
 RewardKind = Literal["difference", "score", "score_normalized"]
 Regime = Literal["alternating", "constant", "frozen", "backbone_only"]
 LossAt = Literal["last", "all", "random"]
+LearningRates = Literal["cosine", "constant"]
 
 #: Numbers of an action: row, column and zoom, each in [0, 1].
 ACTION_SIZE = 3
@@ -108,6 +109,30 @@ class GlimpseConfig:
 
 
 @dataclass(frozen=True)
+class ViTSize:
+    """How large a vision transformer is.
+
+    Args:
+        dim: D, width of tokens; a multiple of 8 and of ``heads``.
+        depth: Blocks, >= 1.
+        heads: Of the attention, >= 1.
+
+    Raises:
+        ValueError: A value lies outside its range.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "depth", "heads"):
+            _check_whole(name, getattr(self, name))
+        if self.dim % 8 or self.dim % self.heads:
+            raise ValueError(f"dim must be a multiple of 8 and of heads = {self.heads}, got {self.dim}")
+
+
+@dataclass(frozen=True)
 class ReplayConfig:
     """How transitions are kept and used.
 
@@ -118,6 +143,8 @@ class ReplayConfig:
         random_steps: Glimpses of a batch that are drawn at random before the policy is asked, >= 0.
         latent_dtype: Of latents in the buffer.
         clear_on_switch: Forget transitions when the backbone has been trained: their latents are stale.
+        resume_buffer: Keep transitions in checkpoints that training can go on from, and take them up again; without
+            them the number of glimpses may change.
 
     Raises:
         ValueError: A value lies outside its range.
@@ -129,6 +156,7 @@ class ReplayConfig:
     random_steps: int = 10_000
     latent_dtype: Literal["float32", "float16"] = "float32"
     clear_on_switch: bool = False
+    resume_buffer: bool = True
 
     def __post_init__(self) -> None:
         for name in ("buffer_size", "batch_size", "updates_per_step"):
@@ -244,7 +272,9 @@ class TrainingPlan:
         alternate_every: Length of a turn, >= 1; the agent begins.
         alternate_unit: Of that length.
         loss_at: Glimpses after which the backbone's loss is taken; ``"all"`` costs T backward passes.
-        warmup_fraction: Share of all steps in which learning rates rise; a half cosine follows. In [0, 1).
+        learning_rates: ``"cosine"``: they rise during the warm-up and fall along half a cosine; or ``"constant"``.
+            Those of the agent begin after pretraining.
+        warmup_fraction: Share of all batches in which they rise, in [0, 1).
 
     Raises:
         ValueError: A value lies outside its range.
@@ -256,6 +286,7 @@ class TrainingPlan:
     alternate_every: int = 1
     alternate_unit: Literal["epoch", "batch"] = "epoch"
     loss_at: LossAt = "last"
+    learning_rates: LearningRates = "cosine"
     warmup_fraction: float = 0.01
 
     def __post_init__(self) -> None:
@@ -265,6 +296,7 @@ class TrainingPlan:
         _check_choice("regime", self.regime, get_args(Regime))
         _check_choice("alternate_unit", self.alternate_unit, ("epoch", "batch"))
         _check_choice("loss_at", self.loss_at, get_args(LossAt))
+        _check_choice("learning_rates", self.learning_rates, get_args(LearningRates))
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"warmup_fraction must lie in [0, 1), got {self.warmup_fraction}")
 

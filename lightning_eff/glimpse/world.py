@@ -138,7 +138,8 @@ class GlimpseWorld:
             B states without a token.
 
         Raises:
-            ValueError: Scenes are not of the configured size, or a score is not finite.
+            ValueError: Scenes are not of the configured size.
+            FloatingPointError: A score is not finite; the message tells of which images.
         """
         check_images(images, self.config)
         if not images.is_floating_point():
@@ -164,7 +165,8 @@ class GlimpseWorld:
             that still are.
 
         Raises:
-            ValueError: An action lies outside [0, 1] or is no number, no image is active, or a score is not finite.
+            ValueError: An action lies outside [0, 1] or is no number, or no image is active.
+            FloatingPointError: A score is not finite; the message tells of which images.
         """
         step = self.look(actions, predict=predict)
         self.taken += 1
@@ -247,7 +249,7 @@ class GlimpseWorld:
         score = self.task.score(prediction, self.images, self.target, self.teacher).float()
         if not bool(torch.isfinite(score).all()):
             bad = self.rows[~torch.isfinite(score)].tolist()
-            raise ValueError(
+            raise FloatingPointError(
                 f"the score is not finite for images {bad} of the batch after glimpse {taken}: look at these images "
                 "and lower the learning rate of the backbone if its weights are not finite either"
             )

@@ -270,11 +270,11 @@ def test_mode_is_given_back_after_an_error(world):
 def test_score_that_is_no_number_is_told_with_its_images(world):
     images, target = scenes()
     target[[1, 3]] = torch.nan
-    with pytest.raises(ValueError, match=r"images \[1, 3\] of the batch after glimpse 0"):
+    with pytest.raises(FloatingPointError, match=r"images \[1, 3\] of the batch after glimpse 0"):
         world.reset(images, target)
     world.reset(*scenes())
     world.target[2] = torch.inf
-    with pytest.raises(ValueError, match=r"images \[2\] of the batch after glimpse 1"):
+    with pytest.raises(FloatingPointError, match=r"images \[2\] of the batch after glimpse 1"):
         world.step(actions()[0])
 
 

@@ -35,6 +35,8 @@ class CanvasBackbone(GlimpseBackbone):
         ValueError: An argument lies outside its range.
     """
 
+    least_glimpses = 1  # statistics of an empty canvas would spoil those of BatchNorm
+
     def __init__(
         self,
         channels: int = 1,
@@ -85,11 +87,11 @@ class CanvasBackbone(GlimpseBackbone):
         return Encoded(self.features(torch.cat([canvas, scale / 4], dim=1)))
 
     def predict(self, encoded: Encoded, seen: Seen) -> Tensor:
-        """Return logits [B, K], or the canvas [B, C, H, W]."""
+        """Return logits [B, K], or the canvas [B, C, H, W]; before the first glimpse all classes are as likely."""
         if self.num_classes is None:
             return encoded.pooled
         logits: Tensor = self.head(encoded.pooled)
-        return logits
+        return logits if seen.views.shape[1] else torch.zeros_like(logits)
 
 
 def paint(memory: Tensor, glimpse: Glimpse) -> Tensor:

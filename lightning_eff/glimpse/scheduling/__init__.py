@@ -1,0 +1,1 @@
+"""Who learns when, how fast, and from which random numbers."""
