@@ -79,7 +79,7 @@ class MoEScalingModule(LightningModule):
         if not 0 <= final_lr_fraction <= 1:
             raise ValueError(f"final_lr_fraction must lie in [0, 1], got {final_lr_fraction}")
         self.decoder = DecoderConfig.of(decoder)
-        self.save_hyperparameters("warmup_fraction", "final_lr_fraction", "loss_window", "compile")
+        self.save_hyperparameters(ignore=["decoder", "optimizer", "split_batch"])
         if "_instantiator" in self.hparams:  # built by LightningCLI, which gives everything as plain data
             self.save_hyperparameters()
         else:
