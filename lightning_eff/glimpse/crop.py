@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_eff.glimpse.backbones.base import Glimpse
 from lightning_eff.glimpse.config import GlimpseConfig
-from lightning_eff.glimpse.geometry import patch_boxes, patch_edges, sampling_grid
+from lightning_eff.glimpse.geometry import patch_boxes, patch_edges
 
 
 def take_glimpse(images: Tensor, views: Tensor, config: GlimpseConfig) -> Glimpse:
@@ -60,7 +60,8 @@ def _sampled(images: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor
     height, width = images.shape[2:]
     y = centres(rows, side) / height * 2 - 1
     x = centres(columns, side) / width * 2 - 1
-    return F.grid_sample(images, sampling_grid(y, x).to(images.dtype), padding_mode="border", align_corners=False)
+    where = torch.stack([x.unsqueeze(1).expand(-1, y.shape[1], -1), y.unsqueeze(2).expand(-1, -1, x.shape[1])], dim=-1)
+    return F.grid_sample(images, where.to(images.dtype), padding_mode="border", align_corners=False)
 
 
 def _filtered(images: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:

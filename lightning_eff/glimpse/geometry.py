@@ -76,12 +76,6 @@ def normalised(boxes: Tensor, scene: tuple[int, int]) -> Tensor:
     return boxes / boxes.new_tensor([height, width, height, width]) * 2 - 1
 
 
-def sampling_grid(y: Tensor, x: Tensor) -> Tensor:
-    """Return the points of rows ``y`` [B, h] and columns ``x`` [B, w] as ``grid_sample`` takes them [B, h, w, 2]."""
-    rows, columns = y.shape[1], x.shape[1]
-    return torch.stack([x.unsqueeze(1).expand(-1, rows, -1), y.unsqueeze(2).expand(-1, -1, columns)], dim=-1)
-
-
 def check_actions(actions: Tensor) -> None:
     """Raise a ValueError unless ``actions`` are [B, 3] numbers in [0, 1]."""
     if actions.ndim != 2 or actions.shape[1] != ACTION_SIZE:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_eff.glimpse.backbones.base import Encoded, Glimpse, GlimpseBackbone, Seen
-from lightning_eff.glimpse.geometry import sampling_grid
 
 # what the network is told of places that nobody has looked at: a scale of 2^4
 _UNSEEN = 4.0
@@ -102,16 +100,19 @@ def paint(memory: Tensor, glimpse: Glimpse) -> Tensor:
     height, width = memory.shape[2:]
     picture, rows, columns = assembled(glimpse)
     camera = picture.shape[-1]
-    y, inside_y = _camera_place(rows, camera, height)
-    x, inside_x = _camera_place(columns, camera, width)
-    where = sampling_grid(y, x).to(picture.dtype) * (2 / camera) - 1
-    enlarged = F.grid_sample(picture, where, padding_mode="border", align_corners=False)
+    down, inside_y = _enlarging_weights(rows, camera, height)
+    across, inside_x = _enlarging_weights(columns, camera, width)
+    # autocast would multiply pixels in half precision
+    with torch.autocast(memory.device.type, enabled=False):
+        enlarged = (
+            down.to(memory.dtype).unsqueeze(1) @ picture.to(memory.dtype) @ across.to(memory.dtype).unsqueeze(1).mT
+        )
     scale = (glimpse.view[:, 2] / camera).log2().to(memory.dtype)[:, None, None, None]
-    inside = (inside_y.unsqueeze(2) & inside_x.unsqueeze(1)).unsqueeze(1)
-    # scales of equal sides are equal, however they were rounded
-    visible = inside & (scale <= memory[:, -1:])
-    new = torch.cat([enlarged.to(memory.dtype), scale.expand(-1, 1, height, width)], dim=1)
-    return torch.where(visible, new, memory)
+    visible = (inside_y.unsqueeze(2) & inside_x.unsqueeze(1)).unsqueeze(1) & (scale <= memory[:, -1:])
+    painted = memory.clone()
+    painted[:, :-1] = torch.where(visible, enlarged, memory[:, :-1])
+    painted[:, -1:] = torch.where(visible, scale, memory[:, -1:])
+    return painted
 
 
 def assembled(glimpse: Glimpse) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,14 +132,25 @@ def assembled(glimpse: Glimpse) -> tuple[Tensor, Tensor, Tensor]:
     return picture, rows, columns
 
 
-def _camera_place(edges: Tensor, camera: int, length: int) -> tuple[Tensor, Tensor]:
-    """Where in the camera's picture the centres of an axis's pixels lie [B, length], in its pixels, and which do."""
+def _enlarging_weights(edges: Tensor, camera: int, length: int) -> tuple[Tensor, Tensor]:
+    """How the pixels of an axis are mixed of the camera's.
+
+    Args:
+        edges: Between which patches lie [B, g + 1], pixels of the scene.
+        camera: Pixels a side of the camera's picture.
+        length: Pixels of the scene's axis.
+
+    Returns:
+        Bilinear weights [B, length, camera], and which pixels have their centre between the first and the last edge
+        [B, length].
+    """
     pixels = (torch.arange(length, dtype=edges.dtype, device=edges.device) + 0.5).expand(len(edges), -1).contiguous()
     patches = edges.shape[1] - 1
     patch = torch.searchsorted(edges[:, 1:-1].contiguous(), pixels, right=True)
     start, size = edges.gather(1, patch), edges.diff(dim=1).gather(1, patch)
-    place = (patch + (pixels - start) / size) * (camera / patches)
-    return place, (pixels >= edges[:, :1]) & (pixels < edges[:, -1:])
+    place = (patch + (pixels - start) / size) * (camera / patches) - 0.5
+    distance = place.clamp(0, camera - 1).unsqueeze(2) - torch.arange(camera, dtype=edges.dtype, device=edges.device)
+    return (1 - distance.abs()).clamp(min=0), (pixels >= edges[:, :1]) & (pixels < edges[:, -1:])
 
 
 def _block(before: int, after: int, shrink: bool) -> nn.Sequential:

@@ -67,12 +67,12 @@ class SegmentationTask(Task):
 
     def metrics(self) -> MetricCollection:
         """Return ``iou`` (mean over classes), ``pixel_accuracy`` and ``class_accuracy`` (mean over classes)."""
-        counts = {"num_classes": self.num_classes, "ignore_index": self.ignore_index}
+        classes, ignored = self.num_classes, self.ignore_index
         return MetricCollection(
             {
-                "iou": MulticlassJaccardIndex(average="macro", **counts),
-                "pixel_accuracy": MulticlassAccuracy(average="micro", **counts),
-                "class_accuracy": MulticlassAccuracy(average="macro", **counts),
+                "iou": MulticlassJaccardIndex(classes, average="macro", ignore_index=ignored),
+                "pixel_accuracy": MulticlassAccuracy(classes, average="micro", ignore_index=ignored),
+                "class_accuracy": MulticlassAccuracy(classes, average="macro", ignore_index=ignored),
             }
         )
 
