@@ -26,16 +26,23 @@ from lightning_eff.moe.scaling import (
 if TYPE_CHECKING:
     from lightning_eff.moe.auxiliary import collect_aux_losses, total_aux_loss
     from lightning_eff.moe.balance import update_balance_biases
+    from lightning_eff.moe.callbacks import BalanceBiasUpdater, ExpertLoadMonitor
     from lightning_eff.moe.dense import DenseFFN
     from lightning_eff.moe.functional import moe_ffn
+    from lightning_eff.moe.injection import set_aux_scale
     from lightning_eff.moe.layer import FineGrainedMoE
     from lightning_eff.moe.metrics import ExpertLoad
     from lightning_eff.moe.model import DecoderLM
     from lightning_eff.moe.module import MoEScalingModule
+    from lightning_eff.moe.recorder import RunRecorder
+    from lightning_eff.moe.replace import replace_ffn
+    from lightning_eff.moe.replace_callback import AuxLossScale, ReplaceFFN
     from lightning_eff.moe.routing import balance_loss, z_loss
 
 __all__ = [
+    "AuxLossScale",
     "Balance",
+    "BalanceBiasUpdater",
     "ChinchillaLaw",
     "ComputePlanner",
     "DecoderConfig",
@@ -43,6 +50,7 @@ __all__ = [
     "DecoderShape",
     "DenseFFN",
     "ExpertLoad",
+    "ExpertLoadMonitor",
     "FineGrainedMoE",
     "FineGrainedMoELaw",
     "FitResult",
@@ -52,7 +60,9 @@ __all__ = [
     "Objective",
     "Plan",
     "PlanTable",
+    "ReplaceFFN",
     "Routing",
+    "RunRecorder",
     "append_run",
     "balance_loss",
     "collect_aux_losses",
@@ -60,20 +70,29 @@ __all__ = [
     "load_law",
     "moe_ffn",
     "read_runs",
+    "replace_ffn",
+    "set_aux_scale",
     "total_aux_loss",
     "update_balance_biases",
     "z_loss",
 ]
 
 _FILE_OF = {
+    "AuxLossScale": "replace_callback",
+    "BalanceBiasUpdater": "callbacks",
     "DecoderLM": "model",
     "DenseFFN": "dense",
     "ExpertLoad": "metrics",
+    "ExpertLoadMonitor": "callbacks",
     "FineGrainedMoE": "layer",
     "MoEScalingModule": "module",
+    "ReplaceFFN": "replace_callback",
+    "RunRecorder": "recorder",
     "balance_loss": "routing",
     "collect_aux_losses": "auxiliary",
     "moe_ffn": "functional",
+    "replace_ffn": "replace",
+    "set_aux_scale": "injection",
     "total_aux_loss": "auxiliary",
     "update_balance_biases": "balance",
     "z_loss": "routing",
