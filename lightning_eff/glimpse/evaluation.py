@@ -81,9 +81,9 @@ def evaluate_policies(
     Raises:
         ValueError: There is no policy, no batch, or no such metric.
     """
-    named = list(world.task.metrics())
-    metric = named[0] if metric is None else metric
-    if metric not in named:
+    named = [str(name) for name in world.task.metrics()]
+    shown = named[0] if metric is None else metric
+    if shown not in named:
         raise ValueError(f"metric must be one of {', '.join(named)}, got {metric!r}")
     if not policies:
         raise ValueError("expected at least one policy, got none")
@@ -95,7 +95,7 @@ def evaluate_policies(
                 counted = (
                     count_flops(world, images[:_COUNTED], policy, take(target, slice(_COUNTED))) if flops else None
                 )
-                tallies[name] = _Tally(world, name, metric, scored, counted)
+                tallies[name] = _Tally(world, name, shown, scored, counted)
                 if isinstance(policy, Policy):
                     policy.restart()
             tallies[name].add(images, target, policy)

@@ -33,7 +33,9 @@ __all__ = [
     "make_policy",
 ]
 
-_STILL: dict[str, type[FixedSequence]] = {kind.name: kind for kind in (FixedGrid, FineToCoarse, RepeatFullView)}
+_STILL: dict[str, type[FixedGrid] | type[FineToCoarse] | type[RepeatFullView]] = {
+    kind.name: kind for kind in (FixedGrid, FineToCoarse, RepeatFullView)
+}
 _DRAWN: dict[str, type[RandomPolicy] | type[GreedyLookahead]] = {
     kind.name: kind for kind in (RandomPolicy, FullThenRandom, GreedyLookahead)
 }

@@ -45,10 +45,10 @@ class RandomPolicy(Policy):
 
     def __call__(self, observation: Observation) -> Tensor:
         """Return actions [A, 3]."""
-        actions = torch.rand(len(observation.lengths), ACTION_SIZE, generator=self.generator)
+        actions = torch.rand(len(observation), ACTION_SIZE, generator=self.generator)
         if self.scale == "area":
             actions[:, 2] = 1 - (1 - actions[:, 2]).sqrt()  # inverse of the distribution function 1 - (1 - z)^2
-        return actions.to(observation.lengths.device)
+        return actions.to(observation.device)
 
 
 class FullThenRandom(RandomPolicy):
@@ -87,7 +87,7 @@ class FixedSequence(Policy):
     def __call__(self, observation: Observation) -> Tensor:
         """Return actions [A, 3]."""
         action = self.actions[self.taken(observation) % len(self.actions)]
-        return action.to(observation.lengths.device).expand(len(observation.lengths), ACTION_SIZE)
+        return action.to(observation.device).expand(len(observation), ACTION_SIZE)
 
 
 class RepeatFullView(FixedSequence):
