@@ -1,5 +1,143 @@
-"""Active visual exploration: look where it pays, at the zoom that pays; arXiv 2404.03482."""
+"""Active visual exploration: look where it pays, at the zoom that pays; arXiv 2404.03482.
 
-from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, ReplayConfig, RewardConfig, TrainingPlan
+Options come at once; what needs torch, Lightning or Stable-Baselines3 is imported on first use (PEP 562), so that
+backbones, tasks and policies cost nothing that they do not need.
+"""
 
-__all__ = ["AgentConfig", "GlimpseConfig", "ReplayConfig", "RewardConfig", "TrainingPlan"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, ReplayConfig, RewardConfig, TrainingPlan, ViTSize
+
+if TYPE_CHECKING:
+    from lightning_eff.glimpse.agent import GlimpseExtractor, GlimpseReplayBuffer, GlimpseSAC, make_sac
+    from lightning_eff.glimpse.backbones import CanvasBackbone, ElasticViT, GlimpseBackbone
+    from lightning_eff.glimpse.environments import GlimpseEnv, GlimpseVecEnv
+    from lightning_eff.glimpse.evaluation import PolicyCurve, evaluate_policies, policy_table, stopping_curve
+    from lightning_eff.glimpse.exploration import Trajectory, explore
+    from lightning_eff.glimpse.figures import (
+        coverage_figure,
+        curve_figure,
+        exploration_figure,
+        importance_figure,
+        save_animation,
+        scale_figure,
+        steps_figure,
+    )
+    from lightning_eff.glimpse.module import AdaGlimpseModule
+    from lightning_eff.glimpse.observation import Observation
+    from lightning_eff.glimpse.policies import (
+        BestFixedSequence,
+        FineToCoarse,
+        FixedGrid,
+        FixedSequence,
+        FullThenRandom,
+        GreedyLookahead,
+        Oracle,
+        Policy,
+        RandomPolicy,
+        RepeatFullView,
+        UniformLowRes,
+        make_policy,
+    )
+    from lightning_eff.glimpse.tasks import ClassificationTask, ReconstructionTask, SegmentationTask, Task
+    from lightning_eff.glimpse.world import GlimpseWorld, Step
+
+_PLACES = {
+    "agent": ("GlimpseExtractor", "GlimpseReplayBuffer", "GlimpseSAC", "make_sac"),
+    "backbones": ("CanvasBackbone", "ElasticViT", "GlimpseBackbone"),
+    "environments": ("GlimpseEnv", "GlimpseVecEnv"),
+    "evaluation": ("PolicyCurve", "evaluate_policies", "policy_table", "stopping_curve"),
+    "exploration": ("Trajectory", "explore"),
+    "figures": (
+        "coverage_figure",
+        "curve_figure",
+        "exploration_figure",
+        "importance_figure",
+        "save_animation",
+        "scale_figure",
+        "steps_figure",
+    ),
+    "module": ("AdaGlimpseModule",),
+    "observation": ("Observation",),
+    "policies": (
+        "BestFixedSequence",
+        "FineToCoarse",
+        "FixedGrid",
+        "FixedSequence",
+        "FullThenRandom",
+        "GreedyLookahead",
+        "Oracle",
+        "Policy",
+        "RandomPolicy",
+        "RepeatFullView",
+        "UniformLowRes",
+        "make_policy",
+    ),
+    "tasks": ("ClassificationTask", "ReconstructionTask", "SegmentationTask", "Task"),
+    "world": ("GlimpseWorld", "Step"),
+}
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+
+__all__ = [
+    "AdaGlimpseModule",
+    "AgentConfig",
+    "BestFixedSequence",
+    "CanvasBackbone",
+    "ClassificationTask",
+    "ElasticViT",
+    "FineToCoarse",
+    "FixedGrid",
+    "FixedSequence",
+    "FullThenRandom",
+    "GlimpseBackbone",
+    "GlimpseConfig",
+    "GlimpseEnv",
+    "GlimpseExtractor",
+    "GlimpseReplayBuffer",
+    "GlimpseSAC",
+    "GlimpseVecEnv",
+    "GlimpseWorld",
+    "GreedyLookahead",
+    "Observation",
+    "Oracle",
+    "Policy",
+    "PolicyCurve",
+    "RandomPolicy",
+    "ReconstructionTask",
+    "RepeatFullView",
+    "ReplayConfig",
+    "RewardConfig",
+    "SegmentationTask",
+    "Step",
+    "Task",
+    "TrainingPlan",
+    "Trajectory",
+    "UniformLowRes",
+    "ViTSize",
+    "coverage_figure",
+    "curve_figure",
+    "evaluate_policies",
+    "exploration_figure",
+    "explore",
+    "importance_figure",
+    "make_policy",
+    "make_sac",
+    "policy_table",
+    "save_animation",
+    "scale_figure",
+    "steps_figure",
+    "stopping_curve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PLACE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
