@@ -5,6 +5,7 @@ Files are mapped into memory, so that they may be larger than it.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ class ByteTextDataModule(SplitDataModule):
     as the text has room for, in whole batches.
 
     Args:
-        path: A file, or files that are read as one text in this order.
+        path: A file; a pattern such as ``src/**/*.py``, whose matches are taken in the order of their names; or a list
+            of these. Several files are read as one text.
         seq_len: T, positions of a window, >= 1.
         batch_size: B, windows a batch, per process, >= 1.
         val_fraction: Share of the text for validation, in (0, 1).
@@ -40,7 +42,7 @@ class ByteTextDataModule(SplitDataModule):
 
     Raises:
         ValueError: An argument lies outside its range, or, when the text is read, a part is shorter than a window.
-        FileNotFoundError: When the text is read: there is no such file.
+        FileNotFoundError: When the text is read: there is no such file, or none that matches.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class ByteTextDataModule(SplitDataModule):
 
     def load(self) -> tuple[ByteWindows, ByteWindows, ByteWindows]:
         """Look at the files and split them."""
-        text = ByteText(self.paths)
+        text = ByteText(files_of(self.paths))
         held_out = int(len(text) * self.val_fraction)
         cut, shortest = len(text) - held_out, self.seq_len + 1
         if min(cut, held_out) < shortest:
@@ -92,10 +94,27 @@ class ByteTextDataModule(SplitDataModule):
 
     def largest_byte(self) -> int:
         """Return the largest value in the text: a vocabulary must have more entries. Reads all of it."""
-        return ByteText(self.paths).largest()
+        return ByteText(files_of(self.paths)).largest()
 
     def _named(self) -> str:
-        return self.paths[0] if len(self.paths) == 1 else f"the text of {len(self.paths)} files"
+        return f"the text {', '.join(self.paths)}"
+
+
+def files_of(paths: Sequence[str]) -> list[str]:
+    """Return the files, those that match a pattern in place of it, sorted by name.
+
+    Raises:
+        FileNotFoundError: There is no such file, or none that matches.
+    """
+    files = []
+    for path in paths:
+        found = [path]
+        if glob.has_magic(path) and not Path(path).is_file():
+            found = sorted(match for match in glob.glob(path, recursive=True) if Path(match).is_file())
+        if not found or not Path(found[0]).is_file():
+            raise FileNotFoundError(f"there is no text file {path} (looked in {Path.cwd()})")
+        files += found
+    return files
 
 
 class ByteText:
@@ -103,15 +122,9 @@ class ByteText:
 
     Args:
         paths: The files, in order; empty ones are fine.
-
-    Raises:
-        FileNotFoundError: There is no such file.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
-        for path in paths:
-            if not Path(path).is_file():
-                raise FileNotFoundError(f"there is no text file {path} (looked in {Path.cwd()})")
         self.paths = list(paths)
         # ends[i]: bytes of the files up to and with file i
         self.ends = np.cumsum([Path(path).stat().st_size for path in paths])

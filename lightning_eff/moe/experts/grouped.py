@@ -5,9 +5,12 @@ Letters: S assignments, n experts, d model width, h expert width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from lightning_eff.moe.config import Activation
 from lightning_eff.moe.experts.activations import activate
@@ -55,3 +58,13 @@ def grouped_ffn(
     wide = torch.promote_types(x.dtype, torch.float32)
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
     return y.index_add(0, token_index, out.to(wide)).to(x.dtype)
+
+
+def _product_flops(left: Any, right: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Count a product of which rows, columns or summed-over entries are grouped, or that is one of a stack."""
+    stacked = int(left[0]) if len(left) == len(right) == 3 else 1
+    return 2 * stacked * int(left[-2] * left[-1] * right[-1])
+
+
+if torch.ops.aten._grouped_mm not in flop_registry:  # torch's own counter knows no grouped product as of 2.15
+    register_flop_formula(torch.ops.aten._grouped_mm)(_product_flops)
