@@ -43,7 +43,7 @@ def action_of(views: Tensor, config: GlimpseConfig) -> Tensor:
     """Return the actions y, x, z in [0, 1] [B, 3] that lead to ``views`` [B, 3]; 1/2 where there is no choice."""
     side = views[:, 2]
     room = _room(side, config)
-    place = torch.where(room > 0, views[:, :2] / room.clamp(min=_FORGIVEN), 0.5)
+    place = torch.where(room > 0, views[:, :2] / room.clamp(min=torch.finfo(room.dtype).tiny), 0.5)
     range_ = config.max_view - config.camera_size
     zoom = (side - config.camera_size) / range_ if range_ else torch.full_like(side, 0.5)
     return torch.cat([place, zoom.unsqueeze(1)], dim=1).clamp(0, 1)
