@@ -82,7 +82,9 @@ class CanvasBackbone(GlimpseBackbone):
         if self.num_classes is None:
             return Encoded(seen.memory[:, : self.channels])
         canvas, scale = seen.memory[:, :-1], seen.memory[:, -1:].clamp(max=_UNSEEN)
-        return Encoded(self.features(torch.cat([canvas, scale / 4], dim=1)))
+        shown = torch.cat([canvas, scale / 4], dim=1)
+        # convolutions on a CPU are half again as fast on this layout
+        return Encoded(self.features(shown.contiguous(memory_format=torch.channels_last)))
 
     def predict(self, encoded: Encoded, seen: Seen) -> Tensor:
         """Return logits [B, K], or the canvas [B, C, H, W]; before the first glimpse all classes are as likely."""
