@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lightning_eff.glimpse.config import GlimpseConfig
 from lightning_eff.glimpse.policies.base import Policy, PolicyLike
+from lightning_eff.glimpse.policies.entropy import AttentionEntropy, QuadtreeEntropy
 from lightning_eff.glimpse.policies.fitted import BestFixedSequence
 from lightning_eff.glimpse.policies.informed import GreedyLookahead, Oracle
 from lightning_eff.glimpse.policies.plain import (
@@ -18,6 +21,7 @@ from lightning_eff.glimpse.policies.reference import UniformLowRes
 
 __all__ = [
     "POLICY_NAMES",
+    "AttentionEntropy",
     "BestFixedSequence",
     "FineToCoarse",
     "FixedGrid",
@@ -27,14 +31,19 @@ __all__ = [
     "Oracle",
     "Policy",
     "PolicyLike",
+    "QuadtreeEntropy",
     "RandomPolicy",
     "RepeatFullView",
     "UniformLowRes",
     "make_policy",
 ]
 
-_STILL: dict[str, type[FixedGrid] | type[FineToCoarse] | type[RepeatFullView]] = {
-    kind.name: kind for kind in (FixedGrid, FineToCoarse, RepeatFullView)
+_STILL: dict[str, Callable[[GlimpseConfig], Policy]] = {
+    "fixed_grid": FixedGrid,
+    "fine_to_coarse": FineToCoarse,
+    "repeat_full_view": RepeatFullView,
+    "attention_entropy": AttentionEntropy,
+    "quadtree_entropy": QuadtreeEntropy,
 }
 _DRAWN: dict[str, type[RandomPolicy] | type[GreedyLookahead]] = {
     kind.name: kind for kind in (RandomPolicy, FullThenRandom, GreedyLookahead)
