@@ -5,7 +5,7 @@ Letters: R states, N tokens of all of them, P largest number of tokens of a stat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,15 @@ class Observation:
         if "boxes" not in parts:  # an agent that does not look at them
             parts["boxes"] = present.new_zeros((int(present.sum()), 4), dtype=torch.float32)
         return cls(lengths=present.sum(1).cpu(), **parts)
+
+    @classmethod
+    def joined(cls, observations: Sequence[Observation]) -> Observation:
+        """Return the states of one or more observations, one behind the other."""
+        parts: dict[str, Any] = {}
+        for name in ("lengths", *PARTS.values()):
+            found = [getattr(observation, name) for observation in observations]
+            parts[name] = None if found[0] is None else torch.cat(found)
+        return cls(**parts)
 
     def __len__(self) -> int:
         """Return R, the number of states."""

@@ -13,6 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from lightning_eff.glimpse.config import ACTION_SIZE, StatePart
 from lightning_eff.glimpse.observation import PARTS, PRESENT, Observation, part_shapes, ranges
+
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class GlimpseReplayBuffer(ReplayBuffer):
         self._next_row = 0
         self._batches: deque[int] = deque()  # transitions of each batch of episodes, the oldest first
         self._latest = torch.zeros(0, dtype=torch.int64)  # transition of each image of the open batch
+        self._unfinished: list[list[tuple[Observation, np.ndarray, float, bool]]] = []  # episodes of environments
 
     def size(self) -> int:
         """Return the number of transitions held."""
@@ -157,6 +161,44 @@ class GlimpseReplayBuffer(ReplayBuffer):
         self._next_row = (self._next_row + images * length) % self._row_capacity
         self._count += images
         self._batches[-1] += images
+
+    def add(  # type: ignore[override]
+        self,
+        obs: Arrays,
+        next_obs: Arrays,
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """Add one step of each environment, as Stable-Baselines3 does; episodes can be drawn from their end on.
+
+        Args:
+            obs: Padded states before; what they hold is known already.
+            next_obs: Padded states after.
+            action: u in [-1, 1]^3 [E, 3].
+            reward: [E].
+            done: [E].
+            infos: Of each environment; not read.
+        """
+        after = Observation.from_padded({key: torch.from_numpy(part) for key, part in next_obs.items()})
+        self._unfinished = self._unfinished or [[] for _ in range(len(done))]
+        for i, episode in enumerate(self._unfinished):
+            episode.append((after.take(torch.tensor([i])), (action[i] + 1) / 2, float(reward[i]), bool(done[i])))
+        ended = {i: len(self._unfinished[i]) for i in np.flatnonzero(done).tolist()}
+        for length in sorted(set(ended.values())):
+            # episodes of one length go in together, step by step
+            episodes = [self._unfinished[i] for i in ended if ended[i] == length]
+            for steps in zip(*episodes, strict=True):
+                states, actions, rewards, ends = zip(*steps, strict=True)
+                self.add_step(
+                    Observation.joined(states),
+                    torch.from_numpy(np.stack(actions)),
+                    torch.tensor(rewards),
+                    torch.tensor(ends),
+                )
+        for i in ended:
+            self._unfinished[i] = []
 
     def draw(self, batch_size: int) -> Transitions:
         """Draw M transitions with replacement, packed; the generator is the buffer's own.

@@ -124,6 +124,12 @@ class GlimpseSAC(SAC):
             inner: Tensor = self.actor(observation.to(self.policy.device), deterministic)
         return ((inner.float() + 1) / 2).clamp(0, 1)
 
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        """Take an environment to :meth:`learn` on; any number of them with our replay buffer."""
+        if isinstance(self.replay_buffer, GlimpseReplayBuffer):
+            self.n_envs = getattr(env, "num_envs", 1)
+        super().set_env(env, force_reset)
+
     @property
     def optimizers(self) -> list[Any]:
         """Of actor, critics and, where it is learnt, temperature."""
