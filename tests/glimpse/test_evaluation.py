@@ -89,7 +89,7 @@ def test_one_of_several_metrics_can_be_chosen(batches: list[tuple[Tensor, Tensor
     world = GlimpseWorld(CanvasBackbone(1), ReconstructionTask(), CONFIG)
     grid = {"grid": FixedGrid(CONFIG)}
     (whole,) = evaluate_policies(world, batches, grid, metric="rmse", scored=True)
-    (mean,) = evaluate_policies(world, batches, grid, metric="image_rmse", scored=True)
+    (mean,) = evaluate_policies(world, batches, grid, metric="rmse_per_image", scored=True)
     assert mean.scores == pytest.approx([-value for value in mean.values], rel=1e-5)
     assert whole.last > mean.last  # the root of a mean is more than the mean of roots
     assert not whole.higher_is_better

@@ -39,7 +39,7 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def metrics(self) -> MetricCollection:
-        """Return new metrics; the first one is the one a table shows."""
+        """Return new metrics; the first one is the one a table shows. A collection sorts them by name."""
 
     @abstractmethod
     def metric_inputs(self, prediction: Tensor, images: Tensor, target: Any) -> tuple[Tensor, Tensor]:

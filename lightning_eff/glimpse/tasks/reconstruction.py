@@ -46,9 +46,9 @@ class ReconstructionTask(Task):
         return -image_rmse(self.grey_levels(prediction), self.grey_levels(images))
 
     def metrics(self) -> MetricCollection:
-        """Return ``rmse`` over all pixels of all images and ``image_rmse``, the mean of that of each image."""
+        """Return ``rmse`` over all pixels of all images and ``rmse_per_image``, the mean of that of each image."""
         return MetricCollection(
-            {"rmse": MeanSquaredError(squared=False), "image_rmse": ImageRMSE()}, compute_groups=False
+            {"rmse": MeanSquaredError(squared=False), "rmse_per_image": ImageRMSE()}, compute_groups=False
         )
 
     def metric_inputs(self, prediction: Tensor, images: Tensor, target: Any = None) -> tuple[Tensor, Tensor]:

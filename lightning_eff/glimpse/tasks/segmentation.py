@@ -66,13 +66,13 @@ class SegmentationTask(Task):
         return -pixels.flatten(1).sum(1) / counted
 
     def metrics(self) -> MetricCollection:
-        """Return ``iou`` (mean over classes), ``pixel_accuracy`` and ``class_accuracy`` (mean over classes)."""
+        """Return ``iou`` (mean over classes), ``pixel_accuracy`` and ``mean_accuracy`` (mean over classes)."""
         classes, ignored = self.num_classes, self.ignore_index
         return MetricCollection(
             {
                 "iou": MulticlassJaccardIndex(classes, average="macro", ignore_index=ignored),
                 "pixel_accuracy": MulticlassAccuracy(classes, average="micro", ignore_index=ignored),
-                "class_accuracy": MulticlassAccuracy(classes, average="macro", ignore_index=ignored),
+                "mean_accuracy": MulticlassAccuracy(classes, average="macro", ignore_index=ignored),
             }
         )
 
