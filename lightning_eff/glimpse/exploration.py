@@ -140,6 +140,12 @@ class Trajectory:
         }
         return cls(parts[0].config, **there)  # type: ignore[arg-type]
 
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same on another device; a Trainer brings what ``predict_step`` returns to the CPU by it."""
+        names = ("actions", "views", "taken", "prediction", "predictions", "scores")
+        held = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: None if v is None else v.to(device) for name, v in held.items()})
+
     def _glimpse(self, i: int, t: int) -> dict[str, Any]:
         y0, x0, size = (round(value, 4) for value in self.views[i, t].tolist())
         action = [round(value, 6) for value in self.actions[i, t].tolist()]
