@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_eff import cli
+from lightning_eff.data import ByteTextDataModule
 from lightning_eff.data.loading import ResumableLoader
-from lightning_eff.moe import FineGrainedMoE, total_aux_loss
+from lightning_eff.moe import FineGrainedMoE, MoEScalingModule, total_aux_loss
 from lightning_eff.moe.callbacks import BalanceBiasUpdater, ExpertLoadMonitor
 from lightning_eff.moe.load_history import LoadHistory, draw_loads
 
@@ -259,9 +261,68 @@ def test_monitor_refuses_intervals_that_are_none(steps: object) -> None:
         ExpertLoadMonitor(every_n_steps=steps)
 
 
+def test_module_that_moves_biases_itself_is_not_moved_twice(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(bytes(i * i % 251 for i in range(3000)))
+    biases = []
+    for callbacks in ((), (BalanceBiasUpdater(), ExpertLoadMonitor(every_n_steps=2))):
+        torch.manual_seed(0)
+        moe = {"expansion_rate": 4, "granularity": 2, "balance": {"method": "bias", "bias_rate": 0.01}}
+        module = MoEScalingModule({"d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 16, "moe": moe})
+        text = ByteTextDataModule(str(tmp_path / "text.txt"), seq_len=16, batch_size=4)
+        trainer(*callbacks, max_steps=6, limit_val_batches=0).fit(module, text)
+        biases.append(module.model.mixtures[0].balance_bias)
+    assert biases[0].abs().max() > 0.01
+    assert torch.equal(*biases)
+
+
+YAML = """
+seed_everything: 0
+trainer:
+  accelerator: cpu
+  max_steps: 6
+  limit_val_batches: 1
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - {class_path: lightning_eff.moe.ExpertLoadMonitor, init_args: {every_n_steps: 2, dirpath: loads}}
+    - class_path: lightning_eff.moe.BalanceBiasUpdater
+    - {class_path: lightning_eff.moe.RunRecorder, init_args: {path: runs.csv, run_name: mine, law: moe64}}
+model:
+  class_path: MoEScalingModule
+  init_args:
+    decoder: {d_model: 16, n_layers: 1, n_heads: 2, max_seq_len: 16, moe: {balance: {method: bias}}}
+data:
+  class_path: ByteTextDataModule
+  init_args: {path: text.txt, seq_len: 16, batch_size: 4}
+"""
+
+
+@pytest.mark.filterwarnings("ignore:the law was fitted at expansion rate 64")
+def test_callbacks_are_reached_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lightning-eff"])
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # the CLI puts its seed there
+        monkeypatch.setenv(name, "0")
+    Path("text.txt").write_bytes(bytes(i * i % 251 for i in range(3000)))
+    Path("run.yaml").write_text(YAML)
+    trained = cli.main(["fit", "--config", "run.yaml", "--trainer.val_check_interval=3"])
+    assert Path("loads/expert_loads.png").is_file()
+    assert "mine" in Path("runs.csv").read_text()
+    logged = {name for name in trained.trainer.callback_metrics if name.startswith(("moe/", "law/"))}
+    assert logged == {
+        *("moe/load_max_over_mean", "moe/load_cv", "moe/dead_experts", "moe/router_entropy", "moe/dropped_fraction"),
+        *("law/predicted_loss", "law/gap"),
+    }
+
+
 TWO_PROCESSES = """
+from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
+from lightning_eff.data import ByteTextDataModule
+from lightning_eff.moe import MoEScalingModule, RunRecorder
 from test_callbacks import BalanceBiasUpdater, ExpertLoadMonitor, Network, data, trainer
 
 net, monitor = Network(balance={"method": "bias", "bias_rate": 0.01}), ExpertLoadMonitor(every_n_steps=2)
@@ -275,6 +336,13 @@ if fitting.is_global_zero:
     print("sums agree", torch.equal(monitor.history.chosen.sum(0), both), not torch.equal(own, both))
     print("biases agree", torch.equal(biases[0], biases[1]), bool(biases[0].abs().max() > 0))
     print("entropy", 0 < fitting.callback_metrics["moe/router_entropy"] < 1)
+    Path("text.txt").write_bytes(bytes(i * i % 251 for i in range(3000)))
+fitting.strategy.barrier()
+
+module = MoEScalingModule({"d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 16, "moe": {}}, loss_window=2)
+callbacks = RunRecorder("runs.csv", "both"), ExpertLoadMonitor(2, "loads")
+recorded = trainer(*callbacks, devices=2, strategy="ddp", max_steps=4, max_epochs=-1)
+recorded.fit(module, ByteTextDataModule("text.txt", seq_len=16, batch_size=4))
 """
 
 
@@ -284,5 +352,11 @@ def test_two_processes_count_each_others_tokens_and_keep_one_bias(tmp_path: Path
     assert "steps [2, 4]" in printed
     assert "sums agree True True" in printed
     assert "biases agree True True" in printed
-    assert "entropy" in printed
-    assert "False" not in printed.partition("steps")[2]
+    assert "entropy tensor(True)" in printed
+    with (tmp_path / "runs.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert int(row["n_tokens"]) == 4 * 2 * 4 * 16
+    assert 0 < float(row["loss"]) < 6
+    with (tmp_path / "loads" / "expert_loads.csv").open() as file:
+        chosen = sum(int(line["chosen"]) for line in csv.DictReader(file))
+    assert chosen == int(row["n_tokens"]) * 4  # of 32 experts, a token uses 4
