@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lightning_eff.moe.balance import update_balance_biases
     from lightning_eff.moe.callbacks import BalanceBiasUpdater, ExpertLoadMonitor
     from lightning_eff.moe.dense import DenseFFN
+    from lightning_eff.moe.distributed import shard_experts, shard_model
     from lightning_eff.moe.functional import moe_ffn
     from lightning_eff.moe.injection import set_aux_scale
     from lightning_eff.moe.layer import FineGrainedMoE
@@ -72,6 +73,8 @@ __all__ = [
     "read_runs",
     "replace_ffn",
     "set_aux_scale",
+    "shard_experts",
+    "shard_model",
     "total_aux_loss",
     "update_balance_biases",
     "z_loss",
@@ -93,6 +96,8 @@ _FILE_OF = {
     "moe_ffn": "functional",
     "replace_ffn": "replace",
     "set_aux_scale": "injection",
+    "shard_experts": "distributed",
+    "shard_model": "distributed",
     "total_aux_loss": "auxiliary",
     "update_balance_biases": "balance",
     "z_loss": "routing",

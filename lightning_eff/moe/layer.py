@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from lightning_eff.moe.config import MoEConfig, Norm, check_count
 from lightning_eff.moe.dense import DenseFFN, truncated_normal_
+from lightning_eff.moe.expert_parallel import expert_parallel_ffn
 from lightning_eff.moe.experts.activations import width
 from lightning_eff.moe.functional import choose_backend, moe_ffn
-from lightning_eff.moe.routing import Routed, balance_loss, bias_step, expert_choice, token_choice, z_loss
+from lightning_eff.moe.routing import Assignment, Routed, balance_loss, bias_step, expert_choice, token_choice, z_loss
 
 
 class FineGrainedMoE(nn.Module):
@@ -51,6 +52,8 @@ class FineGrainedMoE(nn.Module):
         last_counts: After a forward pass: tokens that each expert computed [n]; less than ``last_load`` where
             capacity dropped some.
         process_group: Processes that the global balance scope is about; None is all.
+        expert_group: Processes that each hold a part of the experts, see :func:`~lightning_eff.moe.shard_experts`;
+            None where this one holds all.
 
     Raises:
         ValueError: An option lies outside its range, or G does not divide ``d_ff``.
@@ -102,6 +105,7 @@ class FineGrainedMoE(nn.Module):
         # no buffer: DDP would replace every process' own counts by those of the first
         self._load_since_step = torch.zeros(n, dtype=torch.int64, device="cpu")
         self.process_group: dist.ProcessGroup | None = None
+        self.expert_group: dist.ProcessGroup | None = None
         self.aux_losses = {}
         self.last_load = self.last_counts = None
         self.reset_parameters()
@@ -140,9 +144,8 @@ class FineGrainedMoE(nn.Module):
             x = x.masked_fill(~token_mask[..., None], 0)  # padding may be anything, NaN as well
         mask = None if token_mask is None else token_mask.reshape(-1)
         routed = self._route(x, mask)
-        token_index, weights, counts, _ = routed.assignment
-        config, tokens = self.config, x.reshape(-1, self.d_model)
-        y = moe_ffn(tokens, self.w1, self.w2, weights, token_index, counts, config.activation, config.backend, self.b1)
+        tokens = x.reshape(-1, self.d_model)
+        y = self._experts(tokens, routed.assignment)
         if self.b2 is not None:
             y = y + self.b2
         if self.shared is not None:
@@ -191,6 +194,15 @@ class FineGrainedMoE(nn.Module):
             f"d_model={self.d_model}, d_ff={self.d_ff}, {chosen}, router={config.router}, "
             f"activation={config.activation}, backend={backend}"
         )
+
+    def _experts(self, tokens: Tensor, assignment: Assignment) -> Tensor:
+        token_index, weights, counts, _ = assignment
+        options = self.config.activation, self.config.backend
+        if self.expert_group is None:
+            return moe_ffn(tokens, self.w1, self.w2, weights, token_index, counts, *options, self.b1)
+        w1, w2 = (cast(Any, part).to_local() for part in (self.w1, self.w2))
+        b1 = None if self.b1 is None else cast(Any, self.b1).to_local()
+        return expert_parallel_ffn(tokens, w1, w2, weights, token_index, counts, *options, b1, self.expert_group)
 
     def _check(self, x: Tensor, token_mask: Tensor | None) -> None:
         if not x.ndim or x.shape[-1] != self.d_model:

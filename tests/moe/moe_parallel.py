@@ -1,0 +1,76 @@
+"""One training run that one process and several can do: the same windows a step, double precision, plain SGD."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_eff.moe import FineGrainedMoE, MoEScalingModule
+
+#: Auxiliary losses so heavy that a wrong one cannot hide.
+AUX = {"method": "aux", "weight": 0.5, "z_weight": 0.1}
+BIAS = {"method": "bias", "z_weight": 0.1, "bias_rate": 0.01}
+STEPS, WINDOWS, LENGTH, VOCABULARY = 4, 8, 12, 32
+
+
+def windows() -> TensorDataset:
+    tokens = torch.randint(VOCABULARY, (STEPS * WINDOWS, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    return TensorDataset(tokens[:, :-1], tokens[:, 1:])
+
+
+def module_of(balance: dict[str, Any], kind: type[MoEScalingModule] = MoEScalingModule, **moe: Any) -> Any:
+    decoder = {
+        "vocab_size": VOCABULARY,
+        "d_model": 16,
+        "n_layers": 2,
+        "n_heads": 2,
+        "max_seq_len": LENGTH,
+        "d_ff": 32,
+        "moe": {"expansion_rate": 4, "granularity": 2, "bias": True, "balance": balance, **moe},
+    }
+    return kind(decoder, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5))
+
+
+class NeverChosen(L.Callback):
+    """Keeps tokens off one expert of every layer, and what the weights were."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.before = {name: parameter.detach().clone() for name, parameter in pl_module.named_parameters()}
+        for layer in mixtures(pl_module):
+            layer.balance_bias[3] = -1e9
+
+
+def mixtures(module: torch.nn.Module) -> list[FineGrainedMoE]:
+    return [layer for layer in module.modules() if isinstance(layer, FineGrainedMoE)]
+
+
+def fit(module: Any, *callbacks: L.Callback, devices: int = 1, ckpt_path: str | Path | None = None, **settings: Any):
+    """Train, each process with its part of every step's windows; return the trainer."""
+    torch.manual_seed(0)
+    defaults = {
+        "accelerator": "cpu", "max_steps": STEPS, "precision": "64-true", "logger": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }  # fmt: skip
+    trainer = L.Trainer(devices=devices, callbacks=list(callbacks), **(defaults | settings))
+    mine = Subset(windows(), range(int(os.environ.get("LOCAL_RANK", 0)), STEPS * WINDOWS, devices))
+    loader = DataLoader(mine, batch_size=WINDOWS // devices)
+    trainer.fit(module, loader, loader, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    return trainer
+
+
+def state(module: Any) -> dict[str, Tensor]:
+    """Weights, buffers and what has been counted, whole."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    whole = {name: getattr(t.detach(), "full_tensor", t.detach)().clone() for name, t in tensors.items()}
+    counted = {"tokens": torch.tensor(module.tokens_seen), "smoothed": torch.tensor(module.smoothed_loss())}
+    return {**whole, **counted}
+
+
+def devices() -> int:
+    return int(os.environ["DEVICES"])
