@@ -93,7 +93,7 @@ def test_one_of_several_metrics_can_be_chosen(batches: list[tuple[Tensor, Tensor
     assert mean.scores == pytest.approx([-value for value in mean.values], rel=1e-5)
     assert whole.last > mean.last  # the root of a mean is more than the mean of roots
     assert not whole.higher_is_better
-    with pytest.raises(ValueError, match=r"metric must be one of .*rmse, got 'accuracy'"):
+    with pytest.raises(ValueError, match=r"metric must be one of rmse, rmse_per_image, got 'accuracy'"):
         evaluate_policies(world, batches, grid, metric="accuracy")
     with pytest.raises(ValueError, match="at least one policy"):
         evaluate_policies(world, batches, {})
