@@ -142,9 +142,9 @@ class Trajectory:
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same on another device; a Trainer brings what ``predict_step`` returns to the CPU by it."""
-        names = ("actions", "views", "taken", "prediction", "predictions", "scores")
-        held = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: None if v is None else v.to(device) for name, v in held.items()})
+        held = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in held.items()}
+        return replace(self, **moved)
 
     def _glimpse(self, i: int, t: int) -> dict[str, Any]:
         y0, x0, size = (round(value, 4) for value in self.views[i, t].tolist())
