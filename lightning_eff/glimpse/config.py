@@ -196,7 +196,7 @@ class AgentConfig:
     weight_decay: float = 1e-2
     gamma: float = 0.99
     tau: float = 0.005
-    ent_coef: str | float = "auto"
+    ent_coef: float | str = "auto"  # in this order: a number on the command line is no text
     target_entropy: float = -3.0
     update: Literal["fused", "sb3"] = "fused"
     gradient_clip: float | None = None
