@@ -92,6 +92,16 @@ class GlimpseExtractor(BaseFeaturesExtractor):
         return (weights.unsqueeze(3) * by_head).sum(1).flatten(1)
 
 
+class _ChannelsLastConv(nn.Conv2d):
+    """Convolution whose output lies channels-last: pooling, and the next convolution, are twice as fast on CPUs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        # of the weight a copy: the parameter and its gradient stay as optimizers and processes expect them
+        weight = self.weight.contiguous(memory_format=torch.channels_last)
+        out: Tensor = self._conv_forward(input.contiguous(memory_format=torch.channels_last), weight, self.bias)
+        return out.contiguous(memory_format=torch.channels_last)
+
+
 def _dense(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.GELU())
 
