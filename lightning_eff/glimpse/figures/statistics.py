@@ -54,7 +54,9 @@ def curve_figure(
             torch.tensor([getattr(curve, part) for curve in group], dtype=torch.float64)
             for part in ("values", "pixel_percent")
         )
+        again = number >= len(others)  # of colours
         style: dict[str, Any] = {"color": others[number % len(others)], "linewidth": 1.2, "markersize": 4}
+        style["linestyle"] = "--" if again else "-"
         if name == learned:
             style = {"color": KEPT, "linewidth": 2.2, "markersize": 5, "zorder": 4}
         across = percent.mean(0).tolist()
