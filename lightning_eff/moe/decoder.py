@@ -61,7 +61,7 @@ class DecoderConfig:
     max_seq_len: int = 256
     d_ff: int | None = None
     activation: Activation | None = None
-    moe: MoEConfig | dict[str, Any] | None = None
+    moe: MoEConfig | None = None
     moe_every: int = 1
     positions: Literal["learned", "rope"] = "learned"
     ffn_output_norm: Norm = "none"
@@ -71,8 +71,9 @@ class DecoderConfig:
     init: Initialisation = field(default_factory=Initialisation)
 
     def __post_init__(self) -> None:
-        if isinstance(self.moe, Mapping):
-            object.__setattr__(self, "moe", MoEConfig.of(self.moe))
+        moe: Any = self.moe
+        if isinstance(moe, Mapping):
+            object.__setattr__(self, "moe", MoEConfig.of(moe))
         check_literals(self)
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len", "moe_every"):
             check_count(name, getattr(self, name))
@@ -108,16 +109,9 @@ class DecoderConfig:
 
     def dense_twin(self) -> DecoderConfig:
         """Return the decoder of the same active parameters without experts, with their activation and output norm."""
-        if self.experts is None:
+        if self.moe is None:
             return self
-        return replace(
-            self, moe=None, moe_every=1, activation=self.experts.activation, ffn_output_norm=self.experts.norm
-        )
-
-    @property
-    def experts(self) -> MoEConfig | None:
-        """``moe`` as a config; None for the dense twin."""
-        return self.moe if isinstance(self.moe, MoEConfig) else None
+        return replace(self, moe=None, moe_every=1, activation=self.moe.activation, ffn_output_norm=self.moe.norm)
 
     @property
     def hidden_width(self) -> int:
@@ -127,12 +121,12 @@ class DecoderConfig:
     @property
     def dense_activation(self) -> Activation:
         """Activation of dense feed-forward networks, decided."""
-        return self.activation or (self.experts.activation if self.experts else "relu")
+        return self.activation or (self.moe.activation if self.moe else "relu")
 
     @property
     def shape(self) -> DecoderShape:
         """What decides parameters and FLOPs, for laws and planners."""
-        moe, dense_gated = self.experts, self.dense_activation == "swiglu"
+        moe, dense_gated = self.moe, self.dense_activation == "swiglu"
         if moe is None:
             return DecoderShape(self.d_model, self.n_layers, d_ff=self.hidden_width, gated=dense_gated)
         return DecoderShape(
@@ -153,7 +147,7 @@ class DecoderConfig:
         return self.moe is not None and (block + 1) % self.moe_every == 0
 
     def _check_experts(self) -> None:
-        moe = self.experts
+        moe = self.moe
         if moe is None:
             if self.moe_every != 1:
                 raise ValueError(f"moe_every = {self.moe_every} needs moe, the options of a mixture of experts")
@@ -178,7 +172,7 @@ def _with(config: DecoderConfig, changes: dict[str, Any]) -> DecoderConfig:
     check_names("DecoderConfig", changes, {f.name for f in fields(config)})
     moe, init = changes.get("moe"), changes.get("init")
     if isinstance(moe, Mapping):
-        changes["moe"] = MoEConfig.of(config.experts, **moe)
+        changes["moe"] = MoEConfig.of(config.moe, **moe)
     elif not (moe is None or isinstance(moe, MoEConfig)):
         raise ValueError(f"moe must be a MoEConfig, a dict of its fields or None, got {moe!r}")
     if isinstance(init, Mapping):

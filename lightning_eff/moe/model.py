@@ -157,7 +157,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(d)
         norm: Norm = "none"  # a mixture brings its own
         if experts:
-            self.ffn = FineGrainedMoE(d, config.hidden_width, config.experts)
+            self.ffn = FineGrainedMoE(d, config.hidden_width, config.moe)
         else:
             self.ffn = DenseFFN(d, config.hidden_width, config.dense_activation, init=config.init)
             norm = config.ffn_output_norm

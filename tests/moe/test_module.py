@@ -129,7 +129,7 @@ def test_throughput_monitor_of_lightning_finds_them(tmp_path) -> None:
     monitor = ThroughputMonitor(batch_size_fn=lambda batch: len(batch[0]), window_size=3)
     logger = CSVLogger(tmp_path)
     trainer(callbacks=[monitor], logger=logger, log_every_n_steps=2).fit(module(), loader(batches(6)))
-    assert "train|device/flops_per_sec" in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
+    assert "train/device/flops_per_sec" in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
 
 
 def test_logged_values_are_those_of_the_paper_trail() -> None:
