@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import roi_align
 from torchvision.transforms.v2.functional import resized_crop
 
-from lightning_eff.glimpse.backbones import ElasticViT, ImageDecoder
+from lightning_eff.glimpse.backbones import ElasticViT, ImageDecoder, Seen
 from lightning_eff.glimpse.config import GlimpseConfig
 from lightning_eff.glimpse.crop import take_glimpse
 from lightning_eff.glimpse.geometry import patch_boxes, views_of
-from lightning_eff.reporting import Table
+from lightning_eff.reporting import Column, Table
 
 SCENES = {
     "256 scenes of 64 x 64": (256, GlimpseConfig(64, patch_size=8)),
@@ -83,5 +83,38 @@ def crops(title: str) -> list[Table]:
     return tables
 
 
+def decoding(glimpses: int = 12) -> Table:
+    """Operations of reconstructing one scene of 224 x 224 with ViT-B and its decoder; nothing is computed."""
+    with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        backbone = ElasticViT(ImageDecoder(), 224, "base", importance="none").eval()
+        encoder, decoder = [], []
+        for taken in range(1, glimpses + 1):
+            patches = 4 * taken
+            seen = Seen(torch.zeros(1, taken, 3), torch.zeros(1, patches, 3, 16, 16), torch.zeros(1, patches, 4))
+            with FlopCounterMode(display=False) as counter:
+                encoded = backbone.encode(seen)
+            encoder.append(counter.get_total_flops() / 1e9)
+            with FlopCounterMode(display=False) as counter:
+                backbone.predict(encoded, seen)
+            decoder.append(counter.get_total_flops() / 1e9)
+    always = sum(encoder) + sum(decoder)
+    rows = [
+        ["after every glimpse", sum(encoder), sum(decoder), always, 1.0],
+        [
+            "after the last",
+            sum(encoder),
+            decoder[-1],
+            sum(encoder) + decoder[-1],
+            (sum(encoder) + decoder[-1]) / always,
+        ],
+    ]
+    columns = [
+        "decoding",
+        *(Column(f"{part} [GFLOP]", ".1f") for part in ("encoder", "decoder", "both")),
+        Column("share", ".3f"),
+    ]
+    return Table(f"ViT-B, {glimpses} glimpses of 32 x 32", columns, rows, "counted; a multiply-add is two operations")
+
+
 if __name__ == "__main__":
-    main(lambda: [table for title in SCENES for table in crops(title)])
+    main(lambda: [*(table for title in SCENES for table in crops(title)), decoding()])

@@ -11,8 +11,12 @@ from torchvision.models import VisionTransformer
 from lightning_eff.glimpse.backbones import ClassHead, ElasticViT, GlimpseBackbone, ImageDecoder, SegmentationHead
 from lightning_eff.glimpse.config import GlimpseConfig, ViTSize
 from lightning_eff.glimpse.crop import take_glimpse
+from lightning_eff.glimpse.evaluation import count_flops
 from lightning_eff.glimpse.geometry import views_of
+from lightning_eff.glimpse.policies import RandomPolicy
 from lightning_eff.glimpse.position import box_codes, cell_boxes
+from lightning_eff.glimpse.tasks import ClassificationTask
+from lightning_eff.glimpse.world import GlimpseWorld
 
 TINY = ViTSize(16, 3, 2)
 CONFIG = GlimpseConfig(32, patch_size=8)
@@ -219,6 +223,16 @@ def test_entropy_of_the_decoders_attention_lies_between_none_and_that_of_even_at
         backbone.head.blocks[-1].attn.qkv.weight.zero_()
     entropy = backbone.head.cell_entropy(encoded.pooled, encoded.latents, seen.boxes)
     torch.testing.assert_close(entropy, torch.full((4, 4, 4), float(torch.tensor(tokens).log())))
+
+
+def test_operations_are_those_of_its_layers():
+    """Counted as the table of policies counts them: two glimpses encoded at the end, once, attention included."""
+    config = GlimpseConfig(32, num_glimpses=2, patch_size=8, antialias=False)
+    world = GlimpseWorld(make(), ClassificationTask(5), config)
+    tokens, dim = 1 + 8, TINY.dim
+    blocks = TINY.depth * (2 * tokens * 12 * dim**2 + 4 * tokens**2 * dim)
+    embedding, head = 8 * 2 * 3 * 8 * 8 * dim, 2 * dim * 5
+    assert count_flops(world, some_images(), RandomPolicy(config)) == blocks + embedding + head
 
 
 def test_it_can_be_copied_and_pickled():
