@@ -93,7 +93,7 @@ class CanvasDataModule(SplitDataModule):
         clutter: Fragments of 8 x 8 pixels of other pictures in every scene, >= 0.
         batch_size: Samples a batch, per process, >= 1.
         train_size: Pictures to train on; None takes all that validation and test leave.
-        val_size: Pictures for validation, >= 1.
+        val_size: Pictures for validation, >= 1; none of the digits, 0, go with ``Trainer(limit_val_batches=0)``.
         test_size: Pictures for the test, >= 1.
         num_workers: Processes that load, >= 0.
         seed: Of splits, places, fragments and the order of the training set, >= 0.
@@ -125,7 +125,7 @@ class CanvasDataModule(SplitDataModule):
         if dataset not in ("digits", "fashion_mnist"):
             raise ValueError(f"expected dataset to be 'digits' or 'fashion_mnist', got {dataset!r}")
         check_at_least("clutter", clutter, 0)
-        check_at_least("val_size", val_size, 1)
+        check_at_least("val_size", val_size, 0 if dataset == "digits" else 1)
         check_at_least("test_size", test_size, 1)
         check_at_least("train_size", 1 if train_size is None else train_size, 1)
         self.picture_size = (16 if dataset == "digits" else 28) if picture_size is None else picture_size

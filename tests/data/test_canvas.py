@@ -132,6 +132,14 @@ def test_the_global_generators_are_left_alone(digits):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_all_digits_but_those_of_the_test_may_be_trained_on():
+    data = make(val_size=0)
+    assert [len(part) for part in (data.train_set, data.val_set, data.test_set)] == [1297, 0, 500]
+    model = Recorder()
+    quiet_trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=0).fit(model, datamodule=data)
+    assert len(model.seen) == 2
+
+
 class Recorder(L.LightningModule):
     """Remembers which scenes it saw."""
 
@@ -191,7 +199,8 @@ def test_workers_hand_out_the_same_scenes(digits):
         ({"canvas": (96, 20), "picture_size": 24}, "smaller side of canvas to be an integer >= 24, got 20"),
         ({"clutter": -1}, "clutter to be an integer >= 0, got -1"),
         ({"clutter": 1, "picture_size": 4}, "picture_size to be an integer >= 8, got 4"),
-        ({"val_size": 0}, "val_size to be an integer >= 1, got 0"),
+        ({"val_size": -1}, "val_size to be an integer >= 0, got -1"),
+        ({"dataset": "fashion_mnist", "val_size": 0}, "val_size to be an integer >= 1, got 0"),
         ({"test_size": 0}, "test_size to be an integer >= 1, got 0"),
         ({"train_size": 1200}, r"train_size \+ val_size \+ test_size <= 1,797, got 1200 \+ 200 \+ 500"),
         ({"dataset": "fashion_mnist", "test_size": 10_001}, "test_size <= 10,000, got at least 1 .* and 10001"),
