@@ -87,7 +87,7 @@ class ExpertLoadMonitor(Callback):
             self._hooks = [
                 layer.register_forward_pre_hook(self._watch(name), with_kwargs=True)
                 for name, layer in self._layers.items()
-                if layer.config.n_experts > 1
+                if layer.config.n_experts > 1 and layer._compiled_call_impl is None
             ]
 
     def on_train_batch_end(
@@ -126,7 +126,8 @@ class ExpertLoadMonitor(Callback):
 
     def _watch(self, name: str) -> Any:
         def hook(layer: FineGrainedMoE, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._entropies[name] = _router_entropy(layer, *args, **kwargs)
+            if not torch.compiler.is_compiling():  # nothing of this belongs into a graph
+                self._entropies[name] = _router_entropy(layer, *args, **kwargs)
 
         return hook
 

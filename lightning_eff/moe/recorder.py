@@ -111,7 +111,7 @@ class RunRecorder(Callback):
         return self._seconds + (0.0 if self._began is None else time.perf_counter() - self._began)
 
     def _row(self, trainer: Trainer, module: MoEScalingModule) -> dict[str, Any]:
-        shape, experts = module.decoder.shape, module.decoder.experts
+        shape, experts = module.decoder.shape, module.decoder.moe
         size = f"d{shape.d_model:g}-l{shape.n_layers:g}"
         network = "dense" if experts is None else f"e{shape.expansion_rate:g}-g{shape.granularity:g}"
         return {

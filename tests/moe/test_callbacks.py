@@ -164,6 +164,31 @@ def test_resumed_history_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None
     assert torch.equal(resumed.history.chosen, whole.history.chosen)
 
 
+@pytest.mark.slow
+# dynamo looks at gradients of what is no leaf
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_model_tells_its_loads_and_is_compiled_once(whole: bool) -> None:
+    class Compiled(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = nn.Sequential(self.first, self.second)
+            for module in [self.both] if whole else [self.first, self.second]:
+                module.compile(fullgraph=True)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            x, y = batch
+            hidden = self.both(x)
+            self.loads.append((self.first.last_load, self.second.last_load))
+            return (self.head(hidden) - y).square().mean() + total_aux_loss(self)
+
+    torch._dynamo.reset()
+    net, monitor = Compiled(), ExpertLoadMonitor(every_n_steps=1)
+    with torch._dynamo.config.patch(error_on_recompile=whole):  # the second layer's input wants a gradient
+        trainer(monitor).fit(net, data())
+    assert torch.equal(monitor.history.chosen.sum(0), sum(torch.cat(loads) for loads in net.loads))
+
+
 def test_second_fit_with_one_monitor_begins_anew() -> None:
     monitor = ExpertLoadMonitor(every_n_steps=3)
     for _ in range(2):

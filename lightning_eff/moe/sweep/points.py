@@ -200,7 +200,7 @@ def _run(base: Config, point: Mapping[str, Any], out: Path, checkpoints: int) ->
         "lr": _learning_rate(config, point["lr"]),
         "seed": seed,
     }
-    network = "dense" if decoder.experts is None else f"e{shape.expansion_rate:g}-g{shape.granularity:g}"
+    network = "dense" if decoder.moe is None else f"e{shape.expansion_rate:g}-g{shape.granularity:g}"
     told = [f"d{shape.d_model:g}", f"l{shape.n_layers:g}", network, f"{steps}steps"]
     told += [] if point["lr"] is None else [f"lr{point['lr']:g}"]
     told += [] if point["seed"] is None else [f"seed{seed}"]
