@@ -11,7 +11,7 @@ from importlib import import_module
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-ROOMS = ("data", "early_exit", "glimpse.module", "lidar", "models", "moe.module", "privacy", "pruning", "synthesis")
+ROOMS = ("data", "early_exit", "glimpse.module", "lidar", "models", "moe", "privacy", "pruning", "synthesis")
 """Rooms whose classes the command line knows by short name, e.g. ``--model ImageClassifier``."""
 
 
@@ -38,8 +38,10 @@ def main(args: Sequence[str] | None = None) -> EfficiencyCLI:
     """
     if args is None and os.getcwd() not in sys.path:  # the shell's command, unlike python -m, does not look there
         sys.path.insert(0, os.getcwd())
-    for room in ROOMS:
-        import_module(f"lightning_eff.{room}")
+    for name in ROOMS:
+        room = import_module(f"lightning_eff.{name}")
+        for public in getattr(room, "__all__", ()):
+            getattr(room, public)  # a room may import its classes on first use
     return EfficiencyCLI(save_config_kwargs={"overwrite": True}, args=None if args is None else list(args))
 
 
