@@ -1,0 +1,233 @@
+"""What a run leaves behind: pictures while it trains, table and figures of a test, trajectories of predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_eff.batch import take
+from lightning_eff.glimpse.evaluation import PolicyCurve
+from lightning_eff.glimpse.exploration import Trajectory
+from lightning_eff.glimpse.figures import (
+    coverage_figure,
+    curve_figure,
+    exploration_figure,
+    save_animation,
+    scale_figure,
+    steps_figure,
+)
+from lightning_eff.glimpse.module import AdaGlimpseModule
+from lightning_eff.reporting import Column, Table, save_figure
+
+_LEARNED = "learned"  # as tables call the agent
+
+
+class GlimpseReport(Callback):
+    """Write what an :class:`AdaGlimpseModule` does into a folder; it changes nothing of the run.
+
+    ``exploration-003.png`` after validation; after a test ``policies`` as ``.md``, ``.csv`` and ``.json``, printed
+    besides, ``exploration.png``, ``steps.png``, ``exploration.gif``, ``coverage.png``, ``scales.png``, and where images
+    do not stop early ``curves.png``; after a prediction ``trajectories.jsonl``, one file a process.
+
+    Args:
+        dirpath: The folder; None takes the trainer's ``default_root_dir``.
+        every_n_epochs: Validated epochs between two pictures, >= 1; None draws none.
+        shown: Images shown, >= 1.
+        explored: First images of the test that coverage and scales are drawn of, >= ``shown``.
+        class_names: In the order of the classes.
+
+    Attributes:
+        written: Files written so far.
+
+    Raises:
+        ValueError: An argument lies outside its range.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        every_n_epochs: int | None = 1,
+        shown: int = 6,
+        explored: int = 500,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        if every_n_epochs is not None and every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be >= 1 or None, got {every_n_epochs}")
+        if shown < 1 or explored < shown:
+            raise ValueError(f"expected 1 <= shown <= explored, got {shown} and {explored}")
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.every_n_epochs, self.shown, self.explored = every_n_epochs, shown, explored
+        self.class_names = None if class_names is None else list(class_names)
+        self.written: list[Path] = []
+        self._kept: list[tuple[Tensor, Any]] = []
+        self._seen: list[Trajectory] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse other modules."""
+        if not isinstance(pl_module, AdaGlimpseModule):
+            raise ValueError(f"GlimpseReport tells of an AdaGlimpseModule, got a {type(pl_module).__name__}")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to keep images."""
+        self._kept = []
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the first images."""
+        if self._is_due(trainer):
+            self._keep(trainer, pl_module, batch, self.shown)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw where the agent looks by now."""
+        assert isinstance(pl_module, AdaGlimpseModule)
+        if self._kept and self._is_due(trainer):
+            images, target = self._first()
+            seen = pl_module.explore(images)
+            figure = exploration_figure(images, seen, target, self.class_names, self.shown)
+            self._save(trainer, f"exploration-{trainer.current_epoch:03d}.png", figure)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to keep images."""
+        self._kept = []
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the first images."""
+        self._keep(trainer, pl_module, batch, self.explored)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print and write the table, draw the figures."""
+        assert isinstance(pl_module, AdaGlimpseModule)
+        if not trainer.is_global_zero:
+            return
+        table = results_table(pl_module)
+        table.print()
+        for suffix in ("md", "csv", "json"):
+            self._note(table.save(self._folder(trainer) / f"policies.{suffix}"))
+        if pl_module.every_glimpse and pl_module.glimpse.stop_threshold is None:
+            self._save(trainer, "curves.png", curve_figure(_curves(pl_module), learned=_LEARNED))
+        if not self._kept:
+            return
+        images, target = self._first()
+        few, truth = images[: self.shown], None if target is None else target[: self.shown]
+        seen = pl_module.explore(few, predictions="all")
+        self._save(trainer, "exploration.png", exploration_figure(few, seen, truth, self.class_names, self.shown))
+        self._save(trainer, "steps.png", steps_figure(few, seen, 0, truth, self.class_names))
+        gif = self._folder(trainer) / "exploration.gif"
+        self._note(save_animation(few, seen, gif, target=truth, class_names=self.class_names))
+        places = pl_module.explore(images, predictions="none")
+        self._save(trainer, "coverage.png", coverage_figure(places))
+        self._save(trainer, "scales.png", scale_figure(places))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to collect trajectories."""
+        self._seen = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect a trajectory."""
+        self._seen.append(outputs)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the trajectories of this process."""
+        seen, self._seen = self._seen, []
+        if seen:
+            name = "trajectories.jsonl" if trainer.world_size == 1 else f"trajectories-{trainer.global_rank}.jsonl"
+            self._note(Trajectory.cat(seen).save(self._folder(trainer) / name))
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if trainer.sanity_checking or not trainer.is_global_zero or self.every_n_epochs is None:
+            return False
+        return trainer.current_epoch % self.every_n_epochs == 0
+
+    def _keep(self, trainer: Trainer, pl_module: LightningModule, batch: Any, most: int) -> None:
+        assert isinstance(pl_module, AdaGlimpseModule)
+        missing = most - sum(len(images) for images, _ in self._kept)
+        if missing > 0 and trainer.is_global_zero:
+            images, target = pl_module._images_and_target(batch)
+            self._kept.append((images[:missing], take(target, slice(missing))))
+
+    def _first(self) -> tuple[Tensor, Tensor | None]:
+        """Return the images kept, and their targets where these are tensors."""
+        kept, self._kept = self._kept, []
+        targets = [target for _, target in kept]
+        whole = all(isinstance(target, Tensor) for target in targets)
+        return torch.cat([images for images, _ in kept]), torch.cat(targets) if whole else None
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return self.dirpath or Path(trainer.default_root_dir)
+
+    def _save(self, trainer: Trainer, name: str, figure: Any) -> None:
+        self._note(save_figure(figure, self._folder(trainer) / name))
+
+    def _note(self, path: Path) -> None:
+        if path not in self.written:
+            self.written.append(path)
+
+
+def results_table(module: AdaGlimpseModule, stage: str = "test") -> Table:
+    """Return a row a policy of the last pass: the task's first metric after glimpses, mean glimpses, pixels.
+
+    Args:
+        module: That was validated or tested.
+        stage: ``"test"`` or ``"val"``.
+
+    Raises:
+        ValueError: There was no such pass.
+    """
+    if stage not in module.results:
+        raise ValueError(
+            f"the module has no results of {stage!r}, only of {sorted(module.results)}: run that pass first"
+        )
+    metric, steps = _metric(module, stage)
+    results = module.results[stage]
+    digits = ".3f" if all(abs(values[f"{metric}@{t}"]) <= 1 for values in results.values() for t in steps) else ".2f"
+    columns: list[str | Column] = ["policy", *(Column(f"{metric}@{t}", digits) for t in steps)]
+    columns += [Column("glimpses", ".2f"), Column("pixel %", ".2f")]
+    rows = [
+        [
+            _LEARNED if name == "policy" else name,
+            *(values[f"{metric}@{t}"] for t in steps),
+            values["avg_glimpses"],
+            values["pixel_percent"],
+        ]
+        for name, values in results.items()
+    ]
+    better = "higher" if module.task.higher_is_better else "lower"
+    return Table("Policies", columns, rows, caption=f"{metric} after each number of glimpses, {better} is better")
+
+
+def _metric(module: AdaGlimpseModule, stage: str) -> tuple[str, list[int]]:
+    """Return the name of the task's first metric, and the numbers of glimpses it is known after."""
+    names = [name.split("@") for name in module.results[stage]["policy"] if "@" in name]
+    metric = names[0][0]
+    return metric, [int(t) for name, t in names if name == metric]
+
+
+def _curves(module: AdaGlimpseModule) -> list[PolicyCurve]:
+    metric, steps = _metric(module, "test")
+    return [
+        PolicyCurve(
+            policy=_LEARNED if name == "policy" else name,
+            metric=metric,
+            higher_is_better=module.task.higher_is_better,
+            values=tuple(values[f"{metric}@{t}"] for t in steps),
+            glimpses=tuple(map(float, steps)),
+            pixel_percent=tuple(map(module.glimpse.pixel_percent, steps)),
+        )
+        for name, values in module.results["test"].items()
+    ]
