@@ -158,7 +158,9 @@ class FineGrainedMoE(nn.Module):
         if mask is not None:
             y = y.masked_fill(~mask[:, None], 0)
         y = self._with_losses(y, losses)
-        return y.reshape(x.shape)
+        # a reshape that is no view of anything: FSDP2 warns of modules that return views
+        out: Tensor = torch.ops.aten._unsafe_view(y, x.shape)
+        return out
 
     def route(self, x: Tensor, token_mask: Tensor | None = None) -> Routed:
         """Return who would go where, in the mode the layer is in; arguments and errors as of :meth:`forward`."""

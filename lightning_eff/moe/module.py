@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -19,6 +19,7 @@ from lightning_eff.data import ByteTextDataModule
 from lightning_eff.moe.auxiliary import collect_aux_losses, total_aux_loss
 from lightning_eff.moe.balance import update_balance_biases
 from lightning_eff.moe.decoder import DecoderConfig
+from lightning_eff.moe.distributed import Experts, shard_model
 from lightning_eff.moe.model import DecoderLM
 from lightning_eff.moe.window import LossWindow
 
@@ -52,6 +53,8 @@ class MoEScalingModule(LightningModule):
         loss_window: Optimizer steps whose mean loss is the smoothed loss, >= 1.
         compile: Whether ``torch.compile`` compiles the network.
         split_batch: ``batch -> (inputs, targets)``, for batches that are not such a pair.
+        experts: Under ``ModelParallelStrategy``: experts are gathered where they run, or stay while tokens travel
+            (``"stay"``), see :func:`~lightning_eff.moe.shard_model`.
 
     Attributes:
         decoder: The options as a :class:`DecoderConfig`.
@@ -65,17 +68,20 @@ class MoEScalingModule(LightningModule):
 
     def __init__(
         self,
-        decoder: DecoderConfig | dict[str, Any] | None = None,
+        decoder: DecoderConfig = DecoderConfig(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = lambda p: AdamW(p, lr=2e-4, weight_decay=0.1),
         warmup_fraction: float = 0.01,
         final_lr_fraction: float = 0.1,
         loss_window: int = 1000,
         compile: bool = False,
         split_batch: SplitBatch | None = None,
+        experts: Experts = "gather",
     ) -> None:
         super().__init__()
         if not 0 <= warmup_fraction < 1:
             raise ValueError(f"warmup_fraction must lie in [0, 1), got {warmup_fraction}")
+        if experts not in get_args(Experts):
+            raise ValueError(f"experts must be one of {', '.join(get_args(Experts))}, got {experts!r}")
         if not 0 <= final_lr_fraction <= 1:
             raise ValueError(f"final_lr_fraction must lie in [0, 1], got {final_lr_fraction}")
         self.decoder = DecoderConfig.of(decoder)
@@ -87,6 +93,7 @@ class MoEScalingModule(LightningModule):
         self.optimizer = optimizer
         self.warmup_fraction, self.final_lr_fraction = warmup_fraction, final_lr_fraction
         self.compile_model = compile
+        self.experts: Experts = experts
         self.split_batch = split_batch or split_pair
         self.model: DecoderLM | None = None
         self.tokens_seen = 0
@@ -109,9 +116,21 @@ class MoEScalingModule(LightningModule):
             raise ValueError(f"the text has bytes up to {largest}, but the decoder's vocab_size is {size}; use 256")
 
     def configure_model(self) -> None:
-        """Make the network unless there is one."""
+        """Make the network unless there is one; under ``ModelParallelStrategy``, share it out.
+
+        Raises:
+            ValueError: The mesh has tensor parallelism, or more processes than divide the experts that stay.
+        """
         if self.model is None:
             self.model = DecoderLM(self.decoder)
+            mesh = self.device_mesh
+            if mesh is not None:
+                if mesh["tensor_parallel"].size() > 1:
+                    raise ValueError(
+                        "the decoder has no tensor parallelism; use ModelParallelStrategy(data_parallel_size="
+                        f"{mesh.size()}, tensor_parallel_size=1)"
+                    )
+                shard_model(self.model, mesh["data_parallel"], self.experts, self.model.blocks)
             if self.compile_model:
                 self.model.compile()
 

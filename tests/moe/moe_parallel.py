@@ -1,6 +1,8 @@
-"""One training run that one process and several can do: the same windows a step, double precision, plain SGD."""
+"""One training run that one process and several can do: the same windows a step, double precision, SGD."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,15 @@ from lightning_eff.moe import FineGrainedMoE, MoEScalingModule
 #: Auxiliary losses so heavy that a wrong one cannot hide.
 AUX = {"method": "aux", "weight": 0.5, "z_weight": 0.1}
 BIAS = {"method": "bias", "z_weight": 0.1, "bias_rate": 0.01}
-STEPS, WINDOWS, LENGTH, VOCABULARY = 4, 8, 12, 32
+STEPS, EPOCH, WINDOWS, LENGTH, VOCABULARY = 4, 2, 8, 12, 32
 
 
 def windows() -> TensorDataset:
-    tokens = torch.randint(VOCABULARY, (STEPS * WINDOWS, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(VOCABULARY, (EPOCH * WINDOWS, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     return TensorDataset(tokens[:, :-1], tokens[:, 1:])
 
 
-def module_of(balance: dict[str, Any], kind: type[MoEScalingModule] = MoEScalingModule, **moe: Any) -> Any:
+def module_of(balance: dict[str, Any], experts: str = "gather") -> MoEScalingModule:
     decoder = {
         "vocab_size": VOCABULARY,
         "d_model": 16,
@@ -30,9 +32,10 @@ def module_of(balance: dict[str, Any], kind: type[MoEScalingModule] = MoEScaling
         "n_heads": 2,
         "max_seq_len": LENGTH,
         "d_ff": 32,
-        "moe": {"expansion_rate": 4, "granularity": 2, "bias": True, "balance": balance, **moe},
+        "moe": {"expansion_rate": 4, "granularity": 2, "bias": True, "balance": balance},
     }
-    return kind(decoder, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5))
+    # with momentum: Lightning 2.6 cannot read a whole checkpoint of an optimizer without a state
+    return MoEScalingModule(decoder, lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.5), experts=experts)
 
 
 class NeverChosen(L.Callback):
@@ -44,6 +47,17 @@ class NeverChosen(L.Callback):
             layer.balance_bias[3] = -1e9
 
 
+class SaveHalfWay(L.Callback):
+    """Saves a checkpoint after the first epoch."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
 def mixtures(module: torch.nn.Module) -> list[FineGrainedMoE]:
     return [layer for layer in module.modules() if isinstance(layer, FineGrainedMoE)]
 
@@ -52,16 +66,27 @@ def fit(module: Any, *callbacks: L.Callback, devices: int = 1, ckpt_path: str | 
     """Train, each process with its part of every step's windows; return the trainer."""
     torch.manual_seed(0)
     defaults = {
-        "accelerator": "cpu", "max_steps": STEPS, "precision": "64-true", "logger": False,
+        "accelerator": "cpu", "max_steps": STEPS, "logger": False,
         "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
     }  # fmt: skip
     trainer = L.Trainer(devices=devices, callbacks=list(callbacks), **(defaults | settings))
-    mine = Subset(windows(), range(int(os.environ.get("LOCAL_RANK", 0)), STEPS * WINDOWS, devices))
+    mine = Subset(windows(), range(int(os.environ.get("LOCAL_RANK", 0)), EPOCH * WINDOWS, devices))
     loader = DataLoader(mine, batch_size=WINDOWS // devices)
-    trainer.fit(module, loader, loader, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    with default_dtype(torch.float64):  # ModelParallelStrategy knows no "64-true"
+        trainer.fit(module, loader, loader, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return trainer
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def state(module: Any) -> dict[str, Tensor]:
