@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
 
 from lightning_eff.glimpse.config import AgentConfig
 
@@ -41,6 +43,16 @@ def check_trainer(trainer: Trainer, agent: AgentConfig) -> None:
                 f"gradient_clip would clip gradients that precision={precision.precision!r} has scaled: use "
                 "precision='bf16-mixed', or gradient_clip=None"
             )
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give all processes the first one's buffers.
+
+    DistributedDataParallel does so before the next batch: until then statistics of BatchNorm would differ, and with
+    them what the processes validate.
+    """
+    for buffer in module.buffers():
+        torch.distributed.broadcast(buffer, 0)
 
 
 def progress(trainer: Trainer, batch_idx: int) -> float | None:

@@ -23,7 +23,7 @@ from lightning_eff.glimpse.agent.sac import make_sac
 from lightning_eff.glimpse.backbones.base import GlimpseBackbone, Seen
 from lightning_eff.glimpse.config import ACTION_SIZE, AgentConfig, GlimpseConfig, RewardConfig, TrainingPlan
 from lightning_eff.glimpse.exploration import Predictions, Trajectory, explore
-from lightning_eff.glimpse.in_trainer import check_trainer, progress
+from lightning_eff.glimpse.in_trainer import check_trainer, progress, share_buffers
 from lightning_eff.glimpse.metrics import PolicyMetrics
 from lightning_eff.glimpse.observation import Observation
 from lightning_eff.glimpse.policies import Policy, PolicyLike, make_policy
@@ -319,6 +319,8 @@ class AdaGlimpseModule(LightningModule):
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
+        if self.trainer.world_size > 1:
+            share_buffers(self.backbone)
         self.log("glimpse/backbone_loss", loss.detach(), batch_size=len(images))
 
     @torch.no_grad()

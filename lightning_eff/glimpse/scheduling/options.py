@@ -41,6 +41,8 @@ def plain_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):  # options that came back from a checkpoint
+        return all(isinstance(name, str) and _is_plain(one) for name, one in value.items())
     if isinstance(value, tuple | list):
         return all(_is_plain(one) for one in value)
     return value is None or isinstance(value, str | int | float | bool)
