@@ -139,6 +139,10 @@ class MoEScalingModule(LightningModule):
         logits: Tensor = self._network()(tokens, token_mask)
         return logits
 
+    def on_train_start(self) -> None:
+        """Forget batches of a step that an earlier fit did not get to make."""
+        self._since_step = []
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch, auxiliary losses included."""
         inputs, targets = self.split_batch(batch)
@@ -174,6 +178,8 @@ class MoEScalingModule(LightningModule):
         """Make a step, then move loss-free biases and log."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         update_balance_biases(self._network())
+        if not self._since_step:  # a subclass has a training step of its own
+            return
         loss = torch.stack(self._since_step).mean()
         self._since_step = []
         self._losses.add(loss)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import lightning.pytorch as L
 import pytest
 import torch
@@ -14,7 +16,14 @@ from torch.utils.data import DataLoader
 
 from lightning_eff import BatchKeys
 from lightning_eff.data import ByteTextDataModule
-from lightning_eff.moe import DecoderConfig, FineGrainedMoE, MoEScalingModule, collect_aux_losses, total_aux_loss
+from lightning_eff.moe import (
+    DecoderConfig,
+    ExpertLoad,
+    FineGrainedMoE,
+    MoEScalingModule,
+    collect_aux_losses,
+    total_aux_loss,
+)
 from lightning_eff.moe.routing import bias_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
@@ -88,6 +97,40 @@ def test_auxiliary_losses_alone_move_a_router() -> None:
     model.training_step((tokens, nothing), 0)
     total_aux_loss(model).backward()
     assert all(layer.router.grad.abs().sum() > 0 for layer in model.model.mixtures)
+
+
+def test_subclass_may_have_a_training_step_of_its_own() -> None:
+    class Plain(MoEScalingModule):
+        def training_step(self, batch, batch_idx):
+            return self(batch[0]).square().mean()
+
+    model = Plain({**DECODER, "moe": {**MOE, "balance": {"method": "bias"}}})
+    trainer(log_every_n_steps=1).fit(model, loader(batches(1)))
+    assert model.model.mixtures[0].balance_bias.abs().max() > 0
+
+
+def test_batches_of_a_step_that_was_never_made_are_forgotten() -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            raise RuntimeError("the lights went out")
+
+    watch, model = Watch(), module(moe=None)
+    with pytest.raises(RuntimeError, match="lights"):
+        trainer(accumulate_grad_batches=2, callbacks=[Stop()]).fit(model, loader(batches(2)))
+    trainer(callbacks=[watch]).fit(model, loader(batches(2)[1:]))
+    assert model.smoothed_loss() == pytest.approx(watch.loss[0])
+
+
+def test_module_can_be_copied_in_the_middle_of_a_run() -> None:
+    class Copy(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            self.copy = copy.deepcopy(module.model), copy.deepcopy(module._losses)
+
+    keep, model = Copy(), module()
+    trainer(callbacks=[keep]).fit(model, loader(batches(2)))
+    tokens = batches(1)[0][0]
+    torch.testing.assert_close(keep.copy[0](tokens), model(tokens))
+    assert torch.equal(keep.copy[1].mean(), model._losses.mean())
 
 
 def test_learning_rate_rises_then_falls_along_a_cosine() -> None:
@@ -287,6 +330,9 @@ def test_loss_that_is_no_number_takes_lightnings_path_otherwise() -> None:
     model = module(decoder={"moe": {**MOE, "balance": {"method": "bias"}}})
     nn.init.constant_(model.model.blocks[0].ffn.router, float("inf"))
     trainer(log_every_n_steps=1).fit(model, loader(batches(2)))
+    load = ExpertLoad(n_layers=2, n_experts=8)
+    load.update(model)
+    assert load.compute()["max_over_mean"] >= 1  # measures of balance stand it, too
     assert model.smoothed_loss() != model.smoothed_loss()  # NaN
     assert model.tokens_seen == 64
 

@@ -29,6 +29,15 @@ def test_counts_are_those_of_the_matrices() -> None:
     assert shape.n_router == layers * 32 * d
 
 
+def test_shared_experts_and_dense_blocks_are_counted() -> None:
+    shape = DecoderShape(96, 7, 4, 8, d_ff=256, gated=True, n_shared=2, moe_every=3, dense_gated=False)
+    attention, expert, dense = 4 * 96**2, 3 * 96 * 32, 2 * 96 * 256
+    assert shape.n_moe_layers == 2  # the third and the sixth
+    assert shape.n_total == 7 * attention + 2 * 34 * expert + 5 * dense
+    assert shape.n_active == 7 * attention + 2 * 10 * expert + 5 * dense
+    assert shape.n_router == 2 * 32 * 96
+
+
 def test_one_expert_needs_no_router() -> None:
     dense = DecoderShape(256, 4)
     assert dense.n_router == dense.routing_share == 0
@@ -52,6 +61,8 @@ def test_full_convention_counts_head_router_and_attention() -> None:
         ({"expansion_rate": 0.5}, "expansion_rate >= 1"),
         ({"granularity": 0}, "granularity >= 1"),
         ({"d_ff": float("inf")}, "d_ff > 0"),
+        ({"n_shared": -1}, "n_shared >= 0"),
+        ({"moe_every": 0}, "moe_every >= 1"),
         ({"expansion_rate": 2, "granularity": 2, "top_k": 5}, "top_k from 1 to the 4 experts, got 5"),
     ],
 )
