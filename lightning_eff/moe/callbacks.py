@@ -78,7 +78,7 @@ class ExpertLoadMonitor(Callback):
         sizes = {name: layer.config.n_experts for name, layer in self._layers.items()}
         if self.history.sizes != sizes:
             self._reset()
-            self.history = LoadHistory(sizes)
+            self.history, self._logged_at = LoadHistory(sizes), trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the routers' scores in a batch after which something may be logged."""
