@@ -11,7 +11,7 @@ from importlib import import_module
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-ROOMS = ("data", "early_exit", "glimpse.module", "lidar", "models", "moe", "privacy", "pruning", "synthesis")
+ROOMS = ("data", "early_exit", "glimpse", "lidar", "models", "moe", "privacy", "pruning", "synthesis")
 """Rooms whose classes the command line knows by short name, e.g. ``--model ImageClassifier``."""
 
 

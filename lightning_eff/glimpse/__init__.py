@@ -11,7 +11,15 @@ from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, ReplayConfi
 
 if TYPE_CHECKING:
     from lightning_eff.glimpse.agent import GlimpseExtractor, GlimpseReplayBuffer, GlimpseSAC, make_sac
-    from lightning_eff.glimpse.backbones import CanvasBackbone, ElasticViT, GlimpseBackbone
+    from lightning_eff.glimpse.backbones import (
+        CanvasBackbone,
+        ClassHead,
+        ElasticViT,
+        GlimpseBackbone,
+        ImageDecoder,
+        SegmentationHead,
+    )
+    from lightning_eff.glimpse.callbacks import GlimpseReport
     from lightning_eff.glimpse.environments import GlimpseEnv, GlimpseVecEnv
     from lightning_eff.glimpse.evaluation import PolicyCurve, evaluate_policies, policy_table, stopping_curve
     from lightning_eff.glimpse.exploration import Trajectory, explore
@@ -45,7 +53,15 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "agent": ("GlimpseExtractor", "GlimpseReplayBuffer", "GlimpseSAC", "make_sac"),
-    "backbones": ("CanvasBackbone", "ElasticViT", "GlimpseBackbone"),
+    "backbones": (
+        "CanvasBackbone",
+        "ClassHead",
+        "ElasticViT",
+        "GlimpseBackbone",
+        "ImageDecoder",
+        "SegmentationHead",
+    ),
+    "callbacks": ("GlimpseReport",),
     "environments": ("GlimpseEnv", "GlimpseVecEnv"),
     "evaluation": ("PolicyCurve", "evaluate_policies", "policy_table", "stopping_curve"),
     "exploration": ("Trajectory", "explore"),
@@ -84,6 +100,7 @@ __all__ = [
     "AgentConfig",
     "BestFixedSequence",
     "CanvasBackbone",
+    "ClassHead",
     "ClassificationTask",
     "ElasticViT",
     "FineToCoarse",
@@ -95,10 +112,12 @@ __all__ = [
     "GlimpseEnv",
     "GlimpseExtractor",
     "GlimpseReplayBuffer",
+    "GlimpseReport",
     "GlimpseSAC",
     "GlimpseVecEnv",
     "GlimpseWorld",
     "GreedyLookahead",
+    "ImageDecoder",
     "Observation",
     "Oracle",
     "Policy",
@@ -108,6 +127,7 @@ __all__ = [
     "RepeatFullView",
     "ReplayConfig",
     "RewardConfig",
+    "SegmentationHead",
     "SegmentationTask",
     "Step",
     "Task",
