@@ -78,7 +78,7 @@ class StemTransformer(GlimpseBackbone):
         images, glimpses = seen.views.shape[:2]
         tokens = self.cls_token.expand(images, 1, -1)
         if glimpses:
-            tokens = torch.cat([tokens, self._read(seen, images * glimpses).view(images, -1, self.latent_dim)], 1)
+            tokens = torch.cat([tokens, self._read(seen, images * glimpses).reshape(images, -1, self.latent_dim)], 1)
         tokens = self.norm(self.blocks(tokens))
         return Encoded(tokens[:, 0], tokens[:, 1:])
 
