@@ -447,8 +447,15 @@ def test_an_unknown_order_is_refused():
 # a problem whose answer is known
 
 
-@pytest.mark.parametrize("update", ["fused", pytest.param("sb3", marks=pytest.mark.slow)])
-def test_the_best_action_of_a_bandit_is_found(update):
+@pytest.mark.parametrize(
+    ("update", "updates", "tolerance", "temperature"),
+    [
+        ("fused", 350, 0.2, 0.06),
+        pytest.param("fused", 1000, 0.05, 0.02, marks=pytest.mark.slow),
+        pytest.param("sb3", 1000, 0.05, 0.02, marks=pytest.mark.slow),
+    ],
+)
+def test_the_best_action_of_a_bandit_is_found(update, updates, tolerance, temperature):
     """Reward -|a - a*|^2 with a* = (0.3, 0.7, 0.2), one state, episodes of one glimpse."""
     torch.manual_seed(0)
     camera = replace(CAMERA, num_glimpses=1, grid=1, patch_size=16, quantize=False)
@@ -457,12 +464,13 @@ def test_the_best_action_of_a_bandit_is_found(update):
     sac = small_sac(0, camera, update=update, lr=3e-3, state_parts=("box",), target_entropy=target, replay=replay)
     world = GlimpseWorld(Blind(), Aim(), camera, state_parts=("box",))
     scenes = torch.zeros(16, 1, 32, 32)
-    for i in range(1150):
+    for i in range(150 + updates):
         state = world.reset(scenes)
         step = world.step(torch.rand(16, 3) if i < 150 else sac.act(state))
         sac.replay_buffer.add_step(step.observation, step.actions, step.reward, step.done, step.rows)
         if i >= 150:
             sac.train(1, 128)
     found = sac.act(Observation.of_equal_lengths(torch.zeros(1, 0, 4)), deterministic=True)
-    assert (found - torch.tensor([[0.3, 0.7, 0.2]])).abs().max() < 0.05
-    assert sac.log_ent_coef.exp() < 0.05  # from 0.1, on its way to 0.005
+    # the policy of no update looks at the middle, 0.3 away, at a temperature of 0.1
+    assert (found - torch.tensor([[0.3, 0.7, 0.2]])).abs().max() < tolerance
+    assert sac.log_ent_coef.exp() < temperature

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from gymnasium import spaces
 from stable_baselines3 import SAC
-from stable_baselines3.common.utils import polyak_update
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -67,7 +66,7 @@ def make_sac(agent: AgentConfig, glimpse: GlimpseConfig, backbone: GlimpseBackbo
             "net_arch": {"pi": [agent.hidden], "qf": [agent.hidden]},
             "activation_fn": nn.GELU,
             "optimizer_class": torch.optim.AdamW,
-            "optimizer_kwargs": {"weight_decay": agent.weight_decay},
+            "optimizer_kwargs": {"weight_decay": agent.weight_decay, "fused": True},
         },
         device="cpu",
         _init_setup_model=False,
@@ -171,7 +170,7 @@ class GlimpseSAC(SAC):
                     sums[name] = sums[name] + value if name in sums else value
                 self._n_updates += 1
                 if self._n_updates % self.target_update_interval == 0:
-                    polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+                    self._follow()
         # one look at the device a call
         values = torch.stack([value.float() for value in sums.values()]) / gradient_steps
         if not torch.isfinite(values).all():
@@ -251,6 +250,14 @@ class GlimpseSAC(SAC):
         """Return Q of every critic [M, 2] from features [M, h] of the critics' extractor."""
         inputs = torch.cat([features, actions], dim=1)
         return torch.cat([network(inputs) for network in self.critic.q_networks], dim=1)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Q' <- (1 - tau) Q' + tau Q, all parameters in two calls."""
+        targets: list[Tensor] = list(self.critic_target.parameters())
+        leaders: list[Tensor] = list(self.critic.parameters())
+        torch._foreach_mul_(targets, 1 - self.tau)
+        torch._foreach_add_(targets, leaders, alpha=self.tau)
 
     def _descend(self, loss: Tensor, *optimizers: Any) -> None:
         for optimizer in optimizers:
