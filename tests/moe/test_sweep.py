@@ -176,6 +176,8 @@ def test_sweep_can_grow_but_not_change(base: Path, tmp_path: Path) -> None:
         ({"model__init_args__loss_window": 100}, {}, "loss_window = 100 is longer than the run"),
         ({"model__init_args__optimizer": "AdamW"}, {"lr": "1e-3"}, "optimizer as class_path"),
         ({"data__init_args__seq_len": None, "data__class_path": "TheirText"}, {}, "the base lacks one of them"),
+        ({"data__init_args__seq_len": 17}, {}, "seq_len = 17 is more than the decoder's max_seq_len = 16"),
+        ({"model__init_args__decoder__moe__router": "expert_choice"}, {"expansion_rate": "4,9"}, "cannot share out"),
         ({"trainer__accelerator": "gpu"}, {}, "say trainer.devices as a number, got 'auto'"),
         ({"trainer__callbacks": [{"class_path": "lightning_eff.moe.RunRecorder"}]}, {}, "has a RunRecorder"),
     ],

@@ -183,7 +183,9 @@ def _run(base: Config, point: Mapping[str, Any], out: Path, checkpoints: int) ->
     config = copy.deepcopy(base)
     decoder = _decoder(config, point)
     shape = decoder.shape
-    per_step = _tokens_per_step(config)
+    sequences, positions = _batch(config)
+    together = _devices(config["trainer"]) * int(config["trainer"].get("num_nodes", 1))
+    per_step = sequences * positions * together * int(config["trainer"].get("accumulate_grad_batches", 1))
     steps = max(1, round(point["tokens"] / per_step))
     seed = point["seed"] if point["seed"] is not None else config.get("seed_everything")
     seed = 0 if seed is None or isinstance(seed, bool) else seed  # true: LightningCLI draws one
@@ -205,6 +207,7 @@ def _run(base: Config, point: Mapping[str, Any], out: Path, checkpoints: int) ->
     told += [] if point["lr"] is None else [f"lr{point['lr']:g}"]
     told += [] if point["seed"] is None else [f"seed{seed}"]
     name = "-".join(told)
+    _check_batch(name, decoder, sequences, positions)
 
     config["seed_everything"] = seed
     model, trainer = config["model"]["init_args"], config["trainer"]
@@ -274,24 +277,31 @@ def _learning_rate(config: Config, lr: float | None) -> float | None:
     return lr
 
 
-def _tokens_per_step(config: Config) -> int:
-    """Return the tokens of one optimizer step."""
-    data, trainer = config["data"], config["trainer"]
+def _batch(config: Config) -> tuple[int, int]:
+    """Return the sequences of a batch and the positions of each."""
+    data = config["data"]
     bytes_of_text = str(data.get("class_path")).rpartition(".")[2] == ByteTextDataModule.__name__
-    known = {"seq_len": 256, "batch_size": 64} if bytes_of_text else {}
-    sizes = {
-        **known,
-        **{name: data["init_args"][name] for name in ("seq_len", "batch_size") if name in data["init_args"]},
-    }
+    sizes = {"batch_size": 64, "seq_len": 256} if bytes_of_text else {}
+    sizes.update({name: size for name, size in data["init_args"].items() if name in ("batch_size", "seq_len")})
     if len(sizes) < 2:
         raise ValueError("tokens become steps by data.init_args.batch_size and seq_len, and the base lacks one of them")
-    return int(
-        sizes["seq_len"]
-        * sizes["batch_size"]
-        * _devices(trainer)
-        * int(trainer.get("num_nodes", 1))
-        * int(trainer.get("accumulate_grad_batches", 1))
-    )
+    return sizes["batch_size"], sizes["seq_len"]
+
+
+def _check_batch(name: str, decoder: DecoderConfig, sequences: int, positions: int) -> None:
+    """Raise a ValueError where the network could not take a batch."""
+    if positions > decoder.max_seq_len:
+        raise ValueError(
+            f"{name}: seq_len = {positions} is more than the decoder's max_seq_len = {decoder.max_seq_len}"
+        )
+    moe = decoder.moe
+    if moe is not None and moe.router == "expert_choice":
+        group = moe.routing.group_size or sequences
+        if sequences % group or not round(group * moe.experts_per_token / moe.n_experts):
+            raise ValueError(
+                f"{name}: {moe.n_experts} experts cannot share out batches of {sequences} sequences in groups of "
+                f"{group}; under expert choice a group wants about expansion_rate = {moe.expansion_rate} or more"
+            )
 
 
 def _devices(trainer: Config) -> int:
