@@ -9,7 +9,7 @@ Letters: d model width, f hidden width, m 2 with a gate, else 1.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -146,7 +146,7 @@ def _twin(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         if not parameter.is_floating_point():
             raise ValueError(f"it has weights of {parameter.dtype}")
-        drawn = torch.randn(parameter.shape, generator=random, device="cpu")
+        drawn = _normal(parameter.shape, random)
         if parameter.ndim > 1:
             drawn /= drawn.shape[-1] ** 0.5
         memo[id(parameter)] = nn.Parameter(drawn, requires_grad=False)
@@ -154,11 +154,16 @@ def _twin(module: nn.Module) -> nn.Module:
     return twin.to("cpu", torch.float32).eval()
 
 
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    # whatever default device and dtype are while a trainer builds its model
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
 def _run_on_tokens(twin: nn.Module, linears: list[nn.Module], calls: list[nn.Module]) -> tuple[Tensor, Tensor]:
     """Return random tokens of a width that the twin takes, and its output; widths are tried in the order of layers."""
     errors = []
     for width in dict.fromkeys(_sizes(layer)[1] for layer in linears):
-        x = torch.randn(2, 8, width, generator=torch.Generator().manual_seed(1))
+        x = _normal((2, 8, width), torch.Generator().manual_seed(1))
         calls.clear()
         try:
             return x, _run(twin, x)
@@ -170,7 +175,7 @@ def _run_on_tokens(twin: nn.Module, linears: list[nn.Module], calls: list[nn.Mod
 def _run(twin: nn.Module, x: Tensor) -> Tensor:
     forward: Callable[[Tensor], Tensor] = twin._ff_block if is_transformer_layer(twin) else twin  # type: ignore[assignment]
     try:
-        with torch.no_grad(), untouched_generators(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), untouched_generators(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
             y = forward(x)
     except Exception as error:
         raise ValueError(f"it cannot be run on tokens {list(x.shape)} alone: {error}") from error

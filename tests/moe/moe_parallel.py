@@ -8,13 +8,15 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_eff.moe import FineGrainedMoE, MoEScalingModule
+from lightning_eff.moe import FineGrainedMoE, MoEScalingModule, replace_ffn, shard_model
 
 #: Auxiliary losses so heavy that a wrong one cannot hide.
 AUX = {"method": "aux", "weight": 0.5, "z_weight": 0.1}
+EXPERTS = {"expansion_rate": 4, "granularity": 2, "balance": AUX}
 BIAS = {"method": "bias", "z_weight": 0.1, "bias_rate": 0.01}
 STEPS, EPOCH, WINDOWS, LENGTH, VOCABULARY = 4, 2, 8, 12, 32
 
@@ -32,10 +34,44 @@ def module_of(balance: dict[str, Any], experts: str = "gather") -> MoEScalingMod
         "n_heads": 2,
         "max_seq_len": LENGTH,
         "d_ff": 32,
-        "moe": {"expansion_rate": 4, "granularity": 2, "bias": True, "balance": balance},
+        "moe": {**EXPERTS, "bias": True, "balance": balance},
     }
     # with momentum: Lightning 2.6 cannot read a whole checkpoint of an optimizer without a state
     return MoEScalingModule(decoder, lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.5), experts=experts)
+
+
+class Somebodys(L.LightningModule):
+    """A dense model that knows nothing of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY)
+        self.ffn = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.double()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return self.head(x + self.ffn(x))
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(self(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        self.training_step(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.3, momentum=0.5)
+
+
+class Replacing(Somebodys):
+    """The same, with experts of its own making, and shared out."""
+
+    def configure_model(self) -> None:
+        if not mixtures(self):
+            replace_ffn(self, "ffn", EXPERTS, init="upcycle")
+            if self.device_mesh is not None:
+                shard_model(self, self.device_mesh["data_parallel"])
 
 
 class NeverChosen(L.Callback):
@@ -93,6 +129,8 @@ def state(module: Any) -> dict[str, Tensor]:
     """Weights, buffers and what has been counted, whole."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     whole = {name: getattr(t.detach(), "full_tensor", t.detach)().clone() for name, t in tensors.items()}
+    if not isinstance(module, MoEScalingModule):
+        return whole
     counted = {"tokens": torch.tensor(module.tokens_seen), "smoothed": torch.tensor(module.smoothed_loss())}
     return {**whole, **counted}
 

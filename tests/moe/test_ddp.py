@@ -5,14 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run_ddp
-from moe_parallel import AUX, BIAS, NeverChosen, fit, module_of, state
+from moe_parallel import AUX, BIAS, EXPERTS, NeverChosen, Somebodys, fit, module_of, state
 from torch import Tensor
+
+from lightning_eff.moe import ReplaceFFN
 
 SCRIPT = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch, torch.distributed as dist
 from moe_parallel import *
-from lightning_eff.moe import AuxLossScale, FineGrainedMoE, replace_ffn, total_aux_loss
+from lightning_eff.moe import FineGrainedMoE, ReplaceFFN, total_aux_loss
 
 never_chosen = NeverChosen()
 found = {{}}
@@ -31,6 +33,10 @@ for name, balance, callbacks, settings in (
     module = module_of(balance)
     fit(module, *callbacks, devices=devices(), strategy="ddp", **settings)
     found[name] = {{key: both(value) for key, value in state(module).items()}}
+module = Somebodys()
+replacing = ReplaceFFN("ffn", EXPERTS, "upcycle")
+fit(module, replacing, devices=devices(), strategy="ddp", accumulate_grad_batches=2)
+found["replaced"] = {{key: both(value) for key, value in state(module).items()}}
 
 # each process has half of the tokens and the gradient of its own loss; DDP takes the mean
 rank = dist.get_rank()
@@ -71,10 +77,21 @@ def test_gradient_of_the_global_balance_loss_is_that_of_the_joined_batch(found) 
 def test_processes_end_with_the_weights_of_one_process(found, name, balance, callbacks, settings) -> None:
     module = module_of(balance)
     fit(module, *callbacks, **settings)
-    for key, expected in state(module).items():
-        one, other = found[name][key]
+    assert_equal(found[name], state(module))
+
+
+def test_injected_losses_of_processes_are_those_of_one_process(found) -> None:
+    module = Somebodys()
+    fit(module, ReplaceFFN("ffn", EXPERTS, "upcycle"), accumulate_grad_batches=2)
+    assert_equal(found["replaced"], state(module))
+
+
+def assert_equal(given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert given.keys() == expected.keys()
+    for key, value in expected.items():
+        one, other = given[key]
         assert torch.equal(one, other), key
-        torch.testing.assert_close(one, expected, rtol=1e-6, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(one, value, rtol=1e-6, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_expert_that_nobody_chooses_neither_stops_nor_changes(found) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run_ddp
-from moe_parallel import AUX, BIAS, fit, module_of, state
+from moe_parallel import AUX, BIAS, Replacing, fit, module_of, state
 from torch import Tensor, nn
 
 from lightning_eff.moe import MoEScalingModule, shard_model
@@ -39,6 +39,11 @@ for distributed in (False, True):
     path = name + ".ckpt"
     found[name] = state(run(BIAS, SaveHalfWay(path), distributed=distributed))
     found[name + ", resumed"] = state(run(BIAS, distributed=distributed, ckpt_path=path))
+
+module = Replacing()
+strategy = ModelParallelStrategy(data_parallel_size=devices(), tensor_parallel_size=1)
+fit(module, devices=devices(), strategy=strategy)
+found["replaced"] = state(module)
 
 try:
     fit(module_of(AUX), devices=devices(), strategy=ModelParallelStrategy(1, 2))
@@ -85,14 +90,20 @@ def test_runs_with_loss_free_biases_end_as_one_process_does_also_when_resumed(fo
         assert_equal(found[f"{checkpoint}, resumed"], state(module))
 
 
+def test_any_model_that_replaces_and_is_shared_out_ends_as_in_one_process(found) -> None:
+    module = Replacing()
+    fit(module)
+    assert_equal(found["replaced"], state(module))
+
+
 def test_whole_checkpoint_loads_in_one_process(run) -> None:
     module = MoEScalingModule.load_from_checkpoint(run[0] / "whole.ckpt", weights_only=True)
     assert module.tokens_seen == 2 * 8 * 12
     module(torch.zeros(1, 4, dtype=torch.long))
 
 
-def test_nobody_is_warned_of_views(run) -> None:
-    assert "returned a view tensor" not in run[1]
+def test_nobody_is_warned_of_views_that_layers_return(run) -> None:
+    assert "MoE) returned a view tensor" not in run[1]
 
 
 def test_tensor_parallelism_is_refused(run) -> None:

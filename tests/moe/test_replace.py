@@ -4,18 +4,19 @@ import copy
 import doctest
 import io
 import pickle
+import sys
 from functools import partial
 
 import lightning as L
 import pytest
 import torch
 import torchvision
-from helpers import run_cli
+from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_eff.moe import DenseFFN, FineGrainedMoE, MoEConfig, ReplaceFFN, replace_ffn, total_aux_loss
+from lightning_eff.moe import DecoderLM, DenseFFN, FineGrainedMoE, MoEConfig, ReplaceFFN, replace_ffn, total_aux_loss
 from lightning_eff.moe import replace as replace_module
 
 RATE = {"expansion_rate": 4, "granularity": 2}
@@ -82,6 +83,11 @@ def encoder(**options) -> nn.Module:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not options)
 
 
+def decoder() -> nn.Module:
+    sizes = {"vocab_size": 20, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 24, "max_seq_len": 8}
+    return DecoderLM(**sizes, activation="swiglu", ffn_output_norm="layernorm")
+
+
 def llama() -> nn.Module:
     transformers = pytest.importorskip("transformers", reason="needs the extra bench")
     config = transformers.LlamaConfig(
@@ -127,6 +133,7 @@ MODELS = {
     "torch encoder, sequences second": (
         partial(encoder, batch_first=False), random(5, 2, 16), "layers.1", ["layers.1.linear1"]
     ),
+    "dense decoder": (decoder, TOKENS, "blocks.*.ffn", ["blocks.0.ffn", "blocks.1.ffn"]),
     "hugging face llama": (llama, TOKENS, "**.mlp", ["model.model.layers.0.mlp", "model.model.layers.1.mlp"]),
     "hugging face gpt-2": (gpt2, TOKENS, "model.transformer.h.*.mlp", [f"model.transformer.h.{i}.mlp" for i in (0, 1)]),
 }  # fmt: skip
@@ -375,6 +382,18 @@ def test_fresh_layers_can_be_planned_on_the_meta_device() -> None:
     assert model.ffn(random(4, 16)).isfinite().all()
 
 
+def test_default_device_and_dtype_do_not_matter() -> None:
+    model, x = randomised(Block(mlp())), random(40, 16)
+    expected = model(x)
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does for "bf16-true"
+    try:
+        with torch.device("meta"):
+            replace_ffn(model, "ffn", RATE, init="upcycle")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_global_generator_is_used_for_new_weights_alone() -> None:
     torch.manual_seed(0)
     layer = FineGrainedMoE(16, 32, RATE, bias=True)
@@ -561,9 +580,15 @@ class Patches(nn.Module):
 """
 
 
-def test_callback_is_reached_from_yaml(tmp_path) -> None:
+def test_callback_is_reached_from_yaml(tmp_path, monkeypatch) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
     (tmp_path / "patches.py").write_text(NET)
-    run_cli("fit", "--config", "config.yaml", cwd=tmp_path)
-    checkpoint = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=True)
-    assert checkpoint["state_dict"]["net.layers.1.ffn.w1"].shape == (8, 8, 16)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-eff"])
+    cli = LightningCLI(args=["--config", "config.yaml"], run=False, save_config_callback=None)
+    cli.trainer.fit(cli.model, cli.datamodule)
+    layer = cli.model.get_submodule("net.layers.1.ffn")
+    assert (layer.config.n_experts, layer.config.balance.weight) == (8, 0.02)
+    assert layer.config.routing.normalize_weights  # up-cycled
+    torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=True)
