@@ -22,7 +22,7 @@ from lightning_eff.glimpse.agent.replay import GlimpseReplayBuffer
 from lightning_eff.glimpse.agent.sac import make_sac
 from lightning_eff.glimpse.backbones.base import GlimpseBackbone, Seen
 from lightning_eff.glimpse.config import ACTION_SIZE, AgentConfig, GlimpseConfig, RewardConfig, TrainingPlan
-from lightning_eff.glimpse.exploration import Predictions, Trajectory, explore
+from lightning_eff.glimpse.exploration import Predictions, Trajectory, explore, needs_scores
 from lightning_eff.glimpse.in_trainer import check_trainer, progress, share_buffers
 from lightning_eff.glimpse.metrics import PolicyMetrics
 from lightning_eff.glimpse.observation import Observation
@@ -55,7 +55,8 @@ class AdaGlimpseModule(LightningModule):
     learns from all T glimpses, and thresholds can be changed afterwards.
 
     Every step of every optimizer counts in ``trainer.global_step``, hence in ``max_steps`` and ``every_n_train_steps``:
-    ``updates_per_step`` times T times two or three a batch for the agent, one for the backbone.
+    ``updates_per_step`` times T times two or three a batch for the agent, one for the backbone. A ModelCheckpoint with
+    ``every_n_train_steps`` warns that it saves the state after a batch's steps: that is the state to go on from.
 
     Training logs, behind ``glimpse/``: ``return``, ``score_first`` and ``score_last`` (means over images after the
     first and after the last glimpse), ``mean_scale_t{t}`` (zoom), ``actor_loss``, ``critic_loss``, ``alpha_loss``,
@@ -358,7 +359,7 @@ class AdaGlimpseModule(LightningModule):
             sac.optimizers, sac.backward, sac.log = plain, backward, log
 
     def _log_agent(self, name: str, value: Tensor) -> None:
-        self.log(f"glimpse/{name}", value, batch_size=self.agent.replay.batch_size)
+        self.log(f"glimpse/{name}", value, prog_bar=name == "alpha", batch_size=self.agent.replay.batch_size)
 
     def _optimizers(self) -> list[Any]:
         optimizers = self.optimizers()
@@ -437,8 +438,9 @@ class AdaGlimpseModule(LightningModule):
 
     def _evaluate(self, batch: Any) -> None:
         images, target = self._images_and_target(batch)
+        teacher = self._teach(images) if any(needs_scores(policy) for policy in self._judged.values()) else None
         for name, policy in self._judged.items():
-            self._metrics[name].update(policy, images, target)
+            self._metrics[name].update(policy, images, target, teacher)
 
     def _end_pass(self, stage: str) -> None:
         metrics, self._metrics, self._judged = self._metrics, {}, {}

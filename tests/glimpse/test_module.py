@@ -277,6 +277,15 @@ def test_metrics_are_those_of_the_predictions_of_an_exploration(tmp_path):
     assert [module.results["test"]["policy"][f"accuracy@{t}"] for t in (1, 2)] == pytest.approx(accuracy.tolist())
 
 
+def test_baseline_that_knows_the_truth_is_told_it_also_by_a_teacher(tmp_path):
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))
+    module = make_module(
+        task=ClassificationTask(10, score="kl"), teacher=teacher, baselines=("greedy_lookahead",), num_glimpses=1
+    )
+    make_trainer(tmp_path).test(module, make_data(), verbose=False)
+    assert set(module.results["test"]) == {"policy", "greedy_lookahead"}
+
+
 def test_predictions_are_made_once_an_image_where_they_are_dear(tmp_path):
     module = make_module(every_glimpse=False)
     asked = []
@@ -404,6 +413,13 @@ def test_loss_that_is_no_number_stops_training_before_the_weights_take_it(tmp_pa
         fit(module, tmp_path)
     weights = dict(module.named_parameters())
     assert not [name for name in changed(before, state_of(module)) if name in weights]
+
+
+def test_agent_whose_losses_are_no_numbers_stops_training_with_the_phase(tmp_path):
+    module = make_module(pretrain_epochs=0, random_steps=0)
+    next(module.policy.critic_target.parameters()).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=r"agent's losses.*critic_loss nan.*phase agent, epoch 0, batch 0"):
+        fit(module, tmp_path, num_sanity_val_steps=0)
 
 
 # Other data, precision, use without a trainer
