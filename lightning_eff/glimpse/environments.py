@@ -221,5 +221,6 @@ class _Scenes:
         while len(self._left) < number:
             self._left += torch.randperm(len(self._dataset), generator=self._generator).tolist()
         taken, self._left = self._left[:number], self._left[number:]
-        images, target = self._split_batch(default_collate([self._dataset[i] for i in taken]))
+        fetch = getattr(self._dataset, "__getitems__", lambda indices: [self._dataset[i] for i in indices])
+        images, target = self._split_batch(default_collate(fetch(taken)))
         return images.to(self._device), target.to(self._device) if isinstance(target, Tensor) else target

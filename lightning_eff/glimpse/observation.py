@@ -97,7 +97,7 @@ class Observation:
         if states.dtype == torch.bool:
             states = states.nonzero().squeeze(1)
         lengths = self.lengths[states]
-        tokens = ranges(self._starts()[states], lengths).to(self.device)
+        tokens = ranges(self._starts()[states], lengths).to(self.device, non_blocking=True)
         return self._with_tokens(lambda part: part[tokens], lengths)
 
     def padded(self, max_tokens: int) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ class Observation:
             raise ValueError(
                 f"expected at most max_tokens = {max_tokens} tokens a state, got {int(self.lengths.max())}"
             )
-        slots = self.slots(max_tokens).to(self.device)
+        slots = self.slots(max_tokens).to(self.device, non_blocking=True)
         present = torch.zeros(len(self) * max_tokens, dtype=torch.int8, device=self.device)
         padded = {PRESENT: present.index_fill(0, slots, 1).view(len(self), max_tokens)}
         for key, name in PARTS.items():

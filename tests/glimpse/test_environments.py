@@ -132,6 +132,18 @@ def test_every_scene_comes_once_before_one_comes_again():
     assert sorted(seen) == list(range(8))
 
 
+def test_scenes_are_fetched_together_where_the_data_set_can():
+    class Together(TensorDataset):
+        fetched = []
+
+        def __getitems__(self, indices):
+            self.fetched.append(len(indices))
+            return [self[i] for i in indices]
+
+    GlimpseVecEnv(world(), Together(*scenes().tensors), 4).reset()
+    assert Together.fetched == [4]
+
+
 def test_more_environments_than_scenes_are_possible():
     env = GlimpseVecEnv(world(), scenes(3), 7)
     assert len(env.reset()["present"]) == 7

@@ -52,6 +52,11 @@ def test_all_states_before_the_first_glimpse_are_one():
 
 
 @torch.no_grad()
+def test_no_state_has_no_vector():
+    assert extractor()(tokens(0, 4)).shape == (0, 32)
+
+
+@torch.no_grad()
 def test_a_state_has_the_same_vector_in_any_company():
     model, states = extractor(), ragged([4, 0, 12, 8])
     together = model(states)

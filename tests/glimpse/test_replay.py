@@ -243,6 +243,19 @@ def test_what_is_saved_is_tensors_and_numbers_of_no_more_than_is_held(tmp_path):
     assert_consistent(other.draw(20))
 
 
+def test_equal_buffers_are_saved_as_equal_files():
+    states = []
+    for before in (0, 3):  # what has left the ring is not told
+        replay = buffer(12)
+        for batch in [*range(before), 7]:
+            for t in (1, 2, 3):
+                add(replay, 10 * batch, t, images=4)
+        states.append(replay.state_dict())
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][key]))
+
+
 def test_an_empty_buffer_is_saved_and_comes_back_empty():
     replay = fill(buffer())
     replay.load_state_dict(buffer().state_dict())

@@ -79,7 +79,7 @@ class GlimpseExtractor(BaseFeaturesExtractor):
         longest = int(observation.lengths.max()) if states else 0
         slots = None
         if len(values) - 1 != states * longest:
-            slots = observation.slots(longest).to(values.device)
+            slots = observation.slots(longest).to(values.device, non_blocking=True)
         parts = []
         for table, absent in ((values, 0.0), (logits, -torch.inf)):
             tokens = table[1:]
@@ -88,7 +88,7 @@ class GlimpseExtractor(BaseFeaturesExtractor):
             tokens = tokens.reshape(states, longest, table.size(1))
             parts.append(torch.cat([table[:1].expand(states, 1, -1), tokens], dim=1))
         weights = parts[1].softmax(1)
-        by_head = parts[0].view(states, longest + 1, self.heads, -1)
+        by_head = parts[0].view(states, longest + 1, self.heads, values.size(1) // self.heads)
         return (weights.unsqueeze(3) * by_head).sum(1).flatten(1)
 
 

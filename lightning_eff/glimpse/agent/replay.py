@@ -207,7 +207,8 @@ class GlimpseReplayBuffer(ReplayBuffer):
             ValueError: The buffer is empty.
         """
         slots, before, after = self._draw(batch_size)
-        taken = self._taken[slots.to(self.device)]
+        # an index on its way to a device keeps nobody waiting
+        taken = self._taken.index_select(0, slots.to(self.device, non_blocking=True))
         actions, rewards, dones = torch.split(taken, [ACTION_SIZE, 1, 1], dim=1)
         return Transitions(before, actions, rewards, dones, after)
 
@@ -241,7 +242,7 @@ class GlimpseReplayBuffer(ReplayBuffer):
         return state | {
             "taken": self._taken[slots.to(self.device)].cpu(),
             # by age: independent of where in the ring they happen to be
-            "chain": (self._chain[slots] - first) % self.buffer_size,
+            "chain": torch.where(self._seen(slots), (self._chain[slots] - first) % self.buffer_size, 0),
             "time": self._time[slots].clone(),
             "batches": torch.tensor(list(self._batches), dtype=torch.int64),
             "latest": (self._latest - first) % self.buffer_size,
@@ -304,12 +305,12 @@ class GlimpseReplayBuffer(ReplayBuffer):
     def _write(
         self, observation: Observation, actions: Tensor, rewards: Tensor, dones: Tensor, slots: Tensor, length: int
     ) -> None:
-        tokens = self._token_index(slots).to(self.device)
+        tokens = self._token_index(slots).to(self.device, non_blocking=True)
         for name, table in self._tokens.items():
             part: Tensor = getattr(observation, name)
             new = part.detach().view(-1, length, *part.shape[1:])[:, -self.patches_per_glimpse :].flatten(0, 1)
             table.index_copy_(0, tokens, new.to(table))
-        rows = self._row_index(slots, torch.full_like(slots, length)).to(self.device)
+        rows = self._row_index(slots, torch.full_like(slots, length)).to(self.device, non_blocking=True)
         for name, table in self._rows.items():
             table.index_copy_(0, rows, getattr(observation, name).detach().to(table))
         taken = torch.cat([2 * actions - 1, rewards.view(-1, 1), dones.view(-1, 1)], dim=1)
@@ -327,11 +328,11 @@ class GlimpseReplayBuffer(ReplayBuffer):
     def _states(self, slots: Tensor, reached_by: Tensor, glimpses: Tensor) -> Observation:
         """Return states after the first ``glimpses`` of the episodes of ``slots``, reached by these transitions."""
         seen = torch.arange(self.num_glimpses) < glimpses.unsqueeze(1)
-        tokens = self._token_index(self._chain[slots][seen]).to(self.device)
+        tokens = self._token_index(self._chain[slots][seen]).to(self.device, non_blocking=True)
         lengths = glimpses * self.patches_per_glimpse
         parts = {name: table.index_select(0, tokens) for name, table in self._tokens.items()}
         if self._rows:
-            rows = self._row_index(reached_by, lengths).to(self.device)
+            rows = self._row_index(reached_by, lengths).to(self.device, non_blocking=True)
             parts |= {name: table.index_select(0, rows).float() for name, table in self._rows.items()}
         return Observation(lengths, **parts)
 
@@ -341,6 +342,10 @@ class GlimpseReplayBuffer(ReplayBuffer):
 
     def _row_index(self, slots: Tensor, lengths: Tensor) -> Tensor:
         return ranges(self._row_start[slots], lengths) % self._row_capacity
+
+    def _seen(self, slots: Tensor) -> Tensor:
+        """Return which entries of the chains of transitions mean something."""
+        return torch.arange(self.num_glimpses) <= self._time[slots].unsqueeze(1)
 
     def _resident(self) -> Tensor:
         return (self.pos - self._count + torch.arange(self._count)) % self.buffer_size
