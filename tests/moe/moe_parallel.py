@@ -105,6 +105,7 @@ def fit(module: Any, *callbacks: L.Callback, devices: int = 1, ckpt_path: str | 
         "accelerator": "cpu", "max_steps": STEPS, "logger": False,
         "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
         "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
         "use_distributed_sampler": False,
     }  # fmt: skip
     trainer = L.Trainer(devices=devices, callbacks=list(callbacks), **(defaults | settings))

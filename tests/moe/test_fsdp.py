@@ -1,21 +1,25 @@
 """Two processes that share the weights out (FSDP2, ``ModelParallelStrategy``): what one process does."""
 
+import csv
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import run_ddp
+from lightning.pytorch.loggers import CSVLogger
 from moe_parallel import AUX, BIAS, Replacing, fit, module_of, state
 from torch import Tensor, nn
 
-from lightning_eff.moe import MoEScalingModule, shard_model
+from lightning_eff.moe import ExpertLoadMonitor, MoEScalingModule, shard_model
 
 SCRIPT = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch, torch.distributed as dist
 from moe_parallel import *
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.loggers import CSVLogger
 from torch.distributed.fsdp import FSDPModule
+from lightning_eff.moe import ExpertLoadMonitor
 
 
 def run(balance, *callbacks, distributed=False, **settings):
@@ -28,7 +32,7 @@ def run(balance, *callbacks, distributed=False, **settings):
 
 
 found = {{}}
-module = run(AUX, gradient_clip_val=0.3)
+module = run(AUX, ExpertLoadMonitor(every_n_steps=1), gradient_clip_val=0.3, logger=CSVLogger("logs"))
 found["aux"] = state(module)
 for part in module.modules():
     if isinstance(part, FSDPModule):
@@ -66,18 +70,27 @@ def found(run) -> dict[str, dict[str, Tensor]]:
     return torch.load(run[0] / "found.pt", weights_only=True)
 
 
+def logged(folder: Path) -> dict[str, float]:
+    """Last value of everything that was logged."""
+    with next(folder.rglob("metrics.csv")).open() as file:
+        return {name: float(value) for row in csv.DictReader(file) for name, value in row.items() if value}
+
+
 def assert_equal(given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert given.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(given[key], value, rtol=1e-6, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_shared_out_weights_become_those_of_one_process_also_when_clipped(found) -> None:
+def test_shared_out_weights_become_those_of_one_process_also_when_clipped(run, found, tmp_path) -> None:
     module, unclipped = module_of(AUX), module_of(AUX)
-    fit(module, gradient_clip_val=0.3)
+    fit(module, ExpertLoadMonitor(every_n_steps=1), gradient_clip_val=0.3, logger=CSVLogger(tmp_path))
     fit(unclipped)
     assert_equal(found["aux"], state(module))
     assert not torch.allclose(state(module)["model.head.weight"], state(unclipped)["model.head.weight"], atol=1e-3)
+    expected, given = logged(tmp_path), logged(run[0] / "logs")
+    assert {"moe/router_entropy", "moe/load_cv", "train/loss", "train/aux_z", "val/loss"} <= set(expected)
+    assert given == pytest.approx(expected, rel=1e-5)
     assert found["parts"]["model.blocks.0.ffn.w1"].tolist() == [4, 16, 16]  # of 8 experts
 
 
