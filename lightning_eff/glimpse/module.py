@@ -22,7 +22,9 @@ from lightning_eff.glimpse.agent.replay import GlimpseReplayBuffer
 from lightning_eff.glimpse.agent.sac import make_sac
 from lightning_eff.glimpse.backbones.base import GlimpseBackbone, Seen
 from lightning_eff.glimpse.config import ACTION_SIZE, AgentConfig, GlimpseConfig, RewardConfig, TrainingPlan
+from lightning_eff.glimpse.crop import take_glimpse
 from lightning_eff.glimpse.exploration import Predictions, Trajectory, explore, needs_scores
+from lightning_eff.glimpse.geometry import views_of
 from lightning_eff.glimpse.in_trainer import check_trainer, progress, share_buffers
 from lightning_eff.glimpse.metrics import PolicyMetrics
 from lightning_eff.glimpse.observation import Observation
@@ -249,11 +251,21 @@ class AdaGlimpseModule(LightningModule):
         count = int(torch.randint(self.backbone.least_glimpses, self.glimpse.num_glimpses + 1, ()))
         full_first = bool(torch.rand(()) < _FULL_FIRST)
         for t in range(count):
-            actions = torch.rand(len(images), ACTION_SIZE, device=self.device)
             if t == 0 and full_first:
-                actions = torch.tensor(FULL_VIEW, device=self.device).expand_as(actions)
+                actions = torch.tensor(FULL_VIEW, device=self.device).expand(len(images), ACTION_SIZE)
+            else:
+                actions = self._drawn_views(images)
             seen = world.step(actions).seen
         self._teach_backbone([seen], images, target, self._teach(images))
+
+    def _drawn_views(self, images: Tensor) -> Tensor:
+        """Return actions at random [B, 3], of several the one that shows the most contrast."""
+        drawn = torch.rand(self.plan.pretrain_tries, len(images), ACTION_SIZE, device=self.device)
+        if len(drawn) == 1:
+            return drawn[0]
+        shown = [take_glimpse(images, views_of(actions, self.glimpse), self.glimpse).patches for actions in drawn]
+        contrast = torch.stack([patches.float().flatten(1).std(1) for patches in shown])
+        return drawn[contrast.argmax(0), torch.arange(len(images), device=self.device)]
 
     def _play(self, images: Tensor, target: Any, phase: Phase) -> None:
         """Let the agent look, remember what it was paid, and let learn whose turn it is."""
@@ -341,7 +353,9 @@ class AdaGlimpseModule(LightningModule):
         plan, done = self.plan, progress(self.trainer, batch_idx)
         epochs = self.trainer.max_epochs
         start = min(plan.pretrain_epochs / epochs, 1) if epochs is not None and epochs > 0 else 0
-        agent, backbone = (learning_rate_factor(plan, share) for share in (progress_after(done, start), done))
+        backbone = learning_rate_factor(plan, done)
+        still = plan.learning_rates == "cosine_backbone"
+        agent = 1.0 if still else learning_rate_factor(plan, progress_after(done, start))
         optimizers = self._optimizers()
         for i, optimizer in enumerate(optimizers):
             for group in optimizer.param_groups:
@@ -401,6 +415,10 @@ class AdaGlimpseModule(LightningModule):
                 f"the agent has not been asked for a glimpse in this epoch: {left} of random_steps = "
                 f"{self.agent.replay.random_steps} steps at random are still to go, {self.glimpse.num_glimpses} a batch"
             )
+
+    def on_fit_end(self) -> None:
+        """Leave the device, as the trainer lets the module do."""
+        self._buffer.move_to("cpu")
 
     # Validation, test, prediction
 
