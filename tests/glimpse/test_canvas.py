@@ -134,14 +134,25 @@ def test_the_canvas_itself_needs_no_weights():
     assert not list(CanvasBackbone(3).parameters())
 
 
-def test_logits_depend_on_the_scale_of_what_is_shown():
-    torch.manual_seed(0)
-    backbone = CanvasBackbone(1, 10).eval()
+def same_canvas_at_two_scales():
     images = torch.zeros(2, 1, 64, 64)
     views = torch.tensor([[0.0, 0.0, 64.0], [0.0, 0.0, 32.0]])
-    seen = backbone.observe(backbone.begin(images, 8), take_glimpse(images, views, CONFIG))
+    return images, take_glimpse(images, views, CONFIG)
+
+
+def test_logits_depend_on_the_scale_of_what_is_shown_once_that_is_learnt():
+    torch.manual_seed(0)
+    backbone = CanvasBackbone(1, 10)
+    images, glimpse = same_canvas_at_two_scales()
+    seen = backbone.observe(backbone.begin(images, 8), glimpse)
     logits = backbone.predict(backbone.encode(seen), seen)
     assert logits.shape == (2, 10)
+    assert torch.allclose(logits[0], logits[1])  # at first only the picture counts
+    optimizer = torch.optim.SGD(backbone.parameters(), 0.1)
+    F.cross_entropy(logits, torch.tensor([0, 1])).backward()
+    optimizer.step()
+    backbone.eval()
+    logits = backbone.predict(backbone.encode(seen), seen)
     assert not torch.allclose(logits[0], logits[1])
 
 
