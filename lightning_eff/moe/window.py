@@ -38,7 +38,7 @@ class LossWindow:
 
     def mean(self) -> Tensor:
         """Return the mean of what is kept, a scalar; NaN if that is nothing."""
-        return self._ring[: len(self)].mean()
+        return self.state().mean()  # oldest first: the same to the last bit wherever the ring has come to
 
     def state(self) -> Tensor:
         """Return what is kept, oldest first, float32."""

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_eff.data import ByteTextDataModule
 from lightning_eff.moe import MoEScalingModule
 
-TEXT = str(REPOSITORY / "CHANGELOG.md")
+TEXT = str(REPOSITORY / "LICENSE")
 # everything that a run remembers: loss-free bias, dropout, a window that has come round, batches that are accumulated
 SCRIPT = """
 import sys

@@ -34,6 +34,16 @@ def test_saved_window_goes_on_as_if_it_had_not_been(count: int) -> None:
         assert torch.equal(straight.state(), resumed.state())
 
 
+def test_mean_is_the_same_to_the_last_bit_wherever_the_ring_has_come_to() -> None:
+    torch.manual_seed(0)
+    straight = LossWindow(7)
+    for loss in torch.rand(12) * 3:
+        straight.add(loss)
+        resumed = LossWindow(7)
+        resumed.load(straight.state())
+        assert straight.mean() == resumed.mean()
+
+
 def test_smaller_window_takes_the_last_of_what_was_saved() -> None:
     window = LossWindow(2)
     window.load(filled(5).state())

@@ -23,7 +23,7 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["lightning-eff"])  # arguments of pytest are none of ours
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # the CLI puts its seed there
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
-    Path("text.txt").write_bytes((REPOSITORY / "CHANGELOG.md").read_bytes())
+    Path("text.txt").write_bytes((REPOSITORY / "LICENSE").read_bytes())
 
 
 def test_yaml_trains_and_goes_on_from_its_checkpoint() -> None:
