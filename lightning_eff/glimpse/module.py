@@ -46,6 +46,7 @@ from lightning_eff.glimpse.world import FULL_VIEW, GlimpseWorld
 _KEY = "lightning_eff.glimpse"
 _VERSION = 1
 _PATIENCE = 50  # batches without any reward until that is worth a warning
+_SHOWN = ("return", "alpha", "phase")  # by the progress bar
 _FULL_FIRST = 0.5  # share of batches of pretraining that begin with the largest view
 
 
@@ -230,20 +231,22 @@ class AdaGlimpseModule(LightningModule):
         images, target = self._images_and_target(batch)
         phase = phase_of(self.plan, self.current_epoch, self._turns)
         self._set_learning_rates(batch_idx)
-        with self._stream.running(self.device), self._agent_in_trainer():
+        told: dict[str, list[Tensor]] = {}
+        with self._stream.running(self.device), self._agent_in_trainer(told):
             try:
-                if phase.random:
-                    self._pretrain(images, target)
-                else:
-                    self._play(images, target, phase)
+                logged = self._pretrain(images, target) if phase.random else self._play(images, target, phase)
             except FloatingPointError as error:
                 raise FloatingPointError(
                     f"{error} (phase {phase.name}, epoch {self.current_epoch}, batch {batch_idx})"
                 ) from error
         self._turns += turns_begun(self.plan, self.current_epoch)
-        self.log("glimpse/phase", float(phase.number), prog_bar=True, batch_size=len(images))
+        logged |= {name: torch.stack(values).mean() for name, values in told.items()}
+        logged["phase"] = torch.tensor(float(phase.number))
+        for shown in (True, False):
+            some = {f"glimpse/{name}": value for name, value in logged.items() if (name in _SHOWN) is shown}
+            self.log_dict(some, prog_bar=shown, batch_size=len(images))
 
-    def _pretrain(self, images: Tensor, target: Any) -> None:
+    def _pretrain(self, images: Tensor, target: Any) -> dict[str, Tensor]:
         """Teach the backbone from 0 to T glimpses at random places, half of the batches from the largest view on."""
         world = self._training_world(("box",))
         world.reset(images, target, scored=False)
@@ -256,7 +259,7 @@ class AdaGlimpseModule(LightningModule):
             else:
                 actions = self._drawn_views(images)
             seen = world.step(actions).seen
-        self._teach_backbone([seen], images, target, self._teach(images))
+        return {"backbone_loss": self._teach_backbone([seen], images, target, self._teach(images))}
 
     def _drawn_views(self, images: Tensor) -> Tensor:
         """Return actions at random [B, 3], of several the one that shows the most contrast."""
@@ -267,7 +270,7 @@ class AdaGlimpseModule(LightningModule):
         contrast = torch.stack([patches.float().flatten(1).std(1) for patches in shown])
         return drawn[contrast.argmax(0), torch.arange(len(images), device=self.device)]
 
-    def _play(self, images: Tensor, target: Any, phase: Phase) -> None:
+    def _play(self, images: Tensor, target: Any, phase: Phase) -> dict[str, Tensor]:
         """Let the agent look, remember what it was paid, and let learn whose turn it is."""
         replay = self.agent.replay
         buffer = self._buffer
@@ -300,24 +303,23 @@ class AdaGlimpseModule(LightningModule):
                 self.sac.train(replay.updates_per_step, replay.batch_size)
         if rewards:
             paid = torch.stack(rewards)
-            logged |= {"score_first": scores[0], "score_last": scores[-1]}
-            self.log("glimpse/return", paid.sum(0).mean(), prog_bar=True, batch_size=len(images))
+            logged |= {"return": paid.sum(0).mean(), "score_first": scores[0], "score_last": scores[-1]}
             self._watch(paid)
         if phase.backbone:
             if self.plan.loss_at == "random":
                 seen = [seen[int(torch.randint(len(seen), ()))]]
-            self._teach_backbone(seen, images, target, teacher)
+            logged["backbone_loss"] = self._teach_backbone(seen, images, target, teacher)
             self._stale = True
         logged["buffer_fill"] = torch.tensor(buffer.size() / replay.buffer_size)
         logged["env_steps"] = torch.tensor(float(self._env_steps))
-        self.log_dict({f"glimpse/{name}": value for name, value in logged.items()}, batch_size=len(images))
+        return logged
 
     def _choose(self, observation: Observation) -> Tensor:
         if self._glimpses < self.agent.replay.random_steps:
             return torch.rand(len(observation), ACTION_SIZE, device=self.device)
         return self.sac.act(observation)
 
-    def _teach_backbone(self, seen: list[Seen], images: Tensor, target: Any, teacher: Tensor | None) -> None:
+    def _teach_backbone(self, seen: list[Seen], images: Tensor, target: Any, teacher: Tensor | None) -> Tensor:
         losses = []
         for one in seen:
             prediction = self.backbone.predict(self.backbone.encode(one), one)
@@ -334,7 +336,7 @@ class AdaGlimpseModule(LightningModule):
         optimizer.step()
         if self.trainer.world_size > 1:
             share_buffers(self.backbone)
-        self.log("glimpse/backbone_loss", loss.detach(), batch_size=len(images))
+        return loss.detach()
 
     @torch.no_grad()
     def _teach(self, images: Tensor) -> Tensor | None:
@@ -362,18 +364,16 @@ class AdaGlimpseModule(LightningModule):
                 group["lr"] = group["initial_lr"] * (agent if i < len(self.sac.optimizers) else backbone)
 
     @contextmanager
-    def _agent_in_trainer(self) -> Iterator[None]:
-        """Let the agent's steps count in the trainer and its gradients be those of all processes."""
+    def _agent_in_trainer(self, told: dict[str, list[Tensor]]) -> Iterator[None]:
+        """Let the agent's steps count in the trainer, its gradients be those of all processes, and gather its logs."""
         sac, plain, backward, log = self.sac, self.sac.optimizers, self.sac.backward, self.sac.log
         try:
             sac.optimizers = self._optimizers()[: len(plain)]
-            sac.backward, sac.log = self.manual_backward, self._log_agent
+            sac.backward = self.manual_backward
+            sac.log = lambda name, value: told.setdefault(name, []).append(value)
             yield
         finally:
             sac.optimizers, sac.backward, sac.log = plain, backward, log
-
-    def _log_agent(self, name: str, value: Tensor) -> None:
-        self.log(f"glimpse/{name}", value, prog_bar=name == "alpha", batch_size=self.agent.replay.batch_size)
 
     def _optimizers(self) -> list[Any]:
         optimizers = self.optimizers()

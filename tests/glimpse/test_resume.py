@@ -43,9 +43,14 @@ def train(tmp_path, module, epochs, ckpt_path=None, callbacks=(), seed=5, **opti
     return everything(module, trainer)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What four epochs without an interruption lead to."""
+    return train(tmp_path_factory.mktemp("whole"), make_module(**COURSE), 4)
+
+
 @pytest.mark.parametrize("batches", [1, 4, 5, 6])
-def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path, batches):
-    whole = train(tmp_path, make_module(**COURSE), 4)
+def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path, whole, batches):
     path = tmp_path / "stopped.ckpt"
     train(tmp_path, make_module(**COURSE), 4, callbacks=[StopAfter(batches, path)])
     resumed = train(tmp_path, make_module(seed=9, **COURSE), 4, path, seed=6)

@@ -85,6 +85,8 @@ class CanvasBackbone(GlimpseBackbone):
         assert seen.memory is not None
         if self.num_classes is None:
             return Encoded(seen.memory[:, : self.channels])
+        if not seen.views.shape[1]:  # nothing to look at: predict does not read them
+            return Encoded(seen.memory.new_zeros(len(seen.memory), self.head.in_features))
         canvas, scale = seen.memory[:, :-1], seen.memory[:, -1:].clamp(max=_UNSEEN)
         shown = torch.cat([canvas, scale / 4], dim=1)
         # convolutions on a CPU are half again as fast on this layout
