@@ -10,7 +10,7 @@ StatePart = Literal["patch", "box", "importance", "latent"]
 RewardKind = Literal["difference", "score", "score_normalized"]
 Regime = Literal["alternating", "constant", "frozen", "backbone_only"]
 LossAt = Literal["last", "all", "random"]
-LearningRates = Literal["cosine", "constant"]
+LearningRates = Literal["cosine", "cosine_backbone", "constant"]
 
 #: Numbers of an action: row, column and zoom, each in [0, 1].
 ACTION_SIZE = 3
@@ -272,8 +272,11 @@ class TrainingPlan:
         alternate_every: Length of a turn, >= 1; the agent begins.
         alternate_unit: Of that length.
         loss_at: Glimpses after which the backbone's loss is taken; ``"all"`` costs T backward passes.
-        learning_rates: ``"cosine"``: they rise during the warm-up and fall along half a cosine; or ``"constant"``.
-            Those of the agent begin after pretraining.
+        pretrain_tries: Views drawn for each glimpse of pretraining, of which the one with the most contrast is taken,
+            >= 1. With a single one, close views seldom show anything in scenes that are mostly empty, and the backbone
+            does not learn to read them.
+        learning_rates: ``"cosine"``: they rise during the warm-up and fall along half a cosine; those of the agent
+            begin after pretraining, or stay as they are (``"cosine_backbone"``). Or ``"constant"``.
         warmup_fraction: Share of all batches in which they rise, in [0, 1).
 
     Raises:
@@ -286,6 +289,7 @@ class TrainingPlan:
     alternate_every: int = 1
     alternate_unit: Literal["epoch", "batch"] = "epoch"
     loss_at: LossAt = "last"
+    pretrain_tries: int = 1
     learning_rates: LearningRates = "cosine"
     warmup_fraction: float = 0.01
 
@@ -293,6 +297,7 @@ class TrainingPlan:
         _check_whole("pretrain_epochs", self.pretrain_epochs, least=0)
         _check_whole("rl_only_epochs", self.rl_only_epochs, least=0)
         _check_whole("alternate_every", self.alternate_every)
+        _check_whole("pretrain_tries", self.pretrain_tries)
         _check_choice("regime", self.regime, get_args(Regime))
         _check_choice("alternate_unit", self.alternate_unit, ("epoch", "batch"))
         _check_choice("loss_at", self.loss_at, get_args(LossAt))

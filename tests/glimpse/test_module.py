@@ -131,6 +131,24 @@ def test_pretraining_sees_every_number_of_glimpses_that_teaches_something(tmp_pa
         assert set(seen) == set(range(least, 4))
 
 
+def test_pretraining_can_prefer_views_that_show_something(tmp_path):
+    # one bright pixel in a dark scene: a single view seldom shows it
+    images = torch.zeros(512, 1, 32, 32)
+    images[:, :, 20, 9] = 1
+    shown = {}
+    for tries in (1, 8):
+        module = make_module(pretrain_tries=tries, fixed_scale=0.0)
+        torch.manual_seed(0)
+        actions = module._drawn_views(images)
+        assert actions.shape == (512, 3)
+        world = module.world
+        world.reset(images, torch.zeros(512, dtype=torch.int64), scored=False)
+        shown[tries] = float((world.step(actions).glimpse.patches.amax((1, 2, 3, 4)) > 0).float().mean())
+    # 8 of 25 places in each direction show the pixel
+    assert shown[1] == pytest.approx((8 / 25) ** 2, abs=0.04)
+    assert shown[8] == pytest.approx(1 - (1 - (8 / 25) ** 2) ** 8, abs=0.06)
+
+
 def make_vit():
     return ElasticViT(10, 32, ViTSize(16, 1, 2), patch_size=4, channels=1)
 
@@ -183,6 +201,9 @@ def test_learning_rates_follow_the_plan_each_from_its_own_start(tmp_path):
     assert backbone == pytest.approx([1e-2 * factor for factor in half_cosine])
     half_way = (1 + math.cos(math.pi / 4)) / 2
     assert agent == pytest.approx([1e-3, 1e-3, 1e-3 * half_way, 1e-3 * (1 - half_way)])
+    _, logged = fit(make_module(**plan, learning_rates="cosine_backbone"), tmp_path, 2)
+    assert [rates[-1] for rates in logged.rates] == pytest.approx(backbone)
+    assert {rates[0] for rates in logged.rates} == {1e-3}
     _, logged = fit(make_module(**plan, learning_rates="constant"), tmp_path, 2)
     assert {tuple(rates) for rates in logged.rates} == {(1e-3, 1e-3, 1e-3, 1e-2)}
 
