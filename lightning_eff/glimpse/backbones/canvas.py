@@ -39,7 +39,7 @@ class CanvasBackbone(GlimpseBackbone):
         self,
         channels: int = 1,
         num_classes: int | None = None,
-        widths: tuple[int, int, int, int] = (12, 24, 48, 48),
+        widths: tuple[int, int, int, int] = (16, 32, 64, 128),
         fill: float = 0.0,
     ) -> None:
         super().__init__()
