@@ -115,6 +115,6 @@ def _encoder(part: StatePart, shape: tuple[int, ...], width: int) -> nn.Sequenti
         return nn.Sequential(nn.Flatten(), *_dense(pixels, 2 * width), *_dense(2 * width, width))
     layers: list[nn.Module] = []
     for outputs in (8, 32):
-        layers += [nn.Conv2d(channels, outputs, 5), nn.GroupNorm(1, outputs), nn.GELU(), nn.MaxPool2d(2)]
+        layers += [_ChannelsLastConv(channels, outputs, 5), nn.GroupNorm(1, outputs), nn.GELU(), nn.MaxPool2d(2)]
         side, channels = (side - 4) // 2, outputs
     return nn.Sequential(*layers, nn.Flatten(), *_dense(channels * side * side, width))
