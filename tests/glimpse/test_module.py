@@ -334,7 +334,7 @@ def test_agent_that_is_not_asked_in_an_epoch_is_told_with_the_steps_to_go(tmp_pa
 
 
 def test_agent_that_is_never_paid_is_told_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_eff.glimpse.module._PATIENCE", 2)
+    monkeypatch.setattr("lightning_eff.glimpse.episodic_module._PATIENCE", 2)
     # a scene without anything on it is reconstructed before anybody looks
     data = DataLoader(TensorDataset(torch.zeros(64, 1, 32, 32), torch.zeros(64)), batch_size=16)
     module = blind(CanvasBackbone(1))

@@ -106,7 +106,7 @@ def test_transitions_stay_out_of_checkpoints_that_are_not_to_hold_them(tmp_path)
     fresh = make_module(pretrain_epochs=0, rl_only_epochs=4, resume_buffer=False, random_steps=0)
     train(tmp_path, fresh, 2, without)
     assert fresh.sac.replay_buffer.size() == 64
-    assert fresh._env_steps == module._env_steps + 64
+    assert fresh.counts.env_steps == module.counts.env_steps + 64
 
 
 def test_weights_saved_alone_hold_no_transitions_and_are_read(tmp_path):
@@ -204,7 +204,7 @@ module = make_module(pretrain_epochs=0, rl_only_epochs=4, random_steps=0)
 step = module.sac.train
 def train(*given):
     step(*given)
-    if module.trainer.current_epoch == 1 and module._glimpses % 2:
+    if module.trainer.current_epoch == 1 and module.counts.glimpses % 2:
         raise KeyboardInterrupt  # between the glimpses of an episode
 module.sac.train = train
 saved = ModelCheckpoint(sys.argv[1], filename="first")

@@ -27,6 +27,25 @@ class Phase:
     random: bool = False
 
 
+@dataclass
+class Counts:
+    """How far training has come.
+
+    Attributes:
+        turns: Batches since turns began.
+        glimpses: Glimpses of a batch that the agent, or chance in its place, has chosen.
+        env_steps: Transitions stored.
+        unpaid: Batches in a row without any reward.
+        stale: Whether the backbone has learnt since transitions were last forgotten.
+    """
+
+    turns: int = 0
+    glimpses: int = 0
+    env_steps: int = 0
+    unpaid: int = 0
+    stale: bool = False
+
+
 PRETRAINING = Phase("pretraining", 0, backbone=True, random=True)
 AGENT = Phase("agent", 1, agent=True)
 BACKBONE = Phase("backbone", 2, backbone=True)
