@@ -68,7 +68,15 @@ def build(
             state_parts=("patch", "box"),
             replay=ReplayConfig(batch_size=128, updates_per_step=2, random_steps=20),
         ),
-        TrainingPlan(pretrain_epochs=pretrain, rl_only_epochs=agent_alone, alternate_every=10, alternate_unit="batch"),
+        TrainingPlan(
+            pretrain_epochs=pretrain,
+            rl_only_epochs=agent_alone,
+            alternate_every=10,
+            alternate_unit="batch",
+            pretrain_tries=4,
+            learning_rates="cosine_backbone",
+            warmup_fraction=0.05,
+        ),
         backbone_optimizer=partial(torch.optim.AdamW, lr=3e-3),
     )
     trainer = L.Trainer(

@@ -112,7 +112,7 @@ def build(task: str, seed: int, batches: int) -> tuple[AdaGlimpseModule, CanvasD
             ReconstructionTask(),
             GlimpseConfig(canvas, num_glimpses=3, patch_size=8),
             agent,
-            TrainingPlan(regime="frozen"),
+            TrainingPlan(regime="frozen", learning_rates="constant"),
             RewardConfig(scale=20 / 255),  # scores are grey levels
         )
     else:
@@ -122,11 +122,11 @@ def build(task: str, seed: int, batches: int) -> tuple[AdaGlimpseModule, CanvasD
             ClassificationTask(len(CLOTHES)),
             GlimpseConfig(canvas, num_glimpses=3, patch_size=14),
             agent,
-            TrainingPlan(pretrain_epochs=10, regime="frozen"),
+            TrainingPlan(pretrain_epochs=10, regime="frozen", pretrain_tries=4, learning_rates="cosine_backbone"),
             backbone_optimizer=partial(torch.optim.AdamW, lr=2e-3),
         )
     data = CanvasDataModule(
-        "fashion_mnist", canvas=canvas, clutter=clutter, batch_size=BATCH, val_size=0, test_size=1000
+        "fashion_mnist", canvas=canvas, clutter=clutter, batch_size=BATCH, val_size=64, test_size=1000
     )
     trainer = L.Trainer(
         accelerator="cpu",

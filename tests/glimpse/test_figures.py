@@ -193,5 +193,5 @@ def test_importance_colours_patches_the_small_ones_on_top(images: Tensor) -> Non
     figure = importance_figure(images, boxes, importance, count=2)
     filled = [one for one in figure.axes[0].patches if one.get_fill()]
     assert [one.get_width() for one in filled] == [32, 8, 4]
-    assert figure.axes[-1].get_ylabel() == "importance, times the number of patches"
+    assert figure.axes[-1].get_ylabel() == "importance (1 is even)"
     assert filled[2].get_facecolor()[0] > filled[0].get_facecolor()[0]  # magma: bright is much
