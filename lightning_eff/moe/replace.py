@@ -46,6 +46,8 @@ def replace_ffn(
 ) -> list[str]:
     """Replace feed-forward networks of ``model`` by mixtures of experts, in place; all of those matched, or none.
 
+    Call it after dense weights are loaded and before an optimizer is made.
+
     A network is recognised by what it computes, ``down(activation(up(x)))`` with or without a gate, not by its class:
     those of torchvision, timm and Hugging Face, a plain ``nn.Sequential``, :class:`DenseFFN`. Torch's
     ``TransformerEncoderLayer`` and ``TransformerDecoderLayer`` hold no network of its own: match the layer itself.
