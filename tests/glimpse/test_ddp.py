@@ -55,5 +55,6 @@ def test_two_processes_end_with_the_same_networks_and_go_on_with_them(tmp_path, 
     assert "equal" in output
 
 
+@pytest.mark.slow
 def test_plain_ddp_is_refused_with_the_name_of_the_strategy_to_use(tmp_path):
     assert "refused" in run_ddp(REFUSED, tmp_path).stdout

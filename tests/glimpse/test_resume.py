@@ -3,7 +3,6 @@
 import pytest
 import torch
 from glimpse_runs import changed, make_backbone, make_data, make_module, make_trainer, state_of
-from helpers import run_python
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_eff.batch import BatchKeys
@@ -196,35 +195,24 @@ def test_checkpoint_of_another_version_is_refused(tmp_path):
         train(tmp_path, make_module(), 2, path)
 
 
-KILLED = """
-import sys
-from glimpse_runs import *
-from lightning.pytorch.callbacks import ModelCheckpoint
-module = make_module(pretrain_epochs=0, rl_only_epochs=4, random_steps=0)
-step = module.sac.train
-def train(*given):
-    step(*given)
-    if module.trainer.current_epoch == 1 and module.counts.glimpses % 2:
-        raise KeyboardInterrupt  # between the glimpses of an episode
-module.sac.train = train
-saved = ModelCheckpoint(sys.argv[1], filename="first")
-trainer = make_trainer(sys.argv[1], 3, callbacks=[saved], enable_checkpointing=True)
-try:
-    trainer.fit(module, make_data())
-except SystemExit:
-    pass
-module.sac.train = step
-buffer = module.sac.replay_buffer
-assert buffer.size() % 32 == 16, buffer.size()
-trainer.save_checkpoint(sys.argv[1] + "/middle.ckpt")
-"""
-
-
 def test_run_interrupted_in_the_middle_of_an_episode_loses_that_episode_alone(tmp_path):
-    run_python(KILLED, str(tmp_path))
     module = make_module(pretrain_epochs=0, rl_only_epochs=4, random_steps=0)
-    train(tmp_path, module, 3, tmp_path / "middle.ckpt")
-    batch = module.sac.replay_buffer.draw(200)
+    learn = module.sac.train
+
+    def interrupted(*given):
+        learn(*given)
+        if module.current_epoch == 1 and module.counts.glimpses % 2:
+            raise KeyboardInterrupt  # between the glimpses of an episode
+
+    module.sac.train = interrupted
+    trainer = make_trainer(tmp_path, 3)
+    with pytest.raises(SystemExit):
+        trainer.fit(module, make_data())
+    assert module.sac.replay_buffer.size() % 32 == 16
+    trainer.save_checkpoint(tmp_path / "middle.ckpt")
+    resumed = make_module(pretrain_epochs=0, rl_only_epochs=4, random_steps=0)
+    train(tmp_path, resumed, 3, tmp_path / "middle.ckpt")
+    batch = resumed.sac.replay_buffer.draw(200)
     steps = batch.next_observations.lengths - batch.observations.lengths
     assert steps.unique().tolist() == [4]
 
