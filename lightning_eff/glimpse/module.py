@@ -46,7 +46,8 @@ class AdaGlimpseModule(EpisodicModule):
         agent: Soft actor-critic and its replay buffer.
         plan: Who learns when.
         reward: What a glimpse is paid.
-        backbone_optimizer: ``parameters -> optimizer`` of the backbone; AdamW with the paper's 1e-5 by default.
+        backbone_optimizer: ``parameters -> optimizer`` of the backbone; AdamW with the paper's 1e-5 by default. The
+            command line's own ``--optimizer`` would take the place of this one and of the agent's.
         teacher: Called with whole scenes; its predictions take the place of targets where the task says so. Neither
             trained nor written into checkpoints.
         baselines: Names of policies to validate and test besides, see
