@@ -26,7 +26,8 @@ tensor_parallel_size=1)`` with ``self.device_mesh["data_parallel"]``. Gradients,
     losses are those of one process with the joined batch.
 
     Args:
-        model: Anything with :class:`FineGrainedMoE` layers in it, not yet shared out.
+        model: Anything with :class:`FineGrainedMoE` layers in it, not yet shared out. It must hold every weight that is
+            trained, for nothing outside of it is averaged, and must be what is called.
         mesh: One-dimensional; the processes of data parallelism.
         experts: ``"gather"`` brings a layer's experts together on every process while it runs; every layer is a unit of
             its own. ``"stay"`` leaves each expert on one process and sends the tokens there (expert parallelism): less

@@ -63,9 +63,9 @@ def replace_ffn(
             at all: ``"encoder.layers.*.mlp"``; or a function of name and module.
         config: Options of the layers. What a dict leaves out of ``activation`` and ``bias`` is as the network has it.
         init: New weights, or those of the network, E times.
-        aux_mode: ``"inject"`` sends auxiliary losses into the backward pass, whatever the training step does; where
-            the loss is scaled before, see :func:`set_aux_scale` and :class:`AuxLossScale`. ``"collect"`` leaves them to
-            :func:`total_aux_loss`, which you add to the loss.
+        aux_mode: ``"inject"`` sends auxiliary losses, the mean over the layers of ``model``, into the backward pass,
+            whatever the training step does; where the loss is scaled before, see :func:`set_aux_scale` and
+            :class:`AuxLossScale`. ``"collect"`` leaves them to :func:`total_aux_loss`, which you add to the loss.
 
     Returns:
         Names of the new layers, for ``model.get_submodule``.
