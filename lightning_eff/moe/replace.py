@@ -49,7 +49,7 @@ def replace_ffn(
     Call it after dense weights are loaded and before an optimizer is made.
 
     A network is recognised by what it computes, ``down(activation(up(x)))`` with or without a gate, not by its class:
-    those of torchvision, timm and Hugging Face, a plain ``nn.Sequential``, :class:`DenseFFN`. Torch's
+    those of torchvision and Hugging Face, a plain ``nn.Sequential``, :class:`DenseFFN`. Torch's
     ``TransformerEncoderLayer`` and ``TransformerDecoderLayer`` hold no network of its own: match the layer itself.
     New layers have device, dtype and mode of the old ones and keep the dropout of their output; experts have none on
     their hidden units (UserWarning). Replacing what is replaced already, with the same options, does nothing.
