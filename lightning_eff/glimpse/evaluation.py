@@ -181,7 +181,7 @@ def policy_table(curves: Sequence[PolicyCurve], title: str = "Policies", *, ever
     shown = sorted({*range(every, count + 1, every), count})
     columns: list[str | Column] = [
         "policy",
-        *(Column(f"{metric}@{t}", ".4g") for t in shown),
+        *(Column(f"{metric}@{t}", digits) for t in shown),
         Column("glimpses", ".2f"),
     ]
     columns += [Column("pixel %", ".2f"), Column("FLOPs/image")]
