@@ -176,6 +176,17 @@ def test_several_updates_in_one_call_are_several_calls():
     assert one._n_updates == many._n_updates == 3
 
 
+def test_critics_tell_actions_apart_at_the_width_of_states():
+    sac, states = small_sac(), tokens(1, 4)
+    first = sac.critic.qf0[0].encoder[0]
+    assert (first.in_features, first.out_features) == (3, 32)
+    states = states.take(torch.zeros(5, dtype=torch.int64))
+    values = sac.critic(states, torch.linspace(-1, 1, 5).unsqueeze(1).expand(-1, 3))
+    assert len(values) == 2
+    assert all(value.std() > 1e-3 for value in values)
+    assert set(sac.critic.q_networks) <= set(sac.critic.children())
+
+
 # units of actions and entropy
 
 
