@@ -179,6 +179,7 @@ def policy_table(curves: Sequence[PolicyCurve], title: str = "Policies", *, ever
         raise ValueError(f"expected curves of one metric and one number of glimpses, got {sorted(kinds)}")
     ((metric, count),) = kinds
     shown = sorted({*range(every, count + 1, every), count})
+    digits = ".3f" if all(abs(value) <= 1 for curve in curves for value in curve.values) else ".2f"
     columns: list[str | Column] = [
         "policy",
         *(Column(f"{metric}@{t}", digits) for t in shown),
