@@ -8,7 +8,7 @@ learns once more, for as long as G = 4 takes on this machine. Writes the table, 
 The text is --text, or tinyshakespeare.txt in the folder that LIGHTNING_EFF_DATA names (moe_scaling/), or the sources of
 Python's standard library.
 
-Run: python examples/shakespeare_experts.py         (about 12 minutes of one core)
+Run: python examples/shakespeare_experts.py         (about six minutes of one core)
      python examples/shakespeare_experts.py --fast  (half a minute: few steps of a small network, to see that it works)
 """
 
@@ -235,7 +235,7 @@ def draw(runs: list[Run]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", nargs="+", help="files, read as one text")
-    parser.add_argument("--steps", type=int, default=700, help="of 2,048 tokens")
+    parser.add_argument("--steps", type=int, default=350, help="of 2,048 tokens")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--positions", choices=("rope", "learned"), default="rope", help="learned: as in the paper")

@@ -17,7 +17,7 @@ from lightning_eff.moe import ExpertLoadMonitor
 
 SCRIPT = REPOSITORY / "examples" / "shakespeare_experts.py"
 TEXT = Path(os.environ.get("LIGHTNING_EFF_DATA", "")) / "moe_scaling" / "tinyshakespeare.txt"
-STEPS, LR = 700, 3e-3
+STEPS, LR = 350, 3e-3
 needs_text = pytest.mark.skipif(
     not TEXT.is_file(), reason="LIGHTNING_EFF_DATA holds no moe_scaling/tinyshakespeare.txt"
 )
@@ -54,7 +54,7 @@ def quiet(**options: Any) -> dict[str, Any]:
     return {"enable_progress_bar": False, **options}
 
 
-# prints the validation losses, saves at step 350, and is killed when it has printed the one of step 400
+# prints the validation losses, saves at step 175, and is killed when it has printed the one of step 200
 KILLED = f"""
 import importlib.util, sys
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -69,7 +69,7 @@ class Print(Callback):
 
 example.train(
     example.decoders(128, 4)["G = 4"], sys.argv[2:], {STEPS}, {LR},
-    callbacks=(Print(), ModelCheckpoint(sys.argv[1], every_n_train_steps=350, filename="half")),
+    callbacks=(Print(), ModelCheckpoint(sys.argv[1], every_n_train_steps=175, filename="half")),
     enable_checkpointing=True, enable_progress_bar=False,
 )
 """
@@ -91,11 +91,11 @@ def test_fine_experts_beat_the_dense_twin_at_equal_tokens_and_a_kill_changes_not
     assert fine_loss < 1.90
     assert fine_loss < dense_loss - 0.02
 
-    printed = run_and_kill(KILLED, "step 400 ", str(tmp_path), *text, timeout=1800)
+    printed = run_and_kill(KILLED, "step 200 ", str(tmp_path), *text, timeout=1800)
     lines = [line.split() for line in printed.splitlines() if line.startswith("step ")]
     again = {int(step): float(loss) for _, step, loss in lines}
     assert again == {step: pytest.approx(losses[step], abs=1e-6) for step in again}
-    assert 350 in again
+    assert 175 in again
     resumed, _, _ = script.train(networks["G = 4"], text, STEPS, LR, ckpt_path=str(tmp_path / "half.ckpt"), **quiet())
     assert resumed.tokens_seen == fine.tokens_seen
     assert script.evaluate(resumed, text) == pytest.approx(fine_loss, abs=1e-5)
