@@ -213,11 +213,17 @@ def stopping_curve(
         thresholds: Confidences in [0, 1].
 
     Raises:
-        ValueError: The trajectory lacks predictions, or the task cannot tell how confident it is.
+        ValueError: The trajectory lacks predictions or has stopped itself, or the task cannot tell how confident it is.
     """
     predictions, count = trajectory.predictions, trajectory.config.num_glimpses
     if predictions is None:
         raise ValueError("expected a trajectory with predictions after every glimpse: explore(..., predictions='all')")
+    stopped = int((trajectory.taken < count).sum())
+    if stopped:
+        raise ValueError(
+            f"expected a trajectory without early stops, got one in which {stopped} of {len(trajectory)} images "
+            "stopped before their last glimpse: explore with GlimpseConfig(stop_threshold=None)"
+        )
     told = [task.confidence(predictions[:, t]) for t in range(count)]
     confidence = torch.stack([one for one in told if one is not None], 1) if told[0] is not None else None
     if confidence is None:

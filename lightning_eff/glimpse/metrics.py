@@ -42,9 +42,9 @@ class PolicyMetrics:
                 if prediction is None:
                     prediction = step.prediction.new_empty(len(images), *step.prediction.shape[1:])
                 prediction[step.rows] = step.prediction
-            if world.taken < world.config.num_glimpses:
+            if world.active:
                 self._judge(world.taken, prediction, images, target)
-        for t in range(world.taken, world.config.num_glimpses + 1):  # all have stopped
+        for t in range(world.taken, world.config.num_glimpses + 1):  # no image takes another one
             self._judge(t, prediction, images, target)
         self.glimpses.to(images.device).update(taken)
 

@@ -11,6 +11,7 @@ from lightning_eff.glimpse.backbones.canvas import CanvasBackbone
 from lightning_eff.glimpse.config import GlimpseConfig
 from lightning_eff.glimpse.evaluation import count_flops, evaluate_policies, policy_table, stopping_curve
 from lightning_eff.glimpse.exploration import explore
+from lightning_eff.glimpse.metrics import PolicyMetrics
 from lightning_eff.glimpse.policies import FixedGrid, GreedyLookahead, RandomPolicy
 from lightning_eff.glimpse.tasks.classification import ClassificationTask
 from lightning_eff.glimpse.tasks.reconstruction import ReconstructionTask
@@ -60,6 +61,23 @@ def test_images_that_stopped_count_with_their_last_prediction(batches: list[tupl
     assert curve.pixel_percent[-1] == pytest.approx(6.25 * curve.glimpses[-1])
 
 
+def test_every_batch_counts_once_when_all_its_images_have_stopped(batches: list[tuple[Tensor, Tensor]]) -> None:
+    images, target = (torch.cat(part) for part in zip(*batches, strict=True))
+    full = explore(classes(), images, FixedGrid(CONFIG), predictions="all")
+    world = classes(float(full.predictions.softmax(2).amax(2)[:, :-1].amax(1).median()))  # type: ignore[union-attr]
+    ones = [(images[i : i + 1], target[i : i + 1]) for i in range(len(images))]
+    metrics = PolicyMetrics(world)
+    for one in ones:
+        metrics.update(FixedGrid(CONFIG), *one)
+    seen = explore(world, images, FixedGrid(CONFIG), predictions="all")
+    assert len(seen.taken.unique()) > 1
+    right = (seen.predictions.argmax(2) == target.unsqueeze(1)).float().mean(0)  # type: ignore[union-attr]
+    found = metrics.compute()
+    assert [float(found[f"accuracy@{t}"]) for t in range(1, 5)] == pytest.approx(right.tolist())
+    (curve,) = evaluate_policies(world, ones, {"grid": FixedGrid(CONFIG)}, flops=False)
+    assert curve.values == pytest.approx(right.tolist())
+
+
 def test_the_curve_of_thresholds_is_what_stopping_gives(batches: list[tuple[Tensor, Tensor]]) -> None:
     images, target = batches[0]
     full = explore(classes(), images, FixedGrid(CONFIG), predictions="all")
@@ -75,6 +93,9 @@ def test_the_curve_of_thresholds_is_what_stopping_gives(batches: list[tuple[Tens
     assert len({percent for _, percent, _ in points}) == 4
     with pytest.raises(ValueError, match="predictions='all'"):
         stopping_curve(explore(classes(), images, FixedGrid(CONFIG)), classes().task, images, target, [0.5])
+    stopped = explore(classes(0.0), images, FixedGrid(CONFIG), predictions="all")
+    with pytest.raises(ValueError, match=r"40 of 40 images stopped.*stop_threshold=None"):
+        stopping_curve(stopped, classes().task, images, target, [0.5])
     with pytest.raises(ValueError, match="ReconstructionTask cannot tell how confident"):
         stopping_curve(full, ReconstructionTask(), images, target, [0.5])
 
