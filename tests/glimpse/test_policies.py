@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from lightning_eff.glimpse.policies import (
     UniformLowRes,
     make_policy,
 )
+from lightning_eff.glimpse.policies.fitted import sequence_scores
 from lightning_eff.glimpse.policies.informed import view_actions
 from lightning_eff.glimpse.policies.plain import quadtree_levels, tile_actions
 from lightning_eff.glimpse.tasks.classification import ClassificationTask
@@ -137,6 +140,19 @@ def test_best_fixed_sequence_finds_what_always_lies_at_the_same_place() -> None:
     assert torch.equal(found.actions, again.actions)
     with pytest.raises(ValueError, match="rounds >= 1 and population >= 5, got 0 and 40"):
         BestFixedSequence.fit(backbone, task, CONFIG, images, rounds=0)
+
+
+def test_best_fixed_sequence_is_fitted_to_what_the_world_will_show() -> None:
+    images = (spot((41, 9)) * 255).to(torch.uint8)
+    decoder = ElasticViT(ImageDecoder(ViTSize(16, 1, 2)), 64, ViTSize(16, 1, 2), patch_size=8, channels=1)
+    config = replace(CONFIG, first_glimpse="full")
+    for backbone in (CanvasBackbone(1), decoder):
+        fitted = BestFixedSequence.fit(backbone, ReconstructionTask(), config, images, rounds=1, population=5)
+        world = GlimpseWorld(backbone, ReconstructionTask(), config)
+        shown = explore(world, images, fitted, scored=True).scores
+        with torch.no_grad():
+            told = sequence_scores(backbone, ReconstructionTask(), config, images, None, fitted.actions)
+        assert torch.allclose(told, shown[:, -1], atol=1e-3)  # type: ignore[index]
 
 
 def test_looking_ahead_pays_and_needs_scores() -> None:

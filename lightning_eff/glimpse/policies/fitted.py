@@ -5,6 +5,7 @@ Found by the cross-entropy method: R. Rubinstein, Methodology and Computing in A
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,10 +13,9 @@ from torch import Tensor
 
 from lightning_eff.glimpse.backbones.base import GlimpseBackbone
 from lightning_eff.glimpse.config import ACTION_SIZE, GlimpseConfig
-from lightning_eff.glimpse.crop import take_glimpse
-from lightning_eff.glimpse.geometry import views_of
 from lightning_eff.glimpse.policies.plain import FixedGrid, FixedSequence
 from lightning_eff.glimpse.tasks.base import Task
+from lightning_eff.glimpse.world import GlimpseWorld
 from lightning_eff.reporting import progress
 from lightning_eff.surgery.state import quiet_model
 
@@ -95,8 +95,12 @@ def sequence_scores(
         target: Theirs.
         actions: The same for all images [t, 3], or of each image [B, t, 3].
     """
-    seen = backbone.begin(images, config.patch_size)
-    for action in actions.unbind(-2):
-        action = action.to(images.device).expand(len(images), ACTION_SIZE)
-        seen = backbone.observe(seen, take_glimpse(images, views_of(action, config), config))
-    return task.score(backbone.predict(backbone.encode(seen), seen), images, target)
+    given = actions.unbind(-2)
+    world = GlimpseWorld(backbone, task, replace(config, num_glimpses=len(given), stop_threshold=None))
+    world.reset(images, target, scored=False)
+    images, prediction = world.images, None  # bytes are floating point now
+    for action in given:
+        step = world.step(action.to(images.device).expand(len(images), ACTION_SIZE), predict=action is given[-1])
+        prediction = step.prediction
+    assert prediction is not None
+    return task.score(prediction, images, target)
