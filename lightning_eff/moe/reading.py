@@ -23,6 +23,8 @@ from lightning_eff.surgery.state import untouched_generators
 
 #: Of the largest output; single precision gets some 1e-6 wrong, GPT-2's approximation of GELU some 3e-4.
 _TOLERANCE = 2e-5
+#: Tokens of two sizes: the small ones tell smooth activations apart, the large ones whether there is a ceiling.
+_SIZES = (1.0, 100.0)
 _PLAIN: tuple[Activation, ...] = ("relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -37,7 +39,7 @@ class FeedForward(NamedTuple):
         activation: Of the hidden units; None where it is none of ours.
         gate_last: The one layer ``up`` gives gates behind the others, where it gives both.
         hidden_dropout: Probability on the hidden units.
-        output_dropout: Probability on the output.
+        output_dropout: Probability on the output; 0 where a Transformer layer of torch keeps it to itself.
     """
 
     up: tuple[nn.Module, ...]
@@ -104,6 +106,8 @@ def read_feed_forward(module: nn.Module) -> FeedForward:
         raise ValueError(f"its linear layers ({sizes}) do not lead from {d_model} features to a hidden width and back")
     activation, order, gate_last = _recognise(x, y, up, down, d_ff)
     before, after = _dropouts(calls, down)
+    if is_transformer_layer(module):
+        after = 0.0  # what stands behind linear2 stays where it is
     real = tuple(by_twin[layer] for layer in order)
     return FeedForward(real, by_twin[down], d_model, d_ff, activation, gate_last, before, after)
 
@@ -163,7 +167,9 @@ def _run_on_tokens(twin: nn.Module, linears: list[nn.Module], calls: list[nn.Mod
     """Return random tokens of a width that the twin takes, and its output; widths are tried in the order of layers."""
     errors = []
     for width in dict.fromkeys(_sizes(layer)[1] for layer in linears):
-        x = _normal((2, 8, width), torch.Generator().manual_seed(1))
+        x = _normal((len(_SIZES), 8, width), torch.Generator().manual_seed(1)) * torch.tensor(
+            _SIZES, dtype=torch.float32, device="cpu"
+        ).view(-1, 1, 1)
         calls.clear()
         try:
             return x, _run(twin, x)
@@ -214,7 +220,7 @@ def _recognise(
         candidates = [("swiglu", up, last, products[0].roll(d_ff * last, -1)) for last in (False, True)]
     for activation, order, gate_last, pre in candidates:
         expected = F.linear(activate(pre, activation), *_weight_and_bias(down))
-        if (y - expected).abs().max() <= _TOLERANCE * expected.abs().max():
+        if bool(((y - expected).abs().amax((1, 2)) <= _TOLERANCE * expected.abs().amax((1, 2))).all()):
             return activation, order, gate_last
     return None, up, False
 

@@ -235,7 +235,7 @@ def _build(plan: _Plan, init: Init, aux_mode: AuxMode) -> DropInMoE:
     ffn = plan.ffn
     assert ffn is not None
     weight = ffn.down.weight
-    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight, torch.Tensor)  # a parametrized one is no parameter
     upcycles = init == "upcycle"
     with torch.device("meta" if upcycles else weight.device):
         layer = DropInMoE(ffn.d_model, ffn.d_ff, plan.config, dropout=ffn.output_dropout, inject=aux_mode == "inject")

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_eff.moe.injection import HINT, set_aux_scale
+from lightning_eff.moe.layer import FineGrainedMoE
 from lightning_eff.moe.replace import AuxMode, Init, replace_ffn
 
 
@@ -81,8 +82,11 @@ class ReplaceFFN(AuxLossScale):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Replace; nothing happens where that was done before."""
+        modules, match = dict(pl_module.named_modules(remove_duplicate=False)), self.match
+        if self.names and all(isinstance(modules.get(name), FineGrainedMoE) for name in self.names):
+            match = self._is_there  # a function that tells networks by class would not know the new layers
         try:
-            self.names = replace_ffn(pl_module, self.match, self.config, self.init, self.aux_mode)
+            self.names = replace_ffn(pl_module, match, self.config, self.init, self.aux_mode)
         except ValueError as error:
             if not is_overridden("configure_model", pl_module):
                 raise
@@ -94,3 +98,6 @@ class ReplaceFFN(AuxLossScale):
             weights = checkpoint["state_dict"]
             told = [f"{name}.{HINT}" for name in self.names if f"{name}.router" in weights]
             checkpoint["state_dict"] = {**weights, **dict.fromkeys(told[:1], torch.empty(0))}
+
+    def _is_there(self, name: str, module: nn.Module) -> bool:
+        return name in self.names

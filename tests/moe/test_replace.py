@@ -212,6 +212,25 @@ def test_torch_decoder_layer_is_replaced() -> None:
     torch.testing.assert_close(model["layer"](x, memory), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+def test_dropout_behind_a_torch_layer_is_not_done_twice(kind) -> None:
+    model = nn.ModuleDict({"layer": kind(16, 4, 32, dropout=0.3, batch_first=True)})
+    with pytest.warns(UserWarning, match=r"dropout of 0.3 on hidden units is left out"):
+        replace_ffn(model, "layer", RATE)
+    y = model["layer"]._ff_block(random(50, 20, 16))
+    assert (y == 0).float().mean() == pytest.approx(0.3, abs=0.03)  # 16,000 draws: standard deviation 0.004
+
+
+@pytest.mark.parametrize("which", [0, 2])
+def test_weights_that_are_computed_are_taken_as_they_are(which: int) -> None:
+    ffn = mlp()
+    nn.utils.parametrizations.weight_norm(ffn[which])
+    model, x = Block(ffn), random(7, 16)
+    expected = model(x)
+    replace_ffn(model, "ffn", RATE, init="upcycle")
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_config_leaves_out_is_as_the_network_has_it() -> None:
     model = Block(DenseFFN(16, 24, "swiglu"))
     replace_ffn(model, "ffn", {"granularity": 2})
@@ -260,6 +279,8 @@ class WithScale(WithResidual):
         (WithResidual(), "does not compute down"),
         (WithScale(), "does not compute down"),
         (GateFirst(True, activation=F.gelu), "does not compute down"),
+        (mlp(activation=nn.ReLU6()), "does not compute down"),
+        (mlp(activation=nn.Hardtanh(0, 20)), "does not compute down"),
         (nn.MultiheadAttention(16, 4), "the module has 1 linear layers"),
         (nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 32), 1), "cannot be run on tokens|linear layers"),
     ],
@@ -504,6 +525,17 @@ def test_callback_replaces_resumes_and_evaluates(tmp_path) -> None:
     replace_ffn(again, "net.ffn", RATE, "upcycle")
     again.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
     assert torch.equal(again.net.ffn.w1, whole.net.ffn.w1)
+
+
+def test_callback_that_matches_by_class_knows_its_layers_again(tmp_path) -> None:
+    callback, module = ReplaceFFN(lambda name, ffn: isinstance(ffn, nn.Sequential), RATE), Net()
+    trainer = trainer_of(tmp_path, callback)
+    trainer.fit(module, loader())
+    layer = module.net.ffn
+    trainer.test(module, loader(), verbose=False)
+    assert module.net.ffn is layer
+    trainer.test(other := Net(), loader(), verbose=False)  # another module is replaced as the first was
+    assert isinstance(other.net.ffn, FineGrainedMoE)
 
 
 def test_dense_checkpoint_in_a_replaced_model_is_told() -> None:
