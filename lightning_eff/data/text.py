@@ -6,6 +6,7 @@ Files are mapped into memory, so that they may be larger than it.
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class ByteTextDataModule(SplitDataModule):
     The last bytes are for validation, which is also what ``test`` and ``predict`` see: windows side by side, as many as
     fill whole batches. Training windows begin anywhere in the rest, drawn anew in every epoch by seed, epoch and
     index alone, so that a run that was killed goes on with the windows it would have seen. An epoch has as many windows
-    as the text has room for, in whole batches.
+    as the text has room for, in whole optimizer steps where batches are accumulated.
 
     Args:
         path: A file; a pattern such as ``src/**/*.py``, whose matches are taken in the order of their names; or a list
@@ -79,13 +80,16 @@ class ByteTextDataModule(SplitDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Windows at random places, split among the processes."""
-        sampler = WindowSampler(self.train_set, self.trainer, self.seed, self.seq_len, self.batch_size)
+        # Lightning ends an epoch with a step: one of fewer batches would make steps of unequal tokens
+        step = self.batch_size * (self.trainer.accumulate_grad_batches if self.trainer else 1)
+        sampler = WindowSampler(self.train_set, self.trainer, self.seed, self.seq_len, step)
         return ResumableLoader(self.train_set, sampler=sampler, **self._loading())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Windows side by side, in order."""
         # whole batches if there is one: under expert choice windows of a batch compete, and a rest may be too few
-        whole = len(self.val_set) >= self.batch_size  # type: ignore[arg-type]
+        processes = self.trainer.world_size if self.trainer else 1
+        whole = math.ceil(len(self.val_set) / processes) >= self.batch_size  # type: ignore[arg-type]
         return DataLoader(self.val_set, **self._loading(), drop_last=whole)
 
     def test_dataloader(self) -> DataLoader[Any]:
@@ -184,22 +188,20 @@ class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
 
 
 class WindowSampler(TrainerEpochSampler):
-    """Windows drawn with replacement, as many an epoch as fit side by side, in whole batches of all processes.
+    """Windows drawn with replacement, as many an epoch as fit side by side, in whole steps of all processes.
 
     Args:
         dataset: A window for each place where one can begin.
         trainer: As of :class:`TrainerEpochSampler`.
         seed: Of the places, >= 0.
         seq_len: Length of a window.
-        batch_size: Windows a batch and process.
+        per_step: Windows that a process takes for an optimizer step.
     """
 
-    def __init__(
-        self, dataset: Dataset[Any], trainer: Trainer | None, seed: int, seq_len: int, batch_size: int
-    ) -> None:
+    def __init__(self, dataset: Dataset[Any], trainer: Trainer | None, seed: int, seq_len: int, per_step: int) -> None:
         super().__init__(dataset, trainer, seed)
         self.places = len(dataset)  # type: ignore[arg-type]
-        together = batch_size * self.num_replicas
+        together = per_step * self.num_replicas
         self.total_size = max(1, self.places // (seq_len * together)) * together
         self.num_samples = self.total_size // self.num_replicas
 

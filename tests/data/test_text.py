@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_eff.data import ByteTextDataModule
 from lightning_eff.data.text import ByteText, ByteWindows, WindowSampler
@@ -48,6 +52,16 @@ def test_a_single_small_batch_of_validation_is_kept(path) -> None:
     assert [len(inputs) for inputs, _ in batches] == [4]
 
 
+@pytest.mark.parametrize(("processes", "dropped"), [(2, True), (3, False)])
+def test_every_process_has_a_batch_of_validation(path, processes: int, dropped: bool) -> None:
+    data = made(path, val_fraction=0.25, batch_size=9)  # 24 windows, of which a process has 12 or 8
+    data.trainer = SimpleNamespace(world_size=processes)
+    loader = data.val_dataloader()
+    mine = DistributedSampler(data.val_set, processes, 0, shuffle=False)
+    assert len(DataLoader(data.val_set, 9, sampler=mine, drop_last=loader.drop_last)) == 1
+    assert loader.drop_last is dropped
+
+
 def test_training_windows_never_reach_into_validation(tmp_path) -> None:
     file = tmp_path / "text.txt"
     file.write_bytes(b"a" * 900 + b"b" * 100)
@@ -75,6 +89,14 @@ def test_an_epoch_is_as_long_as_the_text_in_whole_batches(path) -> None:
     assert [len(inputs) for inputs, _ in data.train_dataloader()] == [4] * 22
     assert len(data.train_dataloader()) == 22
     assert len(made(path, batch_size=512).train_dataloader()) == 1  # never none
+
+
+def test_an_epoch_is_made_of_whole_optimizer_steps(path) -> None:
+    data = made(path)
+    data.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, accumulate_grad_batches=5)
+    assert len(data.train_dataloader()) == 20  # of 22
+    data.trainer.accumulate_grad_batches = 23
+    assert len(data.train_dataloader()) == 23  # one step at least
 
 
 def test_windows_depend_on_seed_and_epoch_alone(path) -> None:
