@@ -276,7 +276,8 @@ class TrainingPlan:
             >= 1. With a single one, close views seldom show anything in scenes that are mostly empty, and the backbone
             does not learn to read them.
         learning_rates: ``"cosine"``: they rise during the warm-up and fall along half a cosine; those of the agent
-            begin after pretraining, or stay as they are (``"cosine_backbone"``). Or ``"constant"``.
+            begin after pretraining, if ``max_epochs`` tells when that is, or stay as they are (``"cosine_backbone"``).
+            Or ``"constant"``.
         warmup_fraction: Share of all batches in which they rise, in [0, 1).
 
     Raises:

@@ -25,12 +25,13 @@ from lightning_eff.glimpse.backbones.base import GlimpseBackbone, Seen
 from lightning_eff.glimpse.config import ACTION_SIZE, AgentConfig, GlimpseConfig, RewardConfig, TrainingPlan
 from lightning_eff.glimpse.crop import take_glimpse
 from lightning_eff.glimpse.geometry import views_of
-from lightning_eff.glimpse.in_trainer import check_trainer, progress, share_buffers
+from lightning_eff.glimpse.in_trainer import check_trainer, progress, share_buffers, tell_of_missed_checkpoints
 from lightning_eff.glimpse.observation import Observation
 from lightning_eff.glimpse.scheduling.options import OptimizerCallable, options_from
 from lightning_eff.glimpse.scheduling.phases import (
     Counts,
     Phase,
+    batches_of_a_turn,
     learning_rate_factor,
     phase_of,
     progress_after,
@@ -40,11 +41,11 @@ from lightning_eff.glimpse.scheduling.phases import (
 )
 from lightning_eff.glimpse.scheduling.randomness import RandomStream
 from lightning_eff.glimpse.tasks.base import Task
-from lightning_eff.glimpse.world import FULL_VIEW, GlimpseWorld
+from lightning_eff.glimpse.world import FULL_VIEW, GlimpseWorld, evaluating
 
 _KEY = "lightning_eff.glimpse"
 _VERSION = 1
-_PATIENCE = 50  # batches without any reward until that is worth a warning
+_PATIENCE = 50  # batches without any change of scores until that is worth a warning
 _SHOWN = ("return", "alpha", "phase")  # by the progress bar
 _FULL_FIRST = 0.5  # share of batches of pretraining that begin with the largest view
 
@@ -111,6 +112,7 @@ class EpisodicModule(LightningModule):
         """Say what the trainer cannot do, before any work."""
         if stage == "fit":
             check_trainer(self.trainer, self.agent)
+            tell_of_missed_checkpoints(self.trainer)
 
     def configure_optimizers(self) -> Any:
         """Return the agent's own optimizers, of actor, critics and temperature, then the backbone's."""
@@ -140,6 +142,8 @@ class EpisodicModule(LightningModule):
         assert self._stream is not None
         images, target = self._images_and_target(batch)
         phase = phase_of(self.plan, self.current_epoch, self.counts.turns)
+        if not batch_idx:  # of an epoch's batches the last one alone may be smaller
+            self._check_room(len(images))
         self._set_learning_rates(batch_idx)
         told: dict[str, list[Tensor]] = {}
         with self._stream.running(self.device), self._agent_in_trainer(told):
@@ -188,33 +192,32 @@ class EpisodicModule(LightningModule):
         if phase.agent and self.counts.stale and replay.clear_on_switch:
             buffer.reset()
             self.counts.stale = False
-        if stores:
-            self._check_room(len(images))
         world = self._training_world(self.agent.state_parts)
         teacher = self._teach(images)
         world.reset(images, target, teacher, scored=stores)
         images = world.images
         seen: list[Seen] = []
         logged: dict[str, Tensor] = {}
-        rewards, scores = [], []
+        rewards, scores, rises = [], [], []
         while world.active:
-            actions = self._choose(world.observation)
+            actions, before = self._choose(world.observation), world.score
             step = world.step(actions)
             self.counts.glimpses += 1
             logged[f"mean_scale_t{world.taken}"] = step.actions[:, 2].mean()
             if phase.backbone:
                 seen = [*seen, step.seen] if self.plan.loss_at != "last" else [step.seen]
-            if step.reward is not None and step.score is not None:
+            if step.reward is not None and step.score is not None and before is not None:
                 buffer.add_step(step.observation, actions, step.reward, step.done, step.rows)
                 self.counts.env_steps += len(step.rows)
                 rewards.append(step.reward)
                 scores.append(step.score.mean())
+                rises.append(step.score - before)
             if phase.agent and buffer.size() >= replay.batch_size:
                 self.sac.train(replay.updates_per_step, replay.batch_size)
         if rewards:
-            paid = torch.stack(rewards)
-            logged |= {"return": paid.sum(0).mean(), "score_first": scores[0], "score_last": scores[-1]}
-            self._watch(paid)
+            paid = torch.stack(rewards).sum(0).mean()
+            logged |= {"return": paid, "score_first": scores[0], "score_last": scores[-1]}
+            self._watch(torch.stack(rises))
         if phase.backbone:
             if self.plan.loss_at == "random":
                 seen = [seen[int(torch.randint(len(seen), ()))]]
@@ -253,8 +256,9 @@ class EpisodicModule(LightningModule):
         """What the teacher says of whole scenes."""
         if self.teacher is None:
             return None
-        self.teacher.to(self.device).eval()
-        predicted: Tensor = call_model(self.teacher, images if images.is_floating_point() else images.float() / 255)
+        self.teacher.to(self.device)
+        with evaluating(self.teacher):
+            predicted: Tensor = call_model(self.teacher, images if images.is_floating_point() else images.float() / 255)
         return predicted
 
     def _training_world(self, state_parts: tuple[Any, ...]) -> GlimpseWorld:
@@ -296,7 +300,13 @@ class EpisodicModule(LightningModule):
         return self.sac.replay_buffer
 
     def _check_room(self, images: int) -> None:
-        """The buffer drops whole batches of episodes: so many of them must hold a batch of transitions."""
+        """Raise a ValueError, also before pretraining, if the buffer would never hold a batch of transitions.
+
+        It drops whole batches of episodes, and everything on a switch if so wished.
+        """
+        plan, epochs = self.plan, self.trainer.max_epochs
+        if not trains_agent(plan) or (epochs is not None and 0 <= epochs <= plan.pretrain_epochs):
+            return
         replay, transitions = self.agent.replay, images * self.glimpse.num_glimpses
         held = replay.buffer_size // transitions * transitions
         if held < replay.batch_size:
@@ -306,12 +316,19 @@ class EpisodicModule(LightningModule):
                 f"batch_size = {replay.batch_size}; use buffer_size >= "
                 f"{-(-replay.batch_size // transitions) * transitions}"
             )
+        turn = batches_of_a_turn(plan, self.trainer.num_training_batches)
+        if replay.clear_on_switch and turn * transitions < replay.batch_size:
+            raise ValueError(
+                f"clear_on_switch forgets transitions once the backbone has learnt, so that {turn} x {transitions} are "
+                f"together at most, and an update takes batch_size = {replay.batch_size}: use a smaller one, longer "
+                "turns (alternate_every), or clear_on_switch=False"
+            )
 
-    def _watch(self, paid: Tensor) -> None:
-        self.counts.unpaid = 0 if bool(paid.any()) else self.counts.unpaid + 1
+    def _watch(self, rises: Tensor) -> None:
+        self.counts.unpaid = 0 if bool(rises.any()) else self.counts.unpaid + 1
         if self.counts.unpaid == _PATIENCE:
             rank_zero_warn(
-                f"no glimpse was paid anything in {_PATIENCE} batches: the task is solved without looking, or the "
+                f"no glimpse changed a score in {_PATIENCE} batches: the task is solved without looking, or the "
                 "backbone does not look at glimpses (train it first: pretrain_epochs)"
             )
 

@@ -6,8 +6,10 @@ import math
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_eff.glimpse.config import AgentConfig
@@ -42,6 +44,18 @@ def check_trainer(trainer: Trainer, agent: AgentConfig) -> None:
             raise ValueError(
                 f"gradient_clip would clip gradients that precision={precision.precision!r} has scaled: use "
                 "precision='bf16-mixed', or gradient_clip=None"
+            )
+
+
+def tell_of_missed_checkpoints(trainer: Trainer) -> None:
+    """Warn of checkpoints that are to be written at a number of steps that no batch may end at."""
+    for callback in trainer.checkpoint_callbacks:
+        every = callback._every_n_train_steps if isinstance(callback, ModelCheckpoint) else 0
+        if every > 1:
+            rank_zero_warn(
+                f"ModelCheckpoint(every_n_train_steps={every}) saves where global_step is a multiple of {every} at the "
+                "end of a batch, and each batch takes several steps: it may save seldom or never; use every_n_epochs "
+                "or train_time_interval"
             )
 
 

@@ -30,7 +30,9 @@ class AdaGlimpseModule(EpisodicModule):
 
     Every step of every optimizer counts in ``trainer.global_step``, hence in ``max_steps`` and ``every_n_train_steps``:
     ``updates_per_step`` times T times two or three a batch for the agent, one for the backbone. A ModelCheckpoint with
-    ``every_n_train_steps`` warns that it saves the state after a batch's steps: that is the state to go on from.
+    ``every_n_train_steps`` saves only after batches at whose end their count is a multiple of it, seldom or never:
+    ``every_n_epochs`` and ``train_time_interval`` are sure. It warns that it saves the state after a batch's steps:
+    that is the state to go on from.
 
     Training logs, behind ``glimpse/``: ``return``, ``score_first`` and ``score_last`` (means over images after the
     first and after the last glimpse), ``mean_scale_t{t}`` (zoom), ``actor_loss``, ``critic_loss``, ``alpha_loss``,
@@ -123,7 +125,7 @@ class AdaGlimpseModule(EpisodicModule):
         elif isinstance(policy, str):
             policy = make_policy(policy, self.glimpse)
         images = images.to(self.device)
-        teacher = self._teach(images) if scored else None
+        teacher = self._teach(images) if scored or needs_scores(policy) else None
         return explore(
             self.world,
             images,

@@ -184,6 +184,7 @@ def test_transitions_are_forgotten_once_the_backbone_has_learnt_if_so_wished(tmp
 
 
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")  # after the batch is right
+@pytest.mark.filterwarnings("ignore:ModelCheckpoint.every_n_train_steps")
 def test_global_step_counts_the_agents_steps_and_checkpoints_by_steps_are_written(tmp_path):
     saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     module = make_module(pretrain_epochs=0, rl_only_epochs=1, random_steps=0)
@@ -191,6 +192,13 @@ def test_global_step_counts_the_agents_steps_and_checkpoints_by_steps_are_writte
     # from the second glimpse on there are 32 transitions: 3 updates of actor, critics and temperature
     assert trainer.global_step == 9
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=3.ckpt", "step=9.ckpt"]
+
+
+def test_checkpoints_by_steps_that_batches_may_never_end_at_are_told(tmp_path):
+    every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    with pytest.warns(UserWarning, match=r"multiple of 5 .* seldom or never; use every_n_epochs"):
+        fit(make_module(pretrain_epochs=0), tmp_path, enable_checkpointing=True, callbacks=[every])
+    assert not list(tmp_path.glob("*.ckpt"))
 
 
 def test_learning_rates_follow_the_plan_each_from_its_own_start(tmp_path):
@@ -305,6 +313,7 @@ def test_baseline_that_knows_the_truth_is_told_it_also_by_a_teacher(tmp_path):
     )
     make_trainer(tmp_path).test(module, make_data(), verbose=False)
     assert set(module.results["test"]) == {"policy", "greedy_lookahead"}
+    assert module.explore(scenes(4)[0], "greedy_lookahead").taken.tolist() == [1] * 4
 
 
 def test_predictions_are_made_once_an_image_where_they_are_dear(tmp_path):
@@ -333,14 +342,14 @@ def test_agent_that_is_not_asked_in_an_epoch_is_told_with_the_steps_to_go(tmp_pa
     assert len([one for one in told if "has not been asked" in str(one.message)]) == 1
 
 
-def test_agent_that_is_never_paid_is_told_once(tmp_path, monkeypatch):
+def test_agent_whose_glimpses_change_nothing_is_told_once(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_eff.glimpse.episodic_module._PATIENCE", 2)
     # a scene without anything on it is reconstructed before anybody looks
     data = DataLoader(TensorDataset(torch.zeros(64, 1, 32, 32), torch.zeros(64)), batch_size=16)
-    module = blind(CanvasBackbone(1))
-    with pytest.warns(UserWarning, match="no glimpse was paid anything in 2 batches") as told:
+    module = blind(CanvasBackbone(1), reward=RewardConfig(scale_penalty=0.1))
+    with pytest.warns(UserWarning, match="no glimpse changed a score in 2 batches") as told:
         make_trainer(tmp_path).fit(module, data, data)
-    assert len([one for one in told if "paid anything" in str(one.message)]) == 1
+    assert len([one for one in told if "changed a score" in str(one.message)]) == 1
 
 
 def blind(backbone, **options):
@@ -410,6 +419,20 @@ def test_buffer_that_never_holds_a_batch_of_transitions_is_refused(tmp_path):
         fit(module, tmp_path)
 
 
+def test_buffer_that_is_emptied_before_it_holds_a_batch_of_transitions_is_refused_before_pretraining(tmp_path):
+    options = {"clear_on_switch": True, "batch_size": 48}
+    for plan, turn in (
+        ({"regime": "constant"}, "1 x 32"),
+        ({"alternate_unit": "batch"}, "1 x 32"),
+        ({"alternate_unit": "epoch"}, "1 x 32"),
+    ):
+        with pytest.raises(ValueError, match=rf"so that {turn} are together.*batch_size = 48.*clear_on_switch=False"):
+            fit(make_module(**options, **plan), tmp_path, 3, limit_train_batches=1)
+    fit(make_module(**options, alternate_unit="batch", alternate_every=2), tmp_path)
+    fit(make_module(**options, regime="frozen", rl_only_epochs=0), tmp_path)
+    fit(make_module(batch_size=128, buffer_size=128), tmp_path, data=make_data(60, 60))  # pretraining alone
+
+
 def test_scenes_of_another_size_are_refused(tmp_path):
     images, target = scenes(size=24)
     data = DataLoader(TensorDataset(images, target), batch_size=16)
@@ -451,6 +474,12 @@ def test_last_batch_may_be_smaller(tmp_path):
     assert logged.batches[-1]["glimpse/env_steps"] == 2 * (16 + 16 + 9)
 
 
+def test_last_batch_may_be_smaller_where_the_buffer_holds_one_batch_of_transitions(tmp_path):
+    module = make_module(pretrain_epochs=0, random_steps=0, buffer_size=32, batch_size=32)
+    _, logged = fit(module, tmp_path, 2, data=make_data(41))
+    assert [batch["glimpse/buffer_fill"] for batch in logged.batches] == [1, 1, 18 / 32] * 2
+
+
 def test_scenes_may_be_bytes_colourful_and_not_square_and_come_without_target(tmp_path):
     images = torch.randint(0, 256, (8, 4, 24, 40), dtype=torch.uint8)
     options = {"image_size": (24, 40), "num_glimpses": 1, "grid": 1, "batch_size": 8, "random_steps": 0}
@@ -471,9 +500,11 @@ def test_batches_of_another_form_are_split_as_told(tmp_path):
 def test_teacher_takes_the_labels_place_and_is_neither_trained_nor_saved(tmp_path):
     teacher = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(1024), nn.Linear(1024, 10))
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    teacher[0].eval()
     module = make_module(task=ClassificationTask(10, score="kl"), teacher=teacher, rl_only_epochs=0, regime="constant")
     _, logged = fit(module, tmp_path, 2)
     assert not changed(before, teacher.state_dict())
+    assert [part.training for part in teacher] == [False, True, True]
     assert not [name for name in module.state_dict() if name.startswith("teacher")]
     assert logged.batches[-1]["glimpse/score_last"] < 0
 
@@ -507,11 +538,13 @@ def test_exploring_needs_no_trainer_and_takes_any_policy():
 
 def test_exploring_leaves_modes_and_random_numbers_alone():
     module = make_module().train()
+    module.backbone.features[0].eval()
     before, state = torch.get_rng_state(), state_of(module)
+    modes = {name: part.training for name, part in module.named_modules()}
     module.explore(scenes(4)[0])
     assert torch.equal(torch.get_rng_state(), before)
     assert not changed(state, state_of(module))
-    assert module.backbone.training
+    assert {name: part.training for name, part in module.named_modules()} == modes
 
 
 def test_prediction_gives_a_trajectory_a_batch(tmp_path):

@@ -24,7 +24,7 @@ from lightning_eff.glimpse.agent.replay import GlimpseReplayBuffer
 from lightning_eff.glimpse.backbones.base import GlimpseBackbone
 from lightning_eff.glimpse.config import ACTION_SIZE, AgentConfig, GlimpseConfig
 from lightning_eff.glimpse.observation import Observation, observation_space
-from lightning_eff.glimpse.world import check_state_parts
+from lightning_eff.glimpse.world import check_state_parts, evaluating
 from lightning_eff.surgery.state import parameters_require_grad
 
 #: log p on [0, 1]^3 less log p on [-1, 1]^3, in nats.
@@ -118,8 +118,7 @@ class GlimpseSAC(SAC):
             observation: R states.
             deterministic: Take the mode, tanh(mu), instead of a draw.
         """
-        self.policy.set_training_mode(False)
-        with torch.no_grad(), torch.autocast(self.policy.device.type, enabled=False):
+        with torch.no_grad(), evaluating(self.actor), torch.autocast(self.policy.device.type, enabled=False):
             inner: Tensor = self.actor(observation.to(self.policy.device), deterministic)
         return ((inner.float() + 1) / 2).clamp(0, 1)
 

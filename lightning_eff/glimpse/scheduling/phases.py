@@ -35,7 +35,7 @@ class Counts:
         turns: Batches since turns began.
         glimpses: Glimpses of a batch that the agent, or chance in its place, has chosen.
         env_steps: Transitions stored.
-        unpaid: Batches in a row without any reward.
+        unpaid: Batches in a row in which no glimpse changed a score.
         stale: Whether the backbone has learnt since transitions were last forgotten.
     """
 
@@ -71,6 +71,20 @@ def phase_of(plan: TrainingPlan, epoch: int, batches: int) -> Phase:
         return _CONSTANT[plan.regime]
     done = turns_since if plan.alternate_unit == "epoch" else batches
     return AGENT if done // plan.alternate_every % 2 == 0 else BACKBONE
+
+
+def batches_of_a_turn(plan: TrainingPlan, batches: float) -> float:
+    """Return after how many batches at most the backbone learns again, once turns have begun.
+
+    Args:
+        plan: Of training.
+        batches: Of an epoch.
+    """
+    if plan.regime == "constant":
+        return 1
+    if plan.regime != "alternating":
+        return math.inf
+    return plan.alternate_every * (1 if plan.alternate_unit == "batch" else batches)
 
 
 def turns_begun(plan: TrainingPlan, epoch: int) -> bool:
