@@ -12,7 +12,7 @@ from stable_baselines3.common.env_checker import check_env
 from torch.utils.data import TensorDataset
 
 from lightning_eff.glimpse.agent import GlimpseExtractor, GlimpseReplayBuffer
-from lightning_eff.glimpse.config import RewardConfig
+from lightning_eff.glimpse.config import ReplayConfig, RewardConfig
 from lightning_eff.glimpse.environments import GlimpseEnv, GlimpseVecEnv
 from lightning_eff.glimpse.world import GlimpseWorld
 
@@ -213,6 +213,31 @@ def test_our_agent_learns_on_it_as_that_of_stable_baselines3_does():
     sac.learn(96)
     assert sac._n_updates > 0
     assert sac.replay_buffer.size() > 0
+
+
+def test_our_agent_waits_for_the_first_episode_to_end():
+    sac = small_sac()
+    sac.set_env(GlimpseVecEnv(world(), scenes(), 8))
+    sac.learning_starts = 0
+    sac.learn(16)
+    assert (sac._n_updates, sac.replay_buffer.size()) == (0, 0)
+    with pytest.raises(ValueError, match=r"none of which has ended an episode yet: use learning_starts >= 24"):
+        sac.replay_buffer.draw(1)
+    sac.learn(24)
+    assert (sac._n_updates, sac.replay_buffer.size()) == (1, 24)
+
+
+@pytest.mark.parametrize("number", [4, 8, 16])
+def test_our_agent_goes_on_with_other_environments_after_stopping_inside_of_episodes(number):
+    sac = small_sac(replay=ReplayConfig(buffer_size=240, batch_size=16))
+    sac.set_env(GlimpseVecEnv(world(), scenes(), 8))
+    sac.learn(8 * 4)
+    assert sac.replay_buffer.size() == 24
+    sac.set_env(GlimpseVecEnv(world(task=Surer()), scenes(), number))
+    sac.learn(number * 6)
+    held = sac.replay_buffer.draw(500)
+    assert 24 < sac.replay_buffer.size() <= 24 + 6 * number
+    assert (held.next_observations.lengths - held.observations.lengths).unique().tolist() == [4]
 
 
 @pytest.mark.filterwarnings("ignore:.*A Box observation space (minimum|maximum) value is")  # patches and latents

@@ -114,6 +114,11 @@ class GlimpseReplayBuffer(ReplayBuffer):
         return self._count
 
     @property
+    def waits(self) -> bool:
+        """Whether environments have taken steps and none of their episodes has ended, so that nothing can be drawn."""
+        return not self._count and any(self._unfinished)
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         held = [*self._tokens.values(), *self._rows.values(), self._taken, self._chain, self._time, self._row_start]
@@ -182,8 +187,11 @@ class GlimpseReplayBuffer(ReplayBuffer):
             infos: Of each environment; not read.
         """
         after = Observation.from_padded({key: torch.from_numpy(part) for key, part in next_obs.items()})
-        self._unfinished = self._unfinished or [[] for _ in range(len(done))]
+        if len(self._unfinished) != len(done):  # of other environments
+            self._unfinished = [[] for _ in done]
         for i, episode in enumerate(self._unfinished):
+            if after.lengths[i] == self.patches_per_glimpse:
+                episode.clear()  # a reset has cut off the one before
             episode.append((after.take(torch.tensor([i])), (action[i] + 1) / 2, float(reward[i]), bool(done[i])))
         ended = {i: len(self._unfinished[i]) for i in np.flatnonzero(done).tolist()}
         for length in sorted(set(ended.values())):
@@ -206,6 +214,11 @@ class GlimpseReplayBuffer(ReplayBuffer):
         Raises:
             ValueError: The buffer is empty.
         """
+        if self.waits:
+            raise ValueError(
+                "expected a replay buffer with transitions, got one of environments none of which has ended an episode "
+                f"yet: use learning_starts >= {len(self._unfinished) * self.num_glimpses}, num_envs times num_glimpses"
+            )
         slots, before, after = self._draw(batch_size)
         # an index on its way to a device keeps nobody waiting
         taken = self._taken.index_select(0, slots.to(self.device, non_blocking=True))

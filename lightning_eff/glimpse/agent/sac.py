@@ -155,9 +155,13 @@ class GlimpseSAC(SAC):
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """Take ``gradient_steps`` updates with ``batch_size`` transitions of the replay buffer each.
 
+        None while our own buffer waits for the first episode of an environment to end.
+
         Raises:
             FloatingPointError: A loss is not finite.
         """
+        if isinstance(self.replay_buffer, GlimpseReplayBuffer) and self.replay_buffer.waits:
+            return
         self.policy.set_training_mode(True)
         if callable(self.learning_rate):
             self._update_learning_rate(self.optimizers)
