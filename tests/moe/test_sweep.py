@@ -154,6 +154,44 @@ def test_sweep_can_grow_but_not_change(base: Path, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_numbers_of_the_base_are_read_as_the_command_line_reads_them(base: Path, tmp_path: Path) -> None:
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 7e-3}}
+    changed(base, model__init_args__optimizer=optimizer, model__init_args__decoder__moe__balance={"z_weight": 2e-3})
+    base.write_text(base.read_text().replace("0.007", "7e-3").replace("0.002", "2e-3"))
+    (run,) = make_sweep(base, tmp_path / "sweep", [640])
+    assert run.row["lr"] == 0.007
+    assert run.config["model"]["init_args"]["decoder"]["moe"]["balance"]["z_weight"] == 0.002
+
+
+def test_base_that_is_no_yaml_is_told(base: Path, tmp_path: Path) -> None:
+    base.write_text("model: [")
+    with pytest.raises(ValueError, match=r"base.yaml is no YAML: (.|\n)*line 2"):
+        make_sweep(base, tmp_path / "sweep", [640])
+
+
+@pytest.mark.parametrize("killed_at", range(3))
+def test_make_that_is_killed_can_be_repeated(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    write, written = Path.write_text, []
+
+    def killed(path: Path, text: str, **options: Any) -> int:
+        written.append(path)
+        if len(written) > killed_at:
+            write(path, text[: len(text) // 2], **options)
+            raise KeyboardInterrupt
+        return write(path, text, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make_sweep(base, tmp_path / "sweep", [640], granularity="1,2")
+    names = [run.name for run in make_sweep(base, tmp_path / "sweep", [640], granularity="1,2")]
+    assert [row["run_name"] for row in rows(tmp_path / "sweep" / "sweep.csv")] == names
+    for name in names:
+        assert yaml.safe_load((tmp_path / "sweep" / f"{name}.yaml").read_text())["trainer"]["max_steps"] == 10
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
@@ -179,6 +217,7 @@ def test_sweep_can_grow_but_not_change(base: Path, tmp_path: Path) -> None:
         ({"data__init_args__seq_len": 17}, {}, "seq_len = 17 is more than the decoder's max_seq_len = 16"),
         ({"model__init_args__decoder__moe__router": "expert_choice"}, {"expansion_rate": "4,9"}, "cannot share out"),
         ({"trainer__accelerator": "gpu"}, {}, "say trainer.devices as a number, got 'auto'"),
+        ({"trainer__enable_checkpointing": False}, {}, "has enable_checkpointing: false: leave it out"),
         ({"trainer__callbacks": [{"class_path": "lightning_eff.moe.RunRecorder"}]}, {}, "has a RunRecorder"),
     ],
 )
@@ -251,6 +290,20 @@ def test_killed_run_goes_on_from_its_last_whole_checkpoint(base: Path, tmp_path:
     assert not (folder / "step=9.ckpt").exists()
 
 
+def test_checkpoints_may_be_folders(base: Path, tmp_path: Path, commands: list[Any]) -> None:
+    first, _ = sweep_of(base, tmp_path / "sweep")
+    folder = tmp_path / "sweep" / "runs" / first
+    for age, step in enumerate((9, 6)):
+        (folder / f"step={step}.ckpt").mkdir(parents=True)
+        torch.save({"step": step}, folder / f"step={step}.ckpt" / "__0_0.distcp")
+        if step == 6:
+            torch.save({"step": step}, folder / f"step={step}.ckpt" / "meta.pt")
+        os.utime(folder / f"step={step}.ckpt", (1e9 - age, 1e9 - age))
+    run_sweep(tmp_path / "sweep", most=1)
+    assert commands == [(first, folder / "step=6.ckpt")]
+    assert not (folder / "step=9.ckpt").exists()
+
+
 def test_run_that_somebody_else_is_at_is_left_to_him(base: Path, tmp_path: Path, commands: list[Any]) -> None:
     first, second = sweep_of(base, tmp_path / "sweep")
     folder = tmp_path / "sweep" / "runs" / first
@@ -279,6 +332,12 @@ def test_lock_lasts_while_the_run_lasts_although_its_caller_is_gone(tmp_path: Pa
     run.wait()
     with running._lock(tmp_path, wait=False) as lock:
         assert lock is not None
+
+
+@pytest.mark.parametrize("name", ["läufe", "a folder of many words " * 4 + "end", "it's: #1"])
+def test_folder_may_have_any_name(base: Path, tmp_path: Path, commands: list[Any], name: str) -> None:
+    names = sweep_of(base, tmp_path / name)
+    assert run_sweep(tmp_path / name) == names
 
 
 def test_moved_sweep_is_refused(base: Path, tmp_path: Path, commands: list[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml  # type: ignore[import-untyped]
+from jsonargparse import get_loader
 
 from lightning_eff.data import ByteTextDataModule
 from lightning_eff.moe.decoder import DecoderConfig
@@ -130,7 +132,10 @@ def _read_base(path: Path) -> Config:
     """Return the base after the checks that need no run."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no base {path}")
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:  # as the command line reads it: for PyYAML alone 1e-3 is a text
+        config = get_loader("yaml")(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is no YAML of `lightning-eff fit`: expected model, data and trainer")
     for name in ("model", "data", "trainer"):
@@ -143,6 +148,8 @@ def _read_base(path: Path) -> Config:
     decoder = config["model"]["init_args"].setdefault("decoder", {})
     if not isinstance(decoder, dict):
         raise ValueError(f"{path}: expected the options of the decoder under decoder:, got {decoder!r}")
+    if config["trainer"].get("enable_checkpointing") is False:
+        raise ValueError(f"{path} has enable_checkpointing: false: leave it out, a killed run goes on from checkpoints")
     for callback in _callbacks(config):
         if str(callback).rpartition(".")[2] == "RunRecorder":
             raise ValueError(f"{path} has a RunRecorder: leave it out, every run of a sweep gets its own")
@@ -331,9 +338,16 @@ def _write(out: Path, runs: Sequence[SweepRun]) -> None:
             raise ValueError(f"{path} is there and differs: give the sweep a folder of its own")
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        (out / f"{name}.yaml").write_text(text, encoding="utf-8")
+        _write_whole(out / f"{name}.yaml", text)
     kept = [[row.get(name, "") for name in _COLUMNS] for row in there if row["run_name"] not in texts]
-    Table("", _COLUMNS, [*kept, *([run.row[name] for name in _COLUMNS] for run in runs)]).to_csv(table)
+    _write_whole(table, Table("", _COLUMNS, [*kept, *([run.row[name] for name in _COLUMNS] for run in runs)]).to_csv())
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that whoever is killed leaves as it was."""
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def read_rows(sweep: str | Path) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]
 
 from lightning_eff.moe.scaling.runs import run_names
 from lightning_eff.moe.sweep.points import RUNS_FILE, read_rows
@@ -75,7 +78,8 @@ def _check(folder: Path, names: list[str]) -> None:
         config = folder / f"{name}.yaml"
         if not config.is_file():
             raise FileNotFoundError(f"the sweep lacks {config}")
-        if str(folder / "runs" / name) not in config.read_text(encoding="utf-8"):
+        made_for = yaml.safe_load(config.read_text(encoding="utf-8"))["trainer"].get("default_root_dir")
+        if made_for != str(folder / "runs" / name):
             raise ValueError(f"{config} was made for another folder than {folder}: make the sweep where it is run")
 
 
@@ -123,9 +127,14 @@ def _command(config: Path, checkpoint: Path | None) -> list[str]:
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that is whole, and remove those that are not."""
+    """Return the newest checkpoint that is whole, and remove those that were cut off by a kill."""
     for path in sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True):
-        if zipfile.is_zipfile(path):  # the directory of the archive stands at its end
+        # where weights are shared out it is a folder, in which this file is written last
+        file = path / "meta.pt" if path.is_dir() else path
+        if zipfile.is_zipfile(file):  # the directory of the archive stands at its end
             return path
-        path.unlink()  # cut off by a kill
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     return None
