@@ -152,7 +152,8 @@ class GlimpseReport(Callback):
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking or not trainer.is_global_zero or self.every_n_epochs is None:
             return False
-        return trainer.current_epoch % self.every_n_epochs == 0
+        validated = trainer.current_epoch // (trainer.check_val_every_n_epoch or 1)
+        return validated % self.every_n_epochs == 0
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule, batch: Any, most: int) -> None:
         assert isinstance(pl_module, AdaGlimpseModule)

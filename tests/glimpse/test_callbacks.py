@@ -63,6 +63,12 @@ def test_a_run_leaves_pictures_of_its_validation_and_is_not_changed_by_them(tmp_
     assert torch.equal(*weights)
 
 
+def test_pictures_are_counted_in_epochs_that_are_validated(tmp_path: Path) -> None:
+    report = GlimpseReport(every_n_epochs=2)
+    trainer(report, tmp_path, max_epochs=6, check_val_every_n_epoch=2).fit(module(), data(), data())
+    assert names(tmp_path) == {"exploration-001.png", "exploration-005.png"}
+
+
 def test_a_test_leaves_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report, tested = GlimpseReport(tmp_path / "test", shown=3, explored=6), module()
     trainer(report, tmp_path).test(tested, data(), verbose=False)
