@@ -21,6 +21,7 @@ from lightning_eff.glimpse.policies.base import Policy, PolicyLike
 from lightning_eff.glimpse.tasks.base import Task
 from lightning_eff.glimpse.world import GlimpseWorld
 from lightning_eff.reporting import Column, Table, human
+from lightning_eff.surgery.state import parameters_require_grad
 
 _COUNTED = 16  # images of which operations are counted
 
@@ -157,8 +158,9 @@ def count_flops(world: GlimpseWorld, images: Tensor, policy: PolicyLike, target:
         policy: Whose.
         target: Theirs, for policies that know the truth.
     """
-    # the counter does not know the fused attention of CPUs
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    # the counter does not know the fused attention of CPUs, and stumbles over inputs that are views of parameters
+    frozen = parameters_require_grad(world.backbone, False)
+    with frozen, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         explore(world, images, policy, target)
     return float(counter.get_total_flops()) / len(images)
 

@@ -128,8 +128,11 @@ def test_operations_are_those_of_crops_and_of_one_prediction() -> None:
             super().__init__()
             self.channels = 1
             self.layer = nn.Linear(4 * 16, 3)
+            self.nothing = nn.Parameter(torch.zeros(1, 4 * 16))
 
         def encode(self, seen: Seen, importance: bool = False) -> Encoded:
+            if not seen.views.shape[1]:
+                return Encoded(self.nothing.expand(len(seen.views), -1))
             return Encoded(seen.patches[:, -4:].flatten(1))
 
         def predict(self, encoded: Encoded, seen: Seen) -> Tensor:
@@ -139,6 +142,11 @@ def test_operations_are_those_of_crops_and_of_one_prediction() -> None:
     counted = count_flops(world, torch.rand(7, 1, 32, 32), FixedGrid(CONFIG))
     # two products a crop, 8 x 32 times 32 x 32 and 8 x 32 times 32 x 8; one prediction of 64 to 3
     assert counted == 4 * 2 * (8 * 32 * 32 + 8 * 32 * 8) + 2 * 64 * 3
+    # scores want predictions after every glimpse and before the first, which is a view of a parameter
+    looks = GreedyLookahead(CONFIG, tries=1)
+    target = torch.zeros(7, dtype=torch.int64)
+    assert count_flops(world, torch.rand(7, 1, 32, 32), looks, target) > counted + 8 * 2 * 64 * 3
+    assert all(one.requires_grad for one in world.backbone.parameters())
 
 
 def test_the_table_has_a_row_a_policy_and_a_column_a_glimpse(batches: list[tuple[Tensor, Tensor]]) -> None:
