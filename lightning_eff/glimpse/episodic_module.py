@@ -344,8 +344,11 @@ class EpisodicModule(LightningModule):
             )
 
     def on_fit_end(self) -> None:
-        """Leave the device, as the trainer lets the module do."""
+        """Leave the device, as the trainer lets the module do, and the agent with the learning rate it was given."""
         self._buffer.move_to("cpu")
+        for optimizer in self.sac.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"]
 
     def _images_and_target(self, batch: Any) -> tuple[Tensor, Any]:
         if self._split is None and isinstance(batch, Tensor):

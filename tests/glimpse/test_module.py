@@ -581,6 +581,8 @@ def test_agent_is_saved_and_loaded_by_stable_baselines_own_files(tmp_path):
     file.seek(0)
     assert isinstance(module.sac, SAC)
     loaded = GlimpseSAC.load(file, device="cpu")
+    # what a plan has made of the learning rate by its end is not what the agent goes on with elsewhere
+    assert {optimizer.param_groups[0]["lr"] for optimizer in loaded.optimizers} == {module.agent.lr}
     world = module.world
     observation = world.reset(*scenes(3))
     assert torch.equal(loaded.act(observation, True), module.act(observation))

@@ -233,7 +233,7 @@ class GlimpseSAC(SAC):
 
     def _temperature(self, log_prob: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.log_ent_coef is None:
-            return self.ent_coef_tensor, None
+            return self.ent_coef_tensor.to(log_prob.device), None
         error = (log_prob + float(self.target_entropy)).detach()
         return self.log_ent_coef.detach().exp(), -(self.log_ent_coef * error).mean()
 
