@@ -28,6 +28,7 @@ from lightning_eff.glimpse.figures.statistics import coverage
 from lightning_eff.glimpse.policies import FixedSequence
 from lightning_eff.glimpse.tasks.classification import ClassificationTask
 from lightning_eff.glimpse.tasks.reconstruction import ReconstructionTask
+from lightning_eff.glimpse.tasks.segmentation import SegmentationTask
 from lightning_eff.glimpse.world import GlimpseWorld
 from lightning_eff.reporting import KEPT, save_figure
 
@@ -195,3 +196,53 @@ def test_importance_colours_patches_the_small_ones_on_top(images: Tensor) -> Non
     assert [one.get_width() for one in filled] == [32, 8, 4]
     assert figure.axes[-1].get_ylabel() == "importance (1 is even)"
     assert filled[2].get_facecolor()[0] > filled[0].get_facecolor()[0]  # magma: bright is much
+
+
+def test_bytes_are_shown_as_the_same_pictures_in_floating_point_are(images: Tensor) -> None:
+    coloured = (images.expand(-1, 3, -1, -1) * 200).to(torch.uint8)
+    world = GlimpseWorld(CanvasBackbone(3), ReconstructionTask(), CONFIG)
+    seen = explore(world, coloured, FixedSequence(CONFIG, [[0.5, 0.5, 1], [0, 0, 0]]), predictions="all")
+    for draw in (exploration_figure, steps_figure):
+        shown, expected = (draw(one, seen) for one in (coloured, coloured.float() / 255))
+        for axis, other in zip(shown.axes, expected.axes, strict=True):
+            torch.testing.assert_close(picture(axis), picture(other))
+    assert float(picture(exploration_figure(coloured, seen).axes[2]).max()) > 0.5  # the prediction is not black
+
+
+def picture(axis: object) -> Tensor:
+    return torch.from_numpy(axis.images[0].get_array().data.copy())  # type: ignore[attr-defined]
+
+
+class Thirds(CanvasBackbone):
+    """Says that the left, middle and right third of a scene are of class 0, 1 and 2."""
+
+    def predict(self, encoded: object, seen: object) -> Tensor:
+        classes = torch.arange(48) // 16
+        logits = torch.nn.functional.one_hot(classes, 3).float().T[None, :, None]
+        return logits.expand(len(seen.views), 3, 32, 48)  # type: ignore[attr-defined]
+
+
+def test_a_map_of_as_many_classes_as_images_have_channels_is_no_picture(images: Tensor, tmp_path: Path) -> None:
+    coloured, truth = images.expand(-1, 3, -1, -1), (torch.arange(48) // 16).expand(3, 32, 48).clone()
+    truth[:, 0] = 255
+    world = GlimpseWorld(Thirds(3), SegmentationTask(3), CONFIG)
+    seen = explore(world, coloured, FixedSequence(CONFIG, [[0.5, 0.5, 1]]), truth, predictions="all", scored=True)
+    figure = exploration_figure(coloured, seen, truth, count=2)
+    assert [axis.get_title() for axis in figure.axes[2:4]] == ["prediction", "true"]
+    said, true = picture(figure.axes[2]), picture(figure.axes[3])
+    assert len(said.flatten(0, 1).unique(dim=0)) == 3
+    torch.testing.assert_close(said[1:], true[1:])
+    assert bool((true[0] == 1).all())  # nobody knows
+    named = exploration_figure(coloured, seen, class_names=["a", "b", "c"], count=2)
+    torch.testing.assert_close(picture(named.axes[2]), said)
+    assert [len(one.axes) for one in (figure, named, steps_figure(coloured, seen, 0, truth))] == [8, 6, 12]
+    with Image.open(save_animation(coloured, seen, tmp_path / "map.gif", target=truth)) as animation:
+        assert animation.size[0] == pytest.approx(4 * 240, abs=2)
+
+
+def test_numbers_are_bars_with_the_truth_as_a_mark(images: Tensor) -> None:
+    seen = classes(images)
+    truth = torch.linspace(-1, 1, 21).view(3, 7)
+    axis = exploration_figure(images, seen, truth).axes[2]
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx(seen.prediction[0, :5].tolist())  # type: ignore[index]
+    assert list(axis.lines[0].get_xdata()) == pytest.approx(truth[0, :5].tolist())

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_eff.glimpse.exploration import Trajectory
-from lightning_eff.glimpse.figures.scenes import draw_prediction, draw_views, what_was_seen
+from lightning_eff.glimpse.figures.scenes import (
+    draw_prediction,
+    draw_truth,
+    draw_views,
+    has_own_panel,
+    in_unit,
+    what_was_seen,
+)
 from lightning_eff.reporting import new_figure
 
 if TYPE_CHECKING:
@@ -35,7 +42,7 @@ def save_animation(
         trajectory: Of these images; predictions are shown where it has them after every glimpse.
         path: Of a ``.gif``; folders are made.
         index: Of the image.
-        target: Labels [B], images or maps of classes.
+        target: Labels [B], numbers [B, K], images or maps of classes.
         class_names: In the order of the classes.
         seconds: Of a glimpse, > 0; the last one stays twice as long.
         dpi: Pixels an inch; a column is 2.4 inches wide.
@@ -66,11 +73,12 @@ def _frames(
 ) -> list[Image]:
     from PIL.Image import open as read
 
+    images, beside = in_unit(images), has_own_panel(trajectory.predictions, target)
     taken = int(trajectory.taken[index])
     some = slice(index, index + 1)
     alone = Trajectory(trajectory.config, trajectory.actions[some], trajectory.views[some], trajectory.taken[some])
     seen = what_was_seen(images[some], alone)[0]
-    columns = 2 if trajectory.predictions is None else 3
+    columns = 2 + (trajectory.predictions is not None) + beside
     height, width = trajectory.config.scene
     frames = []
     for t in range(taken):
@@ -84,6 +92,9 @@ def _frames(
         if trajectory.predictions is not None:
             truth = None if target is None else target[index]
             draw_prediction(axes[0, 2], trajectory.predictions[index, t], truth, class_names, images[index])
+        if beside and target is not None:
+            draw_truth(axes[0, 3], target[index], images[index])
+            axes[0, 3].set_title("true", fontsize=9)
         figure.savefig(drawn := BytesIO(), format="png", dpi=dpi)
         frames.append(read(drawn).convert("RGB"))
     return frames

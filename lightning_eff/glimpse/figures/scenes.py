@@ -1,7 +1,9 @@
 """Pictures of single explorations: where a policy looked, what it saw, what was made of it.
 
-Functions that end in ``figure`` return one for ``reporting.save_figure``. Images are [B, C, H, W]; pixels beyond
-[0, 1], as those of normalised images, are stretched between the smallest and the largest of each image.
+Functions that end in ``figure`` return one for ``reporting.save_figure``. Images are [B, C, H, W], bytes or floating
+point; pixels beyond [0, 1], as those of normalised images, are stretched between the smallest and the largest of each
+image. Predictions [B, K, H, W] are maps of classes where there are class names, where the target is a map, or where K
+is not C; else they are images. Predictions [B, K] are logits of classes, or numbers where the target is one of numbers.
 
 Letters: B images, C channels, H x W scene, T glimpses, k patches of a glimpse, K classes.
 """
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _STEPS = "plasma"  # first glimpses are dark, the last ones light
 _NOBODY_LOOKED = (0.62, 0.66, 0.72)  # bluish: no grey of a scene is like it
 _MOST_CLASSES = 5  # bars of a prediction
+_IGNORED = 255  # as maps of classes mark pixels that count nowhere
 
 
 def exploration_figure(
@@ -40,7 +43,7 @@ def exploration_figure(
     Args:
         images: Scenes [B, C, H, W].
         trajectory: Of these images.
-        target: Labels [B], images or maps of classes [B, H, W], shown beside the prediction.
+        target: Labels [B], numbers [B, K], images or maps of classes [B, H, W], shown with the prediction or beside it.
         class_names: In the order of the classes.
         count: Images shown, the first ones.
 
@@ -48,10 +51,11 @@ def exploration_figure(
         ValueError: The trajectory is of another number of images.
     """
     _check(images, trajectory)
-    count = min(count, len(images))
+    images, count = in_unit(images), min(count, len(images))
     seen = what_was_seen(images[:count], trajectory)
     dense = trajectory.prediction is not None and trajectory.prediction.ndim == 4
-    columns = 3 if trajectory.prediction is not None else 2
+    beside = has_own_panel(trajectory.prediction, target)
+    columns = 2 + (trajectory.prediction is not None) + beside
     height, width = trajectory.config.scene
     tall = max(1.0, 2.1 * min(1.5, height / width))
     figure, axes = new_figure(count, columns, width=2.3 * columns, height=tall * count + 0.3)
@@ -62,13 +66,15 @@ def exploration_figure(
         if trajectory.prediction is not None:
             truth = None if target is None else target[row]
             draw_prediction(axes[row, 2], trajectory.prediction[row], truth, class_names, images[row])
+        if beside and target is not None:
+            draw_truth(axes[row, 3], target[row], images[row])
         if trajectory.scores is not None:
             last = trajectory.scores[row, trajectory.taken[row]]
             axes[row, 0].set_title(f"score {last:.3g}", fontsize=8)
         for axis in axes[row, : 3 if dense else 2]:
             _bare(axis)
-    if columns == 3:
-        axes[0, 2].set_title("prediction", fontsize=8)
+    for column, title in zip(range(2, columns), ("prediction", "true"), strict=False):
+        axes[0, column].set_title(title, fontsize=8)
     return figure
 
 
@@ -85,19 +91,21 @@ def steps_figure(
         images: Scenes [B, C, H, W].
         trajectory: Of these images; with ``predictions="all"`` there is a third row.
         index: Of the image.
-        target: Labels [B], images or maps of classes [B, H, W].
+        target: Labels [B], numbers [B, K], images or maps of classes [B, H, W].
         class_names: In the order of the classes.
 
     Raises:
         ValueError: The trajectory is of another number of images.
     """
     _check(images, trajectory)
+    images, beside = in_unit(images), has_own_panel(trajectory.predictions, target)
     taken = int(trajectory.taken[index])
     seen = what_was_seen(images[index : index + 1], _one(trajectory, index))[0]
     rows = 2 if trajectory.predictions is None else 3
     height, width = trajectory.config.scene
     tall = 1.9 * min(1.5, height / width) + 0.1
-    figure, axes = new_figure(rows, taken, width=max(3.0, 1.9 * taken), height=tall * rows + 0.3)
+    columns = taken + beside
+    figure, axes = new_figure(rows, columns, width=max(3.0, 1.9 * columns), height=tall * rows + 0.3)
     for t in range(taken):
         draw_views(axes[0, t], images[index], trajectory, index, until=t + 1)
         percent = trajectory.config.pixel_percent(t + 1)
@@ -111,6 +119,11 @@ def steps_figure(
             draw_prediction(axes[2, t], trajectory.predictions[index, t], truth, class_names, images[index])
             if trajectory.scores is not None:
                 axes[2, t].set_title(f"score {trajectory.scores[index, t + 1]:.3g}", fontsize=8)
+    if beside and target is not None:
+        for axis in axes[:2, taken]:
+            axis.set_axis_off()
+        draw_truth(axes[2, taken], target[index], images[index])
+        axes[2, taken].set_title("true", fontsize=8)
     return figure
 
 
@@ -127,10 +140,11 @@ def importance_figure(images: Tensor, boxes: Tensor, importance: Tensor, count: 
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
-    count = min(count, len(images))
+    images, count = in_unit(images), min(count, len(images))
     relative = (importance[:count, :, 0] * importance.shape[1]).detach().cpu()
     height, width = images.shape[-2:]
-    figure, axes = new_figure(1, count, width=2.2 * count + 0.7, height=2.2 * min(1.5, height / width) + 0.4)
+    tall = max(1.6, 2.2 * min(1.5, height / width) + 0.4)  # the legend's words need so much
+    figure, axes = new_figure(1, count, width=2.2 * count + 0.7, height=tall)
     shade = ScalarMappable(Normalize(0, float(relative.max().clamp(min=1.0))), "magma")
     for row in range(count):
         axis = axes[0, row]
@@ -145,7 +159,7 @@ def importance_figure(images: Tensor, boxes: Tensor, importance: Tensor, count: 
             )
             axis.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1))
         _bare(axis)
-    figure.colorbar(shade, ax=list(axes[0]), label="importance (1 is even)", shrink=0.9)
+    figure.colorbar(shade, ax=list(axes[0]), label="importance (1 is even)")
     return figure
 
 
@@ -176,13 +190,16 @@ def _readable_on(colour: Sequence[float]) -> str:
 def draw_prediction(
     axis: Axes, prediction: Tensor, truth: Tensor | None, class_names: Sequence[str] | None, image: Tensor
 ) -> None:
-    """Draw a prediction: bars of the most probable of K classes, an image [C, H, W], or a map of classes [K, H, W]."""
-    if prediction.ndim == 3 and prediction.shape[0] == image.shape[0]:
-        _show(axis, prediction, like=image)
+    """Draw a prediction: bars of the most probable of K classes, numbers, an image, or a map of classes [K, H, W]."""
+    if prediction.ndim == 3:
+        map_of_classes = class_names is not None or (truth is not None and truth.ndim == 2)
+        if map_of_classes or prediction.shape[0] != image.shape[0]:
+            _show_classes(axis, prediction.argmax(0))
+        else:
+            _show(axis, prediction, like=image)
         _bare(axis)
-    elif prediction.ndim == 3:
-        axis.imshow(prediction.argmax(0).cpu().numpy(), cmap="tab20", interpolation="nearest", vmin=0, vmax=19)
-        _bare(axis)
+    elif truth is not None and (truth.is_floating_point() or truth.numel() != 1):
+        _draw_numbers(axis, prediction, truth)
     else:
         probability, classes = prediction.float().softmax(0).cpu().sort(descending=True)
         shown = classes[:_MOST_CLASSES].tolist()
@@ -198,13 +215,49 @@ def draw_prediction(
             axis.set_xlabel(f"probability; true: {name}", fontsize=7)
 
 
+def has_own_panel(prediction: Tensor | None, target: Tensor | None) -> bool:
+    """Return whether the truth is a picture of its own, an image or a map, beside predictions [B, ..., H, W]."""
+    return prediction is not None and prediction.ndim >= 4 and target is not None and target.ndim >= 3
+
+
+def draw_truth(axis: Axes, truth: Tensor, image: Tensor) -> None:
+    """Draw what should have been predicted: an image [C, H, W], or a map of classes [H, W]."""
+    if truth.ndim == 2:
+        _show_classes(axis, truth)
+    else:
+        _show(axis, in_unit(truth), like=image)
+    _bare(axis)
+
+
+def _show_classes(axis: Axes, classes: Tensor) -> None:
+    """Draw a map of classes [H, W]; labels of ignored pixels, 255 or below 0, are left white."""
+    from matplotlib import colormaps
+
+    classes = classes.cpu().long()
+    colours = torch.tensor(colormaps["tab20"].colors, dtype=torch.float32)  # type: ignore[attr-defined]
+    picture = colours[classes % len(colours)]
+    ignored = ((classes < 0) | (classes == _IGNORED)).unsqueeze(-1)
+    axis.imshow(torch.where(ignored, torch.ones(3), picture).numpy(), interpolation="nearest")
+
+
+def _draw_numbers(axis: Axes, prediction: Tensor, truth: Tensor) -> None:
+    """Draw predicted numbers as bars and what they should be as marks."""
+    predicted, true = (one.detach().float().flatten().cpu()[:_MOST_CLASSES].tolist() for one in (prediction, truth))
+    axis.barh(range(len(predicted)), predicted, color=REFERENCE)
+    axis.plot(true, range(len(true)), "|", color=KEPT, markersize=14, markeredgewidth=2)
+    axis.set_yticks(range(len(predicted)), [str(i) for i in range(len(predicted))], fontsize=7)
+    axis.set_ylim(len(predicted) - 0.4, -0.6)
+    axis.grid(False, axis="y")
+    axis.set_xlabel("predicted; the mark is the truth", fontsize=7)
+
+
 def what_was_seen(images: Tensor, trajectory: Trajectory) -> Tensor:
     """Return what was known of scenes after every glimpse, for the eye [B, T, H, W, 3] in [0, 1].
 
     Glimpses lie at their resolution, finer over coarser ones; places that nobody looked at are bluish.
     """
     canvas = CanvasBackbone(images.shape[1])
-    config, images = trajectory.config, images.detach().cpu().float()
+    config, images = trajectory.config, in_unit(images.detach().cpu()).float()
     seen = canvas.begin(images, config.patch_size)
     frames = []
     for t in range(config.num_glimpses):
@@ -224,6 +277,11 @@ def what_was_seen(images: Tensor, trajectory: Trajectory) -> Tensor:
         unknown = seen.memory[:, -1].isinf().unsqueeze(-1)
         frames.append(torch.where(unknown, torch.tensor(_NOBODY_LOOKED), picture))
     return torch.stack(frames, 1)
+
+
+def in_unit(images: Tensor) -> Tensor:
+    """Return images of bytes in [0, 1], others as they are."""
+    return images if images.is_floating_point() else images.float() / 255
 
 
 def _one(trajectory: Trajectory, index: int) -> Trajectory:
