@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from lightning_eff.moe.layer import FineGrainedMoE
@@ -23,3 +24,14 @@ def update_balance_biases(model: nn.Module) -> int:
     for layer in layers:
         layer.update_balance_bias()
     return len(layers)
+
+
+def forget_loads(model: nn.Module) -> None:
+    """Leave out of the next move of the biases what has been counted since the last: batches of a step never made.
+
+    Args:
+        model: Anything with :class:`FineGrainedMoE` layers in it.
+    """
+    for layer in model.modules():
+        if isinstance(layer, FineGrainedMoE):
+            layer._load_since_step = torch.zeros_like(layer._load_since_step)

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_eff.moe.balance import update_balance_biases
+from lightning_eff.moe.balance import forget_loads, update_balance_biases
 from lightning_eff.moe.config import check_count
 from lightning_eff.moe.layer import FineGrainedMoE
 from lightning_eff.moe.load_history import LoadHistory, draw_loads
@@ -111,6 +111,13 @@ class ExpertLoadMonitor(Callback):
         """Leave no hook behind."""
         self._unhook()
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Bring the counts of all processes together: a checkpoint holds those of the first."""
+        if trainer.world_size > 1 and self.history.sizes:
+            total = _summed(trainer, self._counted().to(trainer.strategy.root_device))
+            self._since = total if trainer.is_global_zero else None
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
+
     def state_dict(self) -> dict[str, Any]:
         """History, and counts of the window that has begun."""
         since = None if self._since is None else self._since.cpu()
@@ -150,10 +157,14 @@ class ExpertLoadMonitor(Callback):
         total = torch.cat([load.to(device) for load in loads], dim=1)
         self._since = total if self._since is None else self._since.to(device) + total
 
-    def _log(self, trainer: Trainer) -> None:
+    def _counted(self) -> Tensor:
+        """Return tokens that chose and that were computed by all experts since the last log [2, experts]."""
         width = sum(self.history.sizes.values())
+        return torch.zeros(2, width, dtype=torch.int64) if self._since is None else self._since
+
+    def _log(self, trainer: Trainer) -> None:
         device = trainer.strategy.root_device
-        since = torch.zeros(2, width, dtype=torch.int64) if self._since is None else self._since
+        since = self._counted()
         # the entropies of processes whose layers have run, and their number
         entropies = [entropy.to(device).float() for entropy in self._entropies.values()]
         told = torch.stack([torch.stack(entropies).mean(), torch.ones((), device=device)]) if entropies else None
@@ -206,8 +217,9 @@ class BalanceBiasUpdater(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take note of the steps of a run that goes on."""
+        """Take note of the steps of a run that goes on, and forget batches of one that was never made."""
         self._stepped = trainer.global_step
+        forget_loads(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -17,7 +17,7 @@ from lightning_eff.batch import SplitBatch, call_model
 from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.data import ByteTextDataModule
 from lightning_eff.moe.auxiliary import collect_aux_losses, total_aux_loss
-from lightning_eff.moe.balance import update_balance_biases
+from lightning_eff.moe.balance import forget_loads, update_balance_biases
 from lightning_eff.moe.decoder import DecoderConfig
 from lightning_eff.moe.distributed import Experts, shard_model
 from lightning_eff.moe.model import DecoderLM
@@ -142,6 +142,7 @@ class MoEScalingModule(LightningModule):
     def on_train_start(self) -> None:
         """Forget batches of a step that an earlier fit did not get to make."""
         self._since_step = []
+        forget_loads(self._network())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch, auxiliary losses included."""
@@ -262,7 +263,8 @@ class MoEScalingModule(LightningModule):
     def _mean_of_processes(self, value: Tensor) -> Tensor:
         if self._trainer is None or self.trainer.world_size == 1:
             return value
-        return self.trainer.strategy.reduce(value.clone(), reduce_op="mean")
+        # where processes are several, also what is still where a checkpoint was read has to be on the device
+        return self.trainer.strategy.reduce(value.to(self.trainer.strategy.root_device, copy=True), reduce_op="mean")
 
     def _log_step(self, loss: Tensor) -> None:
         values = {"train/loss": loss, "train/loss_smoothed": self._losses.mean()}
@@ -275,9 +277,9 @@ class MoEScalingModule(LightningModule):
     def _evaluate(self, batch: Any, stage: str) -> None:
         inputs, targets = self.split_batch(batch)
         counted = int((targets != IGNORED_TARGET).sum())
-        if not counted:
-            return
         loss = _cross_entropy(call_model(self, inputs), targets)
+        if not counted:  # a mean over nothing; logged with no weight, for other processes wait for it
+            loss = torch.zeros_like(loss)
         values = {f"{stage}/loss": loss}
         if self.decoder.vocab_size == 256:
             values[f"{stage}/bits_per_byte"] = loss / math.log(2)

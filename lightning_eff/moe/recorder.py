@@ -88,6 +88,12 @@ class RunRecorder(Callback):
                 f"the run stopped after {trainer.global_step} of {self._planned:.0f} steps: {self.path} gets no row"
             )
             return
+        if not _module(pl_module).tokens_seen:
+            rank_zero_warn(
+                f"{type(pl_module).__name__} has counted no tokens and no loss, which MoEScalingModule.training_step "
+                f"does: {self.path} gets no row"
+            )
+            return
         row = self._row(trainer, _module(pl_module))
         if self.law is not None:
             predicted = self.law(row["n_total"], row["n_tokens"], row["granularity"])

@@ -345,20 +345,25 @@ def test_callbacks_are_reached_from_yaml(tmp_path: Path, monkeypatch: pytest.Mon
 TWO_PROCESSES = """
 from pathlib import Path
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 from lightning_eff.data import ByteTextDataModule
 from lightning_eff.moe import MoEScalingModule, RunRecorder
 from test_callbacks import BalanceBiasUpdater, ExpertLoadMonitor, Network, data, trainer
 
 net, monitor = Network(balance={"method": "bias", "bias_rate": 0.01}), ExpertLoadMonitor(every_n_steps=2)
-fitting = trainer(monitor, BalanceBiasUpdater(), devices=2, strategy="ddp", max_epochs=1)
+saver = ModelCheckpoint(".", every_n_train_steps=3, filename="third", save_top_k=-1)  # in the middle of a window
+fitting = trainer(monitor, BalanceBiasUpdater(), saver, devices=2, strategy="ddp", enable_checkpointing=True)
 fitting.fit(net, DataLoader(data(8).dataset, batch_size=8))
 own = sum(torch.cat(loads) for loads in net.loads)
 both = fitting.strategy.reduce(own.clone(), reduce_op="sum")
 biases = fitting.strategy.all_gather(net.first.balance_bias)
+third = fitting.strategy.reduce(torch.cat(net.loads[2]), reduce_op="sum")
 if fitting.is_global_zero:
     print("steps", monitor.history.steps)
     print("sums agree", torch.equal(monitor.history.chosen.sum(0), both), not torch.equal(own, both))
+    saved = torch.load("third.ckpt", weights_only=True)["callbacks"][monitor.state_key]
+    print("saved counts agree", torch.equal(saved["since"][0], third))
     print("biases agree", torch.equal(biases[0], biases[1]), bool(biases[0].abs().max() > 0))
     print("entropy", 0 < fitting.callback_metrics["moe/router_entropy"] < 1)
     Path("text.txt").write_bytes(bytes(i * i % 251 for i in range(3000)))
@@ -376,6 +381,7 @@ def test_two_processes_count_each_others_tokens_and_keep_one_bias(tmp_path: Path
     printed = run_ddp(TWO_PROCESSES, tmp_path, env=env).stdout
     assert "steps [2, 4]" in printed
     assert "sums agree True True" in printed
+    assert "saved counts agree True" in printed
     assert "biases agree True True" in printed
     assert "entropy tensor(True)" in printed
     with (tmp_path / "runs.csv").open() as file:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run_ddp
-from moe_parallel import AUX, BIAS, EXPERTS, NeverChosen, Somebodys, fit, module_of, state
+from moe_parallel import AUX, BIAS, EXPERTS, NeverChosen, Somebodys, fit, module_of, state, windows
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_eff.moe import ReplaceFFN
 
@@ -37,6 +38,15 @@ module = Somebodys()
 replacing = ReplaceFFN("ffn", EXPERTS, "upcycle")
 fit(module, replacing, devices=devices(), strategy="ddp", accumulate_grad_batches=2)
 found["replaced"] = {{key: both(value) for key, value in state(module).items()}}
+
+# one process has no target that counts
+quiet = {{"logger": False, "enable_progress_bar": False, "enable_model_summary": False}}
+validating = L.Trainer(accelerator="cpu", devices=devices(), strategy="ddp", use_distributed_sampler=False, **quiet)
+tokens, targets = windows()[:4]
+targets = targets if dist.get_rank() == 0 else torch.full_like(targets, -100)
+torch.manual_seed(0)
+validating.validate(module_of(AUX), DataLoader(TensorDataset(tokens, targets), 2), verbose=False)
+found["validated"] = {{"loss": validating.callback_metrics["val/loss"]}}
 
 # each process has half of the tokens and the gradient of its own loss; DDP takes the mean
 rank = dist.get_rank()
@@ -84,6 +94,14 @@ def test_injected_losses_of_processes_are_those_of_one_process(found) -> None:
     module = Somebodys()
     fit(module, ReplaceFFN("ffn", EXPERTS, "upcycle"), accumulate_grad_batches=2)
     assert_equal(found["replaced"], state(module))
+
+
+def test_process_without_a_target_that_counts_holds_nobody_up(found) -> None:
+    torch.manual_seed(0)
+    module = module_of(AUX)
+    tokens, targets = windows()[:4]
+    expected = F.cross_entropy(module.eval()(tokens).flatten(0, 1), targets.flatten())
+    assert found["validated"]["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def assert_equal(given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

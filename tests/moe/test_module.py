@@ -121,6 +121,38 @@ def test_batches_of_a_step_that_was_never_made_are_forgotten() -> None:
     assert model.smoothed_loss() == pytest.approx(watch.loss[0])
 
 
+def test_loads_of_a_step_that_was_never_made_are_forgotten() -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            raise RuntimeError("the lights went out")
+
+    watch, model = Watch(), module({**MOE, "balance": {"method": "bias", "bias_rate": 0.1}})
+    with pytest.raises(RuntimeError, match="lights"):
+        trainer(accumulate_grad_batches=2, callbacks=[Stop()]).fit(model, loader(batches(2, sequences=50)))
+    trainer(callbacks=[watch]).fit(model, loader(batches(1)))
+    torch.testing.assert_close(watch.bias[0][0], bias_step(watch.loads[0][0], 0.1))
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_losses_are_averaged_over_processes_where_these_can_talk(monkeypatch, fresh: bool) -> None:
+    model, saved, seen = module(), {}, []
+    trainer().fit(model, loader(batches(2)))
+    model.on_save_checkpoint(saved)
+    other = module()
+    if not fresh:
+        other.on_load_checkpoint(saved)
+    made = trainer()
+    made.strategy.connect(other)
+    other.trainer = made
+    monkeypatch.setattr(L.Trainer, "world_size", 2)
+    # of two GPUs, whose processes cannot exchange what lies on the host
+    monkeypatch.setattr(type(made.strategy), "root_device", torch.device("meta"))
+    monkeypatch.setattr(made.strategy, "reduce", lambda value, reduce_op: seen.append(value.device.type) or value)
+    other._mean_of_processes(other._losses.mean())
+    other._mean_of_processes(other._losses.state())
+    assert seen == ["meta", "meta"]
+
+
 def test_module_can_be_copied_in_the_middle_of_a_run() -> None:
     class Copy(L.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):

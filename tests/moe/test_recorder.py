@@ -189,6 +189,16 @@ def test_other_modules_are_refused(text: str, tmp_path: Path) -> None:
         fit(text, RunRecorder(tmp_path / "runs.csv"), net=ImageClassifier(SmallCNN()))
 
 
+def test_module_that_counts_nothing_leaves_no_row(text: str, tmp_path: Path) -> None:
+    class Own(MoEScalingModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self(batch[0]).square().mean()
+
+    with pytest.warns(UserWarning, match=r"Own has counted no tokens .*runs.csv gets no row"):
+        fit(text, RunRecorder(tmp_path / "runs.csv"), net=Own(module().decoder))
+    assert not (tmp_path / "runs.csv").exists()
+
+
 def test_recorder_used_twice_begins_anew(text: str, tmp_path: Path) -> None:
     recorder = RunRecorder(tmp_path / "runs.csv", "a")
     fit(text, recorder)
