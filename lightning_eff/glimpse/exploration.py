@@ -100,7 +100,7 @@ class Trajectory:
 
         Args:
             path: Of the file.
-            config: Camera and scene it was written with.
+            config: Camera and scene it was written with; ``num_glimpses`` grows to the most that an image has.
 
         Raises:
             ValueError: A line is of another schema, or of another scene or camera.
@@ -115,7 +115,8 @@ class Trajectory:
                     f"{path}, line {number}: written for image_size {found[:2]} and camera_size {found[2]}, the "
                     f"configuration has {config.scene} and {config.camera_size}"
                 )
-        most = max((len(record["glimpses"]) for record in records), default=0)
+        most = max(config.num_glimpses, *(len(record["glimpses"]) for record in records), 0)
+        config = replace(config, num_glimpses=most)
         numbers = torch.full((len(records), most, 7), torch.nan)
         for i, record in enumerate(records):
             for t, glimpse in enumerate(record["glimpses"]):

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_eff.glimpse.backbones.canvas import CanvasBackbone
 from lightning_eff.glimpse.config import GlimpseConfig
 from lightning_eff.glimpse.exploration import SCHEMA, Trajectory, explore
+from lightning_eff.glimpse.figures import coverage_figure, exploration_figure, scale_figure
 from lightning_eff.glimpse.observation import Observation
 from lightning_eff.glimpse.policies import FixedGrid, RandomPolicy
 from lightning_eff.glimpse.tasks.classification import ClassificationTask
@@ -145,7 +146,7 @@ def test_json_lines_tell_every_glimpse(images: Tensor, tmp_path: Path) -> None:
     assert first["score"] == pytest.approx(float(seen.scores[row, 1]))  # type: ignore[index]
 
     again = Trajectory.load(path, world.config)
-    torch.testing.assert_close(again.views, seen.views[:, : again.views.shape[1]], equal_nan=True, atol=1e-4, rtol=0)
+    torch.testing.assert_close(again.views, seen.views, equal_nan=True, atol=1e-4, rtol=0)
     torch.testing.assert_close(again.scores, seen.scores, equal_nan=True)
     assert torch.equal(again.taken, seen.taken)
 
@@ -171,3 +172,18 @@ def test_files_of_another_kind_are_refused(images: Tensor, tmp_path: Path) -> No
         seen.records(ids=["one"])
     with pytest.raises(ValueError, match="expected at least one trajectory"):
         Trajectory.cat([])
+
+
+@pytest.mark.parametrize("glimpses", [2, 8])
+def test_trajectories_with_more_or_fewer_glimpses_than_usual_are_read_and_drawn(
+    images: Tensor, tmp_path: Path, glimpses: int
+) -> None:
+    world = classes()
+    seen = explore(world, images, FixedGrid(world.config), max_glimpses=glimpses)
+    again = Trajectory.load(seen.save(tmp_path / "seen.jsonl"), world.config)
+    assert again.views.shape[1] == again.config.num_glimpses == max(glimpses, world.config.num_glimpses)
+    torch.testing.assert_close(again.views[:, :glimpses], seen.views, atol=1e-4, rtol=0)
+    assert bool(again.views[:, glimpses:].isnan().all())
+    coverage_figure(again)
+    scale_figure(again)
+    exploration_figure(images, again)

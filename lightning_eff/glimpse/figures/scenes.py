@@ -143,7 +143,7 @@ def importance_figure(images: Tensor, boxes: Tensor, importance: Tensor, count: 
     images, count = in_unit(images), min(count, len(images))
     relative = (importance[:count, :, 0] * importance.shape[1]).detach().cpu()
     height, width = images.shape[-2:]
-    tall = max(1.6, 2.2 * min(1.5, height / width) + 0.4)  # the legend's words need so much
+    tall = max(2.0, 2.2 * min(1.5, height / width) + 0.4)  # the legend's words need so much
     figure, axes = new_figure(1, count, width=2.2 * count + 0.7, height=tall)
     shade = ScalarMappable(Normalize(0, float(relative.max().clamp(min=1.0))), "magma")
     for row in range(count):
