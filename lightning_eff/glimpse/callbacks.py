@@ -32,7 +32,8 @@ class GlimpseReport(Callback):
 
     ``exploration-003.png`` after validation; after a test ``policies`` as ``.md``, ``.csv`` and ``.json``, printed
     besides, ``exploration.png``, ``steps.png``, ``exploration.gif``, ``coverage.png``, ``scales.png``, and where images
-    do not stop early ``curves.png``; after a prediction ``trajectories.jsonl``, one file a process.
+    do not stop early ``curves.png``; after a prediction ``trajectories.jsonl``, one file a process, each of which
+    numbers the scenes that it saw from 0.
 
     Args:
         dirpath: The folder; None takes the trainer's ``default_root_dir``.
