@@ -36,6 +36,17 @@ def test_the_run_of_the_readme_trains_tests_and_draws(tmp_path: Path, monkeypatc
     assert {"policy", "random"} == set(names["model"].results["test"])
 
 
+def test_the_run_of_the_readme_teaches_a_backbone_that_knows_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default learning rate is for trained backbones: with it this run ends where it began."""
+    monkeypatch.chdir(tmp_path)
+    with untouched_generators():
+        exec(BLOCKS[0].split("trainer = ")[0], names := {})
+        optimizer = names["model"].configure_optimizers()[-1]
+    assert optimizer.param_groups[0]["lr"] >= 1e-3
+
+
 def test_worlds_and_policies_of_the_readme_need_no_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with untouched_generators():

@@ -107,8 +107,9 @@ def test_every_option_can_be_changed_from_the_shell():
 
 def test_early_stopping_is_turned_off_by_null():
     Path("never.yaml").write_text("model: {init_args: {glimpse: {stop_threshold: null}}}")
-    model, _ = built("--config", CONFIG, "--config", "never.yaml")
-    assert model.glimpse == GlimpseConfig(32, num_glimpses=2, patch_size=4)
+    for change in (("--config", "never.yaml"), ("--model.glimpse", '{"stop_threshold": null}')):
+        model, _ = built("--config", CONFIG, *change)
+        assert model.glimpse == GlimpseConfig(32, num_glimpses=2, patch_size=4)
 
 
 def test_other_backbones_and_tasks_are_known_by_their_short_names():
