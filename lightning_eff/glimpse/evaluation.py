@@ -5,7 +5,7 @@ Letters: B images, T glimpses of an episode.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_eff.batch import SplitBatch, split_batch, take
+from lightning_eff.batch import SplitBatch, take
+from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.glimpse.exploration import Trajectory, explore, needs_scores, steps_of
 from lightning_eff.glimpse.policies.base import Policy, PolicyLike
 from lightning_eff.glimpse.tasks.base import Task
@@ -65,7 +66,8 @@ def evaluate_policies(
     policies: Mapping[str, PolicyLike],
     *,
     metric: str | None = None,
-    splitter: SplitBatch = split_batch,
+    split_batch: SplitBatch | None = None,
+    teacher: Callable[[Tensor], Tensor] | None = None,
     scored: bool = False,
     flops: bool = True,
 ) -> list[PolicyCurve]:
@@ -73,10 +75,11 @@ def evaluate_policies(
 
     Args:
         world: Backbone, task, camera and scene.
-        batches: Of images [B, C, H, W] and targets, read once; a DataLoader, or a list.
+        batches: Of images [B, C, H, W] and targets, or of images alone, read once; a DataLoader, or a list.
         policies: By name. A :class:`Policy` begins anew.
         metric: Name of one of the task's; None takes the first.
-        splitter: Batch to (images, target).
+        split_batch: ``batch -> (images, target)``, for batches of another form.
+        teacher: Images to a teacher's predictions, for tasks that score by it.
         scored: Whether scores are told as well.
         flops: Whether to count operations, on the first images.
 
@@ -91,16 +94,20 @@ def evaluate_policies(
         raise ValueError("expected at least one policy, got none")
     tallies: dict[str, _Tally] = {}
     for batch in batches:
-        images, target = splitter(batch)
+        if split_batch is None and isinstance(batch, Tensor):
+            images, target = batch, None
+        else:
+            images, target = (split_batch or split_pair)(batch)
+        with torch.no_grad():
+            told = None if teacher is None else teacher(images)
         for name, policy in policies.items():
             if name not in tallies:
-                counted = (
-                    count_flops(world, images[:_COUNTED], policy, take(target, slice(_COUNTED))) if flops else None
-                )
+                first = (take(given, slice(_COUNTED)) for given in (images, target, told))
+                counted = _flops(world, policy, *first) if flops else None
                 tallies[name] = _Tally(world, name, shown, scored, counted)
                 if isinstance(policy, Policy):
                     policy.restart()
-            tallies[name].add(images, target, policy)
+            tallies[name].add(images, target, told, policy)
     if not tallies:
         raise ValueError("expected at least one batch, got none")
     return [tally.curve() for tally in tallies.values()]
@@ -116,9 +123,9 @@ class _Tally:
         self.taken, self.score = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
         self.images = 0
 
-    def add(self, images: Tensor, target: Any, policy: PolicyLike) -> None:
+    def add(self, images: Tensor, target: Any, teacher: Tensor | None, policy: PolicyLike) -> None:
         world = self.world
-        world.reset(images, target, scored=self.scored or needs_scores(policy))
+        world.reset(images, target, teacher, scored=self.scored or needs_scores(policy))
         whole, score, prediction = world.images, torch.zeros(len(images), device=world.images.device), Tensor()
         for t, step in zip_longest(range(len(self.metrics)), steps_of(world, policy, predict=True)):
             if step is not None:  # else all have stopped
@@ -158,10 +165,16 @@ def count_flops(world: GlimpseWorld, images: Tensor, policy: PolicyLike, target:
         policy: Whose.
         target: Theirs, for policies that know the truth.
     """
+    return _flops(world, policy, images, target)
+
+
+def _flops(
+    world: GlimpseWorld, policy: PolicyLike, images: Tensor, target: Any, teacher: Tensor | None = None
+) -> float:
     # the counter does not know the fused attention of CPUs, and stumbles over inputs that are views of parameters
     frozen = parameters_require_grad(world.backbone, False)
     with frozen, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        explore(world, images, policy, target)
+        explore(world, images, policy, target, teacher=teacher)
     return float(counter.get_total_flops()) / len(images)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_eff.batch import BatchKeys
 from lightning_eff.glimpse.backbones.base import Encoded, GlimpseBackbone, Seen
 from lightning_eff.glimpse.backbones.canvas import CanvasBackbone
 from lightning_eff.glimpse.config import GlimpseConfig
@@ -104,6 +105,24 @@ def test_measuring_twice_gives_the_same(batches: list[tuple[Tensor, Tensor]]) ->
     policies = {"random": RandomPolicy(CONFIG, seed=2), "ahead": GreedyLookahead(CONFIG, tries=3)}
     first, second = (evaluate_policies(classes(), batches, policies) for _ in range(2))
     assert first == second
+
+
+def test_a_teacher_scores_and_batches_may_have_another_form_or_images_alone(
+    batches: list[tuple[Tensor, Tensor]],
+) -> None:
+    world, grid = classes(), {"grid": FixedGrid(CONFIG)}
+    (plain,) = evaluate_policies(world, batches, grid)
+    told = [{"x": images, "y": target} for images, target in batches]
+    assert evaluate_policies(world, told, grid, split_batch=BatchKeys("x", "y")) == [plain]
+    world.task.score_kind = "kl"  # type: ignore[assignment]
+    policies = grid | {"ahead": GreedyLookahead(CONFIG, tries=2)}
+    for curve in evaluate_policies(
+        world, batches, policies, scored=True, teacher=lambda images: images.new_zeros(len(images), 3)
+    ):
+        assert all(score < 0 for score in curve.scores or [0.0])
+    canvas = GlimpseWorld(CanvasBackbone(1), ReconstructionTask(), CONFIG)
+    alone = evaluate_policies(canvas, [images for images, _ in batches], grid)
+    assert alone == evaluate_policies(canvas, batches, grid)
 
 
 def test_one_of_several_metrics_can_be_chosen(batches: list[tuple[Tensor, Tensor]]) -> None:
