@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
@@ -55,7 +56,8 @@ class ReplaceFFN(AuxLossScale):
     As :func:`replace_ffn` on the LightningModule, for a network that is built in its ``__init__``; one that
     ``configure_model`` builds is not there yet: call :func:`replace_ffn` there. Checkpoints hold the mixtures: a
     trainer with this callback resumes from them and evaluates them; for ``load_from_checkpoint``, call
-    :func:`replace_ffn` in ``__init__``, or on the module before its ``load_state_dict``.
+    :func:`replace_ffn` in ``__init__``, or on the module before its ``load_state_dict``. Among callbacks it stands
+    before those that average weights, which copy the network when the fit is set up.
 
     Args:
         match: Names as of ``named_modules()`` of the LightningModule, with ``*`` and ``**``; or a function.
@@ -66,6 +68,9 @@ class ReplaceFFN(AuxLossScale):
 
     Attributes:
         names: Names of the layers, once they are there.
+
+    Raises:
+        ValueError: As of :func:`replace_ffn`; or a callback before this one has copied the dense network.
     """
 
     def __init__(
@@ -85,12 +90,19 @@ class ReplaceFFN(AuxLossScale):
         modules, match = dict(pl_module.named_modules(remove_duplicate=False)), self.match
         if self.names and all(isinstance(modules.get(name), FineGrainedMoE) for name in self.names):
             match = self._is_there  # a function that tells networks by class would not know the new layers
+        before = set(pl_module.parameters())
         try:
             self.names = replace_ffn(pl_module, match, self.config, self.init, self.aux_mode)
         except ValueError as error:
             if not is_overridden("configure_model", pl_module):
                 raise
             raise ValueError(f"{error}; what configure_model builds is not there yet: replace it there") from error
+        averaging = _averages_before(self, trainer) if stage == "fit" else None
+        if averaging is not None and set(pl_module.parameters()) != before:
+            raise ValueError(
+                f"{averaging} stands before {type(self).__name__} and has copied the dense network, whose weights are "
+                f"not those of the experts: put {type(self).__name__} before it"
+            )
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Leave word for whoever loads the checkpoint into the dense network."""
@@ -101,3 +113,13 @@ class ReplaceFFN(AuxLossScale):
 
     def _is_there(self, name: str, module: nn.Module) -> bool:
         return name in self.names
+
+
+def _averages_before(callback: L.Callback, trainer: L.Trainer) -> str | None:
+    """Return the name of a callback that averages weights and is set up before this one."""
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if other is callback:
+            break
+        if isinstance(other, WeightAveraging | StochasticWeightAveraging):
+            return type(other).__name__
+    return None

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from helpers import REPOSITORY, run_python
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.nn import functional as F
@@ -536,6 +537,51 @@ def test_callback_that_matches_by_class_knows_its_layers_again(tmp_path) -> None
     assert module.net.ffn is layer
     trainer.test(other := Net(), loader(), verbose=False)  # another module is replaced as the first was
     assert isinstance(other.net.ffn, FineGrainedMoE)
+
+
+AVERAGES = {
+    "ema": lambda: EMAWeightAveraging(decay=0.5),
+    "swa": lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=2, annealing_epochs=1),
+}
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_averages_of_weights_are_those_of_the_experts(average, tmp_path) -> None:
+    class Noting(L.Callback):
+        """Keeps the weights after every step or epoch, whichever is averaged."""
+
+        def __init__(self) -> None:
+            self.steps: list[torch.Tensor] = []
+            self.epochs: list[torch.Tensor] = []
+
+        def on_train_batch_end(self, trainer, module, *_) -> None:
+            self.steps.append(module.net.ffn.w1.detach().clone())
+
+        def on_train_epoch_end(self, trainer, module) -> None:
+            self.epochs.append(module.net.ffn.w1.detach().clone())
+
+    module, noting = Net(), Noting()
+    callbacks = [ReplaceFFN("net.ffn", RATE, "upcycle"), noting, AVERAGES[average]()]
+    trainer_of(tmp_path, *callbacks, max_epochs=3).fit(module, loader())
+    if average == "ema":
+        expected = noting.steps[0]
+        for weights in noting.steps[1:]:
+            expected = torch.lerp(weights, expected, 0.5)
+    else:
+        expected = (noting.epochs[0] + noting.epochs[1]) / 2  # taken where the second and third begin
+    torch.testing.assert_close(module.net.ffn.w1, expected)
+    assert not torch.allclose(module.net.ffn.w1, noting.steps[-1])
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_averages_that_copied_the_dense_network_are_refused_before_training(average, tmp_path) -> None:
+    callbacks = [AVERAGES[average](), ReplaceFFN("net.ffn", RATE)]
+    trainer = trainer_of(tmp_path, *callbacks)
+    with pytest.raises(ValueError, match=r"WeightAveraging stands before ReplaceFFN.*put ReplaceFFN before it"):
+        trainer.fit(Net(), loader())
+    assert trainer.global_step == 0
+    trainer = trainer_of(tmp_path, AVERAGES[average](), ReplaceFFN("net.ffn", RATE))
+    trainer.fit(NetWithExperts(), loader())  # nothing was left to replace
 
 
 def test_dense_checkpoint_in_a_replaced_model_is_told() -> None:
