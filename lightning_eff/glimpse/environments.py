@@ -154,6 +154,9 @@ class GlimpseEnv(gymnasium.Env[Any, np.ndarray]):
     """One scene at a time; see :class:`GlimpseVecEnv`, which takes the same and is faster.
 
     ``info`` of a step holds ``score`` and ``view`` (y0, x0 and side in pixels).
+
+    Raises:
+        ValueError: The data set is empty, or rewards are told by comparing the scenes of a batch.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}
@@ -167,6 +170,11 @@ class GlimpseEnv(gymnasium.Env[Any, np.ndarray]):
         split_batch: SplitBatch = split_batch,
         device: torch.device | str = "cpu",
     ) -> None:
+        if world.reward.kind == "score_normalized":
+            raise ValueError(
+                "a single scene has no others to be compared with, all its rewards would be 0: use "
+                "RewardConfig(kind='score'), or GlimpseVecEnv"
+            )
         self.world, self._scenes = copy.copy(world), _Scenes(dataset, seed, split_batch, device)
         self.observation_space = space_of(world)
         self.action_space = spaces.Box(0.0, 1.0, (ACTION_SIZE,))

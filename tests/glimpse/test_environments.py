@@ -263,6 +263,12 @@ def test_the_single_environment_walks_through_an_episode():
     assert total == pytest.approx(info["score"], abs=1e-6)  # the score of nothing is 0
 
 
+def test_the_single_environment_cannot_compare_scenes():
+    compared = GlimpseWorld(Blind(), Aim(), CAMERA, RewardConfig(kind="score_normalized"), ALL)
+    with pytest.raises(ValueError, match=r"use RewardConfig\(kind='score'\), or GlimpseVecEnv"):
+        GlimpseEnv(compared, scenes())
+
+
 def test_both_environments_see_the_same():
     many, one = GlimpseVecEnv(world(), scenes(), 1, seed=5), GlimpseEnv(world(), scenes(), seed=5)
     many.reset()
