@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
@@ -63,7 +64,8 @@ class MoEScalingModule(LightningModule):
 
     Raises:
         ValueError: An argument lies outside its range; or, at the start of a run, tokens that the vocabulary does not
-            have, windows longer than ``max_seq_len``, or a run without an end, for which there is no schedule.
+            have, windows longer than ``max_seq_len``, a run without an end, for which there is no schedule, or
+            ``StochasticWeightAveraging``, which copies the module before the network is made.
     """
 
     def __init__(
@@ -80,6 +82,11 @@ class MoEScalingModule(LightningModule):
         super().__init__()
         if not 0 <= warmup_fraction < 1:
             raise ValueError(f"warmup_fraction must lie in [0, 1), got {warmup_fraction}")
+        if not callable(optimizer):
+            raise ValueError(
+                f"optimizer must be a function that makes one of the parameters, got {type(optimizer).__name__}; for "
+                "example lambda p: AdamW(p, lr=2e-4)"
+            )
         if experts not in get_args(Experts):
             raise ValueError(f"experts must be one of {', '.join(get_args(Experts))}, got {experts!r}")
         if not 0 <= final_lr_fraction <= 1:
@@ -102,7 +109,13 @@ class MoEScalingModule(LightningModule):
         self._batch_shape = (0, 0)
 
     def setup(self, stage: str) -> None:
-        """Check that text and network fit together."""
+        """Check that text and network fit together, and that nobody averages weights which are not there yet."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if stage == "fit" and self.model is None and any(isinstance(c, StochasticWeightAveraging) for c in callbacks):
+            raise ValueError(
+                "StochasticWeightAveraging copied the module before the network was made, and would average nothing: "
+                "use EMAWeightAveraging or WeightAveraging, or call configure_model() on the module before fit"
+            )
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, ByteTextDataModule):
             return

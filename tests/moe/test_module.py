@@ -7,7 +7,7 @@ import copy
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ThroughputMonitor
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, ThroughputMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
@@ -381,6 +381,37 @@ def test_loss_that_is_no_number_takes_lightnings_path_otherwise() -> None:
 def test_arguments_out_of_range_are_refused(options, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MoEScalingModule(**options)
+
+
+@pytest.mark.parametrize("made", [None, torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)])
+def test_optimizer_that_makes_none_is_refused(made: object) -> None:
+    with pytest.raises(ValueError, match=rf"optimizer must be a function.*got {type(made).__name__}"):
+        MoEScalingModule(DECODER, made)
+
+
+# its own learning rate replaces the schedule; networks of configure_model may be large
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch", "ignore:You're using the WeightAver")
+def test_averages_of_weights_are_taken_of_a_network_that_is_there() -> None:
+    def average() -> StochasticWeightAveraging:
+        return StochasticWeightAveraging(0.1, swa_epoch_start=1, annealing_epochs=1)
+
+    late = MoEScalingModule(DECODER)
+    with pytest.raises(ValueError, match=r"would average nothing: .*configure_model\(\)"):
+        trainer(callbacks=[average()]).fit(late, loader(batches(2)))
+    assert late.tokens_seen == 0
+    one, watch = module(), LastWeights()
+    trainer(callbacks=[watch, average()], max_epochs=3).fit(one, loader(batches(2)))
+    assert not torch.equal(one.model.head.weight, watch.weights)
+    late = MoEScalingModule(DECODER)
+    trainer(callbacks=[watch, EMAWeightAveraging(decay=0.5)]).fit(late, loader(batches(4)))
+    assert not torch.equal(late.model.head.weight, watch.weights)
+
+
+class LastWeights(L.Callback):
+    """Keeps the weights of the last step."""
+
+    def on_train_batch_end(self, trainer, module, *_) -> None:
+        self.weights = module.model.head.weight.detach().clone()
 
 
 def test_run_without_an_end_has_no_schedule() -> None:

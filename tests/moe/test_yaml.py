@@ -63,6 +63,15 @@ def test_dense_twin_is_one_change_away() -> None:
         assert (decoder.moe, decoder.d_model, decoder.max_seq_len) == (None, 16, 32)
 
 
+def test_options_become_null_from_the_shell_and_others_stay() -> None:
+    change = '--model.decoder={"d_ff": null, "moe": {"top_k": null, "routing": {"capacity_factor": null}}}'
+    given = ["--model.decoder.d_ff=32", "--model.decoder.moe.top_k=4", "--model.decoder.moe.routing.capacity_factor=2"]
+    decoder = cli.main(["fit", "--config", CONFIG, "--trainer.max_steps=1", *given, change]).model.decoder
+    expected = MoEConfig(expansion_rate=4, granularity=2)
+    assert decoder.moe == MoEConfig.of(expected, balance={"method": "bias", "bias_rate": 0.01})
+    assert decoder == DecoderConfig(d_model=16, n_layers=2, n_heads=2, max_seq_len=32, moe=decoder.moe)
+
+
 def test_checkpoint_of_a_yaml_loads_in_python_with_its_optimizer() -> None:
     trained = cli.main(["fit", "--config", CONFIG])
     loaded = MoEScalingModule.load_from_checkpoint("last.ckpt", weights_only=True)
