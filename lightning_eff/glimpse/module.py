@@ -59,7 +59,7 @@ class AdaGlimpseModule(EpisodicModule):
             predictions are dear.
 
     Attributes:
-        sac: The agent, a ``stable_baselines3.SAC``; its ``save`` and ``load`` work.
+        sac: The agent, a ``stable_baselines3.SAC``; its ``save`` works, and ``GlimpseSAC.load`` of that file.
         results: Of the last pass over ``"val"`` and over ``"test"`` data: policy, ``"policy"`` being the agent's, to
             name to value.
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanSquaredError, MetricCollection
 
 from lightning_eff.glimpse.backbones.canvas import CanvasBackbone
 from lightning_eff.glimpse.callbacks import GlimpseReport, results_table
 from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, ReplayConfig, TrainingPlan
 from lightning_eff.glimpse.module import AdaGlimpseModule
+from lightning_eff.glimpse.tasks.base import Task
 from lightning_eff.glimpse.tasks.classification import ClassificationTask
 from lightning_eff.models import ImageClassifier, SmallCNN
 
@@ -106,3 +109,34 @@ def test_what_it_cannot_tell_of_is_refused(tmp_path: Path) -> None:
         trainer(GlimpseReport(), tmp_path).test(ImageClassifier(SmallCNN(width=1)), data())
     with pytest.raises(ValueError, match="no results of 'test'"):
         results_table(module())
+
+
+class Brightness(Task):
+    """A task of one's own, whose targets are numbers."""
+
+    higher_is_better = False
+
+    def loss(self, prediction: Tensor, images: Tensor, target: Any, teacher: Tensor | None = None) -> Tensor:
+        return -self.score(prediction, images, target).mean()
+
+    def score(self, prediction: Tensor, images: Tensor, target: Any, teacher: Tensor | None = None) -> Tensor:
+        return -(prediction - target).square().mean(1)
+
+    def metrics(self) -> MetricCollection:
+        return MetricCollection({"mse": MeanSquaredError()})
+
+    def metric_inputs(self, prediction: Tensor, images: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+        return prediction, target
+
+
+def test_a_task_with_numbers_for_targets_is_drawn_too(tmp_path: Path) -> None:
+    images = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(images, torch.stack([images.mean((1, 2, 3)), images.std((1, 2, 3))], 1)), 3)
+    like = module()
+    tested = AdaGlimpseModule(
+        CanvasBackbone(1, num_classes=2, widths=(2, 2, 4, 4)), Brightness(), like.glimpse, like.agent, like.plan
+    )
+    run = trainer(GlimpseReport(shown=2), tmp_path, max_epochs=2)
+    run.fit(tested, loader, loader)
+    run.test(tested, loader, verbose=False)
+    assert {"exploration-001.png", "exploration.png", "steps.png", "exploration.gif"} <= names(tmp_path)

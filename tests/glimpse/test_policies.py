@@ -267,3 +267,11 @@ def test_a_policy_that_needs_data_or_does_not_exist_says_so() -> None:
             make_policy(name, CONFIG)
     with pytest.raises(ValueError, match=r"policy must be one of random, .*, got 'clever'"):
         make_policy("clever", CONFIG)
+
+
+def test_one_even_view_of_bytes_is_that_of_the_same_scenes_and_scored_alike() -> None:
+    scenes = (torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    reference, task = UniformLowRes(CONFIG), ReconstructionTask()
+    shown = reference.reconstruct(scenes)
+    torch.testing.assert_close(shown, reference.reconstruct(scenes.float() / 255))
+    torch.testing.assert_close(task.score(shown, scenes), task.score(shown, scenes.float() / 255))

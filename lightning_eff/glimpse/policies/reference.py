@@ -37,7 +37,9 @@ class UniformLowRes:
         return max(1, int(height * share + 1e-9)), max(1, int(width * share + 1e-9))
 
     def view(self, images: Tensor) -> Tensor:
-        """Return scenes [B, C, H, W] shrunk with a filter to :attr:`size`."""
+        """Return scenes [B, C, H, W], bytes divided by 255, shrunk with a filter to :attr:`size`."""
+        if not images.is_floating_point():
+            images = images.float() / 255
         return F.interpolate(images, size=self.size, mode="bilinear", antialias=True, align_corners=False)
 
     def reconstruct(self, images: Tensor) -> Tensor:

@@ -56,7 +56,9 @@ class ReconstructionTask(Task):
         return self.grey_levels(prediction), self.grey_levels(images)
 
     def grey_levels(self, images: Tensor) -> Tensor:
-        """Return normalised ``images`` [B, C, H, W] in grey levels, 0 to 255."""
+        """Return normalised ``images`` [B, C, H, W], bytes divided by 255, in grey levels, 0 to 255."""
+        if not images.is_floating_point():
+            images = images.float() / 255
         return ((images.float() * self.std + self.mean) * 255).clamp(0, 255)
 
 
