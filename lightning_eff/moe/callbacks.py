@@ -70,7 +70,7 @@ class ExpertLoadMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers; a history of other layers does not go on."""
         self._layers = moe_layers(pl_module, type(self).__name__)
-        self._seen: dict[str, Tensor | None] = {name: layer.last_load for name, layer in self._layers.items()}
+        self._seen: dict[str, Tensor | None] = {}
         self._entropies: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
         if not trainer.is_global_zero:  # a checkpoint holds the counts of the first process: they are counted once
@@ -83,6 +83,7 @@ class ExpertLoadMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the routers' scores in a batch after which something may be logged."""
         self._unhook()
+        self._seen = {name: layer.last_load for name, layer in self._layers.items()}  # of validation, too
         if self._due(trainer.global_step + len(trainer.optimizers)):
             self._hooks = [
                 layer.register_forward_pre_hook(self._watch(name), with_kwargs=True)
@@ -97,12 +98,12 @@ class ExpertLoadMonitor(Callback):
         self._unhook()
         self._count()
         if self._due(trainer.global_step):
-            self._log(trainer)
+            self._log(trainer, _stepped(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what has come since the last log, and write table and figure."""
         if trainer.global_step > self._logged_at:
-            self._log(trainer)
+            self._log(trainer, _stepped(trainer) - 1)  # the last batch has been counted by now
         if self.dirpath is not None and len(self.history) and trainer.is_global_zero:
             self.history.table().save(self.dirpath / "expert_loads.csv")
             save_figure(draw_loads(self.history), self.dirpath / "expert_loads.png")
@@ -152,7 +153,6 @@ class ExpertLoadMonitor(Callback):
                 loads.append(torch.zeros(2, layer.config.n_experts, dtype=torch.int64))
             else:
                 loads.append(torch.stack([load, counts]))
-            self._seen[name] = load
         device = next((load.device for load in loads if load.device.type != "cpu"), torch.device("cpu"))
         total = torch.cat([load.to(device) for load in loads], dim=1)
         self._since = total if self._since is None else self._since.to(device) + total
@@ -162,7 +162,7 @@ class ExpertLoadMonitor(Callback):
         width = sum(self.history.sizes.values())
         return torch.zeros(2, width, dtype=torch.int64) if self._since is None else self._since
 
-    def _log(self, trainer: Trainer) -> None:
+    def _log(self, trainer: Trainer, logger_step: int) -> None:
         device = trainer.strategy.root_device
         since = self._counted()
         # the entropies of processes whose layers have run, and their number
@@ -178,7 +178,7 @@ class ExpertLoadMonitor(Callback):
             values["moe/router_entropy"] = float(told[0] / told[1])
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+            logger.log_metrics(values, step=logger_step)
         self._since, self._logged_at, self._entropies = None, trainer.global_step, {}
 
     def _statistics(self, chosen: Tensor, computed: Tensor) -> dict[str, float]:
@@ -244,6 +244,11 @@ def moe_layers(module: nn.Module, asked_by: str) -> dict[str, FineGrainedMoE]:
     if not layers:
         raise ValueError(f"{asked_by} wants a module with FineGrainedMoE layers; {type(module).__name__} has none")
     return layers
+
+
+def _stepped(trainer: Trainer) -> int:
+    """Return batches after which optimizers stepped: the step under which Lightning logs what modules log."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def _summed(trainer: Trainer, tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import run_ddp
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torch.utils.data.distributed import DistributedSampler
@@ -143,6 +144,48 @@ def test_layer_that_does_not_run_is_not_counted() -> None:
     layers = monitor.history.layers(monitor.history.chosen)
     assert layers["first"].sum() == 6 * 8 * 5 * 2
     assert layers["second"].sum() == 0
+
+
+def test_layer_that_runs_in_validation_alone_is_not_counted() -> None:
+    class Dropping(Network):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.second(self.first(batch[0]))
+
+    monitor = ExpertLoadMonitor(every_n_steps=3)
+    net = Dropping(second=False, balance={"method": "none", "z_weight": 0.0})
+    trainer(monitor, val_check_interval=2).fit(net, data(), data(1))
+    layers = monitor.history.layers(monitor.history.chosen)
+    assert layers["first"].sum() == 6 * 8 * 5 * 2
+    assert layers["second"].sum() == 0
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_loads_are_logged_at_the_steps_of_what_the_module_logs(tmp_path: Path, optimizers: int) -> None:
+    class Logging(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            self.manual_backward(loss)
+            for optimizer in self.optimizers() if optimizers > 1 else [self.optimizers()]:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.first, self.second)][:optimizers]
+
+    logger = CSVLogger(tmp_path)
+    monitor = ExpertLoadMonitor(every_n_steps=2 * optimizers)
+    trainer(monitor, logger=logger, log_every_n_steps=2).fit(Logging(), data(7))
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    losses, loads = ({int(row["step"]) for row in rows if row[name]} for name in ("loss", "moe/load_cv"))
+    assert losses == {1, 3, 5}
+    assert loads == {1, 3, 5, 6}  # the last is the rest of a window
+    assert monitor.history.steps == [optimizers * step for step in (2, 4, 6, 7)]
 
 
 def test_accumulated_batches_are_counted_once_a_step() -> None:
