@@ -29,6 +29,9 @@ def collect_aux_losses(module: nn.Module, reduce: Reduce = "mean") -> dict[str, 
 def total_aux_loss(module: nn.Module, reduce: Reduce = "mean") -> Tensor:
     """Return the sum of the auxiliary losses of the last forward pass, each times its layer's weight.
 
+    A layer that the last pass left out still has those of its own last pass, whose graph may be gone: where layers are
+    dropped at random, let :func:`~lightning_eff.moe.replace_ffn` inject the losses.
+
     Args:
         module: Anything with :class:`FineGrainedMoE` layers in it.
         reduce: As of :func:`collect_aux_losses`.
