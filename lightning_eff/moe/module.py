@@ -168,15 +168,15 @@ class MoEScalingModule(LightningModule):
         self._since_step.append(loss.detach())
         return loss + total_aux_loss(self._network())
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the loss of one batch."""
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the loss of one batch."""
         self._evaluate(batch, "test")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the logits of one batch ``(tokens, targets)``, or of ``tokens``."""
         inputs = batch if isinstance(batch, Tensor) else self.split_batch(batch)[0]
         logits: Tensor = call_model(self, inputs)

@@ -290,6 +290,18 @@ def test_validation_loss_is_the_mean_over_tokens_that_count() -> None:
     assert made.callback_metrics["val/bits_per_byte"].item() == pytest.approx(loss / 0.6931472, rel=1e-5)
 
 
+def test_several_sets_are_evaluated_and_predicted_each_by_itself() -> None:
+    one, sets = module(), [loader(batches(2)), loader(batches(2, length=4))]
+    by_itself = [trainer().validate(one, each, verbose=False)[0]["val/loss"] for each in sets]
+    for stage, run in {"val": trainer().validate, "test": trainer().test}.items():
+        together = run(one, sets, verbose=False)
+        losses = [values[f"{stage}/loss/dataloader_idx_{i}"] for i, values in enumerate(together)]
+        assert losses == by_itself
+    assert by_itself[0] != by_itself[1]
+    shapes = [[logits.shape[1] for logits in each] for each in trainer().predict(one, sets)]
+    assert shapes == [[8, 8], [4, 4]]
+
+
 def test_bits_a_byte_are_told_of_bytes_alone() -> None:
     made = trainer()
     made.test(module(), loader(batches(1)), verbose=False)
