@@ -69,6 +69,12 @@ class RunRecorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take note of time and of the steps to come."""
         self._began, self._planned = time.perf_counter(), trainer.estimated_stepping_batches
+        before = _module(pl_module).tokens_seen
+        if before and trainer.global_step == 0:
+            rank_zero_warn(
+                f"the module has been trained on {before:,} tokens before this fit, which count in n_tokens and "
+                "flops, not in its steps: a law wants runs with one schedule each; make a new module to record this one"
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the last validation loss."""

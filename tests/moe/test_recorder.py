@@ -199,6 +199,16 @@ def test_module_that_counts_nothing_leaves_no_row(text: str, tmp_path: Path) -> 
     assert not (tmp_path / "runs.csv").exists()
 
 
+def test_second_fit_of_a_module_is_told_from_a_resumed_one(text: str, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    _, net = fit(text, saver, RunRecorder(tmp_path / "runs.csv", "first"), enable_checkpointing=True)
+    fit(text, RunRecorder(tmp_path / "runs.csv", "resumed"), ckpt=tmp_path / "step=4.ckpt")
+    with pytest.warns(UserWarning, match=f"has been trained on {STEPS * 4 * 16} tokens before this fit"):
+        fit(text, RunRecorder(tmp_path / "runs.csv", "second"), net=net)
+    tokens = [int(row["n_tokens"]) / (STEPS * 4 * 16) for row in rows(tmp_path / "runs.csv")]
+    assert tokens == [1, 1, 2]
+
+
 def test_recorder_used_twice_begins_anew(text: str, tmp_path: Path) -> None:
     recorder = RunRecorder(tmp_path / "runs.csv", "a")
     fit(text, recorder)
