@@ -246,3 +246,16 @@ def test_numbers_are_bars_with_the_truth_as_a_mark(images: Tensor) -> None:
     axis = exploration_figure(images, seen, truth).axes[2]
     assert [bar.get_width() for bar in axis.patches] == pytest.approx(seen.prediction[0, :5].tolist())  # type: ignore[index]
     assert list(axis.lines[0].get_xdata()) == pytest.approx(truth[0, :5].tolist())
+
+
+def test_numbers_of_views_that_lie_on_one_another_do_not_hide_each_other(images: Tensor) -> None:
+    world = GlimpseWorld(CanvasBackbone(1), ReconstructionTask(), CONFIG)
+    seen = explore(world, images, FixedSequence(CONFIG, [[0.5, 0.5, 1]]))
+    texts = exploration_figure(images, seen).axes[0].texts
+    assert [text.get_text() for text in texts] == ["1", "2", "3"]
+    assert [(text.get_ha(), text.get_va()) for text in texts] == [
+        ("left", "top"),
+        ("right", "top"),
+        ("right", "bottom"),
+    ]
+    assert [text.get_position() for text in texts] == [(8, 0), (39, 0), (39, 31)]  # 32 pixels from 8 on

@@ -92,6 +92,7 @@ def _frames(
         if trajectory.predictions is not None:
             truth = None if target is None else target[index]
             draw_prediction(axes[0, 2], trajectory.predictions[index, t], truth, class_names, images[index])
+            axes[0, 2].set_title("prediction", fontsize=9)
         if beside and target is not None:
             draw_truth(axes[0, 3], target[index], images[index])
             axes[0, 3].set_title("true", fontsize=9)

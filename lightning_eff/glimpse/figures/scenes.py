@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _STEPS = "plasma"  # first glimpses are dark, the last ones light
 _NOBODY_LOOKED = (0.62, 0.66, 0.72)  # bluish: no grey of a scene is like it
+_CORNERS = ((0, 0), (0, 1), (1, 1), (1, 0))  # of a view, clockwise: how far down, how far across
 _MOST_CLASSES = 5  # bars of a prediction
 _IGNORED = 255  # as maps of classes mark pixels that count nowhere
 
@@ -164,7 +165,10 @@ def importance_figure(images: Tensor, boxes: Tensor, importance: Tensor, count: 
 
 
 def draw_views(axis: Axes, image: Tensor, trajectory: Trajectory, index: int, until: int | None = None) -> None:
-    """Draw a scene [C, H, W] and the views of it, numbered; the thicker the larger."""
+    """Draw a scene [C, H, W] and the views of it, numbered; the thicker the larger.
+
+    Numbers go from corner to corner, so that those of views that lie on one another can be read.
+    """
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
@@ -179,7 +183,17 @@ def draw_views(axis: Axes, image: Tensor, trajectory: Trajectory, index: int, un
             Rectangle((x0 - 0.5, y0 - 0.5), side, side, fill=False, edgecolor=colour, linewidth=width, clip_on=False)
         )
         box = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
-        axis.text(x0, y0, str(t + 1), bbox=box, color=_readable_on(colour), fontsize=7, ha="left", va="top")
+        down, across = _CORNERS[t % len(_CORNERS)]
+        axis.text(
+            x0 + across * (side - 1),
+            y0 + down * (side - 1),
+            str(t + 1),
+            bbox=box,
+            color=_readable_on(colour),
+            fontsize=7,
+            ha="right" if across else "left",
+            va="bottom" if down else "top",
+        )
 
 
 def _readable_on(colour: Sequence[float]) -> str:
