@@ -75,7 +75,7 @@ def main() -> None:
                 made = train if epsilon is None else synthetic_rows(schema, train, epsilon, width, epochs, seed)
             result = train_synthetic_test_real(
                 classifier_inputs(schema, made), classifier_inputs(schema, test),
-                classifiers=CLASSIFIERS, show_progress=False,
+                classifiers=CLASSIFIERS, progress=False,
             )  # fmt: skip
             for name in CLASSIFIERS:
                 scores[name].append(result.mean("roc_auc", name))
@@ -91,7 +91,7 @@ def main() -> None:
     )
     print(table)
     table.save(options.out / "epsilon.md")
-    quality = evaluate_table(schema, first, *parts[0], classifiers=(), show_progress=False)
+    quality = evaluate_table(schema, first, *parts[0], classifiers=(), progress=False)
     print(f"{quality.save(options.out)}: columns and nearest records of the first run")
 
 

@@ -30,7 +30,7 @@ from lightning_eff.glimpse import (
     GlimpseConfig,
     Oracle,
     PolicyCurve,
-    ReplayConfig,
+    ReplayOptions,
     TrainingPlan,
     UniformLowRes,
     coverage_figure,
@@ -66,7 +66,7 @@ def build(
             ent_coef="auto_0.1",
             target_entropy=-5.08,  # -3 on [-1, 1]^3
             state_parts=("patch", "box"),
-            replay=ReplayConfig(batch_size=128, updates_per_step=2, random_steps=20),
+            replay=ReplayOptions(batch_size=128, updates_per_step=2, random_steps=20),
         ),
         TrainingPlan(
             pretrain_epochs=pretrain,

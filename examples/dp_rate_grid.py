@@ -30,7 +30,7 @@ for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
 warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
-warnings.filterwarnings("ignore", message="prune_rate=.* would leave")  # in cells where nearly everything is pruned
+warnings.filterwarnings("ignore", message="amount=.* would leave")  # in cells where nearly everything is pruned
 
 COLUMNS: list[str | Column] = [
     Column("prune_rate", "g"),

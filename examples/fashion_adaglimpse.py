@@ -33,8 +33,8 @@ from lightning_eff.glimpse import (
     Oracle,
     PolicyCurve,
     ReconstructionTask,
-    ReplayConfig,
-    RewardConfig,
+    ReplayOptions,
+    RewardOptions,
     TrainingPlan,
     UniformLowRes,
     coverage_figure,
@@ -103,7 +103,7 @@ def build(task: str, seed: int, batches: int) -> tuple[AdaGlimpseModule, CanvasD
         ent_coef="auto_0.1",
         target_entropy=-5.08,  # -3 on [-1, 1]^3
         state_parts=("patch", "box"),
-        replay=ReplayConfig(batch_size=128, updates_per_step=2, random_steps=20),
+        replay=ReplayOptions(batch_size=128, updates_per_step=2, random_steps=20),
     )
     if task == "reconstruction":
         epochs, canvas, clutter = 4, 64, 0
@@ -113,7 +113,7 @@ def build(task: str, seed: int, batches: int) -> tuple[AdaGlimpseModule, CanvasD
             GlimpseConfig(canvas, num_glimpses=3, patch_size=8),
             agent,
             TrainingPlan(regime="frozen", learning_rates="constant"),
-            RewardConfig(scale=20 / 255),  # scores are grey levels
+            RewardOptions(scale=20 / 255),  # scores are grey levels
         )
     else:
         epochs, canvas, clutter = 14, 112, 16

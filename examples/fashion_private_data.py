@@ -70,7 +70,7 @@ def main() -> None:
             made = model.generate(len(real[0]), seed=seed)
             first = not rows
             scores = train_synthetic_test_real(
-                (made.x, made.y), test, real=real if first else None, classifiers=CLASSIFIERS, show_progress=False
+                (made.x, made.y), test, real=real if first else None, classifiers=CLASSIFIERS, progress=False
             )
             if first:
                 rows.append(["real", None, *(scores.mean("accuracy", name, "real") for name in CLASSIFIERS), None])

@@ -168,7 +168,7 @@ def study(title: str, data: L.LightningDataModule, dirpath: Path, *, fast: bool)
     graph = ChannelGraph.from_model(net, calibration[0][0][:2])
     configs = sample_configs(graph, 3 if fast else 11, 0.5)
     drawn = configs[1:]  # row 0 is the uniform configuration
-    images = {"batches": calibration, "loss_fn": cross_entropy, "show_progress": False}
+    images = {"batches": calibration, "loss_fn": cross_entropy, "progress": False}
 
     print(f"\nThe {title} network")
     repairs = compare_repairs(net, graph, drawn, judge, images)

@@ -13,12 +13,12 @@ from lightning_eff.glimpse import (
     CanvasBackbone,
     ClassificationTask,
     GlimpseConfig,
-    ReplayConfig,
+    ReplayOptions,
     TrainingPlan,
 )
 
 GLIMPSE = GlimpseConfig(image_size=32, num_glimpses=2, patch_size=4)
-REPLAY = ReplayConfig(buffer_size=128, batch_size=32, random_steps=2)
+REPLAY = ReplayOptions(buffer_size=128, batch_size=32, random_steps=2)
 AGENT = AgentConfig(hidden=16, heads=4, lr=1e-3, state_parts=("patch", "box"), ent_coef="auto_0.1", replay=REPLAY)
 PLAN = TrainingPlan(pretrain_epochs=1, rl_only_epochs=1, alternate_unit="batch")
 
@@ -28,7 +28,7 @@ def make_backbone(num_classes=10):
 
 
 def make_module(backbone=None, task=None, seed=0, **options):
-    """The module with weights given by ``seed``; options of GlimpseConfig, AgentConfig, ReplayConfig, TrainingPlan by
+    """The module with weights given by ``seed``; options of GlimpseConfig, AgentConfig, ReplayOptions, TrainingPlan by
     their own names, others as the module has them."""
     torch.manual_seed(seed)
     configs = {"glimpse": GLIMPSE, "agent": AGENT, "plan": PLAN}

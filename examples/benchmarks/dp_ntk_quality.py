@@ -150,7 +150,7 @@ def adult(folder: Path, epsilons: Sequence[float], seeds: int, fast: bool) -> Ta
     names, rows = ("logistic_regression", "hist_gradient_boosting"), []
     real = judge.count(train)
     target = classifier_inputs(cells, test)
-    known = train_synthetic_test_real(classifier_inputs(cells, train), target, classifiers=names, show_progress=False)
+    known = train_synthetic_test_real(classifier_inputs(cells, train), target, classifiers=names, progress=False)
     rows.append(["real records", None, None, *(known.mean("roc_auc", name) for name in names), 0.0, None])
     for epsilon in epsilons:
         for title, (schema, features) in contenders.items():
@@ -164,7 +164,7 @@ def adult(folder: Path, epsilons: Sequence[float], seeds: int, fast: bool) -> Ta
                 seconds = fit(model, TabularDataModule(train, schema), 1 if fast else 4)
                 made = model.generate(len(train["income"]), seed=seed).rows
                 result = train_synthetic_test_real(
-                    classifier_inputs(cells, made), target, classifiers=names, show_progress=False
+                    classifier_inputs(cells, made), target, classifiers=names, progress=False
                 )
                 tv = float(judge.single(real, judge.count(made)).mean())
                 rows.append([title, epsilon, seed, *(result.mean("roc_auc", n) for n in names), tv, seconds])
@@ -202,7 +202,7 @@ def fashion(epsilons: Sequence[float], seeds: int, fast: bool) -> Table:
                 seconds = fit(model, data, 1 if fast else 5)
                 made = model.generate(size, seed=seed)
                 result = train_synthetic_test_real(
-                    (made.x.flatten(1), made.y), target, classifiers=names, show_progress=False
+                    (made.x.flatten(1), made.y), target, classifiers=names, progress=False
                 )
                 rows.append([title, epsilon, seed, *(result.mean("accuracy", n) for n in names), seconds])
                 print(*(f"{v:.3f}" if isinstance(v, float) else v for v in rows[-1]), sep="  ", flush=True)

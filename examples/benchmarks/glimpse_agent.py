@@ -26,7 +26,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_eff.glimpse.agent import GlimpseExtractor, GlimpseReplayBuffer, GlimpseSAC, make_sac
 from lightning_eff.glimpse.backbones import ElasticViT
-from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, ReplayConfig, StatePart, ViTSize
+from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, ReplayOptions, StatePart, ViTSize
 from lightning_eff.glimpse.environments import GlimpseEnv, GlimpseVecEnv
 from lightning_eff.glimpse.observation import PRESENT, Observation, observation_space
 from lightning_eff.glimpse.tasks import ClassificationTask
@@ -35,9 +35,9 @@ from lightning_eff.reporting import Column, Table
 
 ENVIRONMENTS = 64
 CAMERA = GlimpseConfig(image_size=64, num_glimpses=4, patch_size=8, grid=2)
-AGENT = AgentConfig(hidden=64, ent_coef="auto_0.1", replay=ReplayConfig(buffer_size=4096, batch_size=256))
+AGENT = AgentConfig(hidden=64, ent_coef="auto_0.1", replay=ReplayOptions(buffer_size=4096, batch_size=256))
 PAPER_CAMERA = GlimpseConfig(image_size=224, num_glimpses=14)
-PAPER_AGENT = AgentConfig(replay=ReplayConfig(buffer_size=1792, batch_size=128))
+PAPER_AGENT = AgentConfig(replay=ReplayOptions(buffer_size=1792, batch_size=128))
 PARTS: tuple[StatePart, ...] = ("patch", "box", "importance", "latent")
 
 

@@ -186,7 +186,7 @@ def search() -> list[Table]:
         theirs("validation", _right, net, validation)
 
     def searched() -> list[Config]:
-        options: Any = {"amount": AMOUNT, "n": CANDIDATES, "top_k": TOP_K, "show_progress": False}
+        options: Any = {"amount": AMOUNT, "n": CANDIDATES, "top_k": TOP_K, "progress": False}
         options["score_fn"] = lambda net: ours("scores on 10 batches", _right, net, validation[:RANKING])
         options["final_score_fn"] = lambda net: ours("scores on all batches", _right, net, validation)
         return [found.config for found in random_search(model, graph, batches=calibration, **options).candidates]

@@ -7,7 +7,7 @@ backbones, tasks and policies cost nothing that they do not need.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, ReplayConfig, RewardConfig, TrainingPlan, ViTSize
+from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, ReplayOptions, RewardOptions, TrainingPlan, ViTSize
 
 if TYPE_CHECKING:
     from lightning_eff.glimpse.agent import GlimpseExtractor, GlimpseReplayBuffer, GlimpseSAC, make_sac
@@ -125,8 +125,8 @@ __all__ = [
     "RandomPolicy",
     "ReconstructionTask",
     "RepeatFullView",
-    "ReplayConfig",
-    "RewardConfig",
+    "ReplayOptions",
+    "RewardOptions",
     "SegmentationHead",
     "SegmentationTask",
     "Step",

@@ -133,7 +133,7 @@ class ViTSize:
 
 
 @dataclass(frozen=True)
-class ReplayConfig:
+class ReplayOptions:
     """How transitions are kept and used.
 
     Args:
@@ -200,7 +200,7 @@ class AgentConfig:
     target_entropy: float = -3.0
     update: Literal["fused", "sb3"] = "fused"
     gradient_clip: float | None = None
-    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    replay: ReplayOptions = field(default_factory=ReplayOptions)
 
     def __post_init__(self) -> None:
         _check_whole("hidden", self.hidden)
@@ -237,7 +237,7 @@ class AgentConfig:
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardOptions:
     """What the agent is paid for a glimpse.
 
     Args:

@@ -173,7 +173,7 @@ class GlimpseEnv(gymnasium.Env[Any, np.ndarray]):
         if world.reward.kind == "score_normalized":
             raise ValueError(
                 "a single scene has no others to be compared with, all its rewards would be 0: use "
-                "RewardConfig(kind='score'), or GlimpseVecEnv"
+                "RewardOptions(kind='score'), or GlimpseVecEnv"
             )
         self.world, self._scenes = copy.copy(world), _Scenes(dataset, seed, split_batch, device)
         self.observation_space = space_of(world)

@@ -22,7 +22,7 @@ from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.glimpse.agent.replay import GlimpseReplayBuffer
 from lightning_eff.glimpse.agent.sac import make_sac
 from lightning_eff.glimpse.backbones.base import GlimpseBackbone, Seen
-from lightning_eff.glimpse.config import ACTION_SIZE, AgentConfig, GlimpseConfig, RewardConfig, TrainingPlan
+from lightning_eff.glimpse.config import ACTION_SIZE, AgentConfig, GlimpseConfig, RewardOptions, TrainingPlan
 from lightning_eff.glimpse.crop import take_glimpse
 from lightning_eff.glimpse.geometry import views_of
 from lightning_eff.glimpse.in_trainer import check_trainer, progress, share_buffers, tell_of_missed_checkpoints
@@ -69,7 +69,7 @@ class EpisodicModule(LightningModule):
         glimpse: GlimpseConfig,
         agent: AgentConfig,
         plan: TrainingPlan,
-        reward: RewardConfig,
+        reward: RewardOptions,
         backbone_optimizer: OptimizerCallable,
         teacher: nn.Module | None,
         split_batch: SplitBatch | None,
@@ -79,7 +79,7 @@ class EpisodicModule(LightningModule):
         self.glimpse = options_from(GlimpseConfig, glimpse)
         self.agent = options_from(AgentConfig, agent)
         self.plan = options_from(TrainingPlan, plan)
-        self.reward = options_from(RewardConfig, reward)
+        self.reward = options_from(RewardOptions, reward)
         self.backbone, self.task, self.backbone_optimizer = backbone, task, backbone_optimizer
         vars(self)["teacher"] = teacher  # no submodule: it is not trained, and not this run's to save
         self._split = split_batch
@@ -386,7 +386,7 @@ class EpisodicModule(LightningModule):
         if resumes and own != theirs:
             raise ValueError(
                 f"the checkpoint holds transitions of num_glimpses = {theirs}, this module takes {own}: go on without "
-                "them (ReplayConfig(resume_buffer=False)), or with the same number"
+                "them (ReplayOptions(resume_buffer=False)), or with the same number"
             )
         if resumes:
             self._buffer.load_state_dict(saved["buffer"])

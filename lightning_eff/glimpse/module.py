@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_eff.batch import SplitBatch
 from lightning_eff.glimpse.backbones.base import GlimpseBackbone
-from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, RewardConfig, TrainingPlan
+from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, RewardOptions, TrainingPlan
 from lightning_eff.glimpse.episodic_module import EpisodicModule
 from lightning_eff.glimpse.exploration import Predictions, Trajectory, explore, needs_scores
 from lightning_eff.glimpse.metrics import PolicyMetrics
@@ -74,7 +74,7 @@ class AdaGlimpseModule(EpisodicModule):
         glimpse: GlimpseConfig,
         agent: AgentConfig = AgentConfig(),  # noqa: B008 (frozen)
         plan: TrainingPlan = TrainingPlan(),  # noqa: B008 (frozen)
-        reward: RewardConfig = RewardConfig(),  # noqa: B008 (frozen)
+        reward: RewardOptions = RewardOptions(),  # noqa: B008 (frozen)
         backbone_optimizer: OptimizerCallable = paper_optimizer,
         teacher: nn.Module | None = None,
         baselines: tuple[str, ...] = ("random",),

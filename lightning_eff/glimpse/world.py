@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_eff.batch import take
 from lightning_eff.glimpse.backbones.base import Encoded, Glimpse, GlimpseBackbone, Seen
-from lightning_eff.glimpse.config import ACTION_SIZE, GlimpseConfig, RewardConfig, StatePart
+from lightning_eff.glimpse.config import ACTION_SIZE, GlimpseConfig, RewardOptions, StatePart
 from lightning_eff.glimpse.crop import check_images, take_glimpse
 from lightning_eff.glimpse.geometry import normalised, views_of
 from lightning_eff.glimpse.observation import Observation
@@ -103,7 +103,7 @@ class GlimpseWorld:
         backbone: GlimpseBackbone,
         task: Task,
         config: GlimpseConfig,
-        reward: RewardConfig = RewardConfig(),  # noqa: B008 (frozen)
+        reward: RewardOptions = RewardOptions(),  # noqa: B008 (frozen)
         state_parts: Sequence[StatePart] = ("patch", "box"),
     ) -> None:
         if config.stop_threshold is not None and type(task).confidence is Task.confidence:

@@ -90,7 +90,7 @@ def _measured(game: FrameGame, coalitions: Tensor, completion: Completion) -> Te
     frame, options = game.frame, completion.options
     sparse = game.masked(coalitions)
     dense = complete(completion, frame.rgb, sparse)
-    valid = frame.gt > options.min_gt
+    valid = frame.gt > options.min_target
     finite = dense[:, valid].isfinite().all(1).tolist()
     if not all(finite):
         players = coalitions[finite.index(False)].nonzero().flatten()
@@ -98,7 +98,7 @@ def _measured(game: FrameGame, coalitions: Tensor, completion: Completion) -> Te
             f"the network returned depth that is not finite for frame {frame.id!r} with the lines "
             f"{game.present[players].tolist()}"
         )
-    errors = depth_errors(dense, frame.gt[None], min_depth=options.min_depth, min_target=options.min_gt)
+    errors = depth_errors(dense, frame.gt[None], min_depth=options.min_depth, min_target=options.min_target)
     points = (sparse > 0).flatten(1).sum(1).double()
     return torch.stack([*(errors[name] for name in DEVKIT), points], 1).cpu()
 

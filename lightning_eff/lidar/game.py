@@ -49,7 +49,7 @@ class CompletionOptions:
             the size of the first frame. Halved for good where memory runs out.
         precision: of the forwards: `"32"`, `"bf16"` or `"16"` (autocast).
         min_depth: what predictions <= 0 count as, in metres.
-        min_gt: ground truth is valid above it, in metres; the published code has 0.1.
+        min_target: ground truth is valid above it, in metres; the published code has 0.1.
         forward: how the network is called; see `DepthForward`.
     """
 
@@ -59,7 +59,7 @@ class CompletionOptions:
     coalition_batch: int | Literal["auto"] = "auto"
     precision: Literal["32", "bf16", "16"] = "32"
     min_depth: float = 0.9
-    min_gt: float = 0.0
+    min_target: float = 0.0
     forward: Forward = "auto"
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class CompletionOptions:
             or (isinstance(self.coalition_batch, int) and self.coalition_batch >= 1),
             "precision": self.precision in ("32", "bf16", "16"),
             "min_depth": _positive(self.min_depth),
-            "min_gt": self.min_gt == 0 or _positive(self.min_gt),
+            "min_target": self.min_target == 0 or _positive(self.min_target),
         }
         expected = {
             "metric": f"one of {get_args(Metric)} or a callable",
@@ -81,7 +81,7 @@ class CompletionOptions:
             "coalition_batch": '"auto" or an int >= 1',
             "precision": '"32", "bf16" or "16"',
             "min_depth": "a positive number of metres",
-            "min_gt": "a number of metres >= 0",
+            "min_target": "a number of metres >= 0",
         }
         for name, good in choices.items():
             if not good:
@@ -89,7 +89,7 @@ class CompletionOptions:
 
     def has_truth(self, frame: Frame) -> bool:
         """Whether the frame has any valid ground truth."""
-        return bool((frame.gt > self.min_gt).any())
+        return bool((frame.gt > self.min_target).any())
 
 
 class Completion:
@@ -150,7 +150,9 @@ class FrameGame:
     def __init__(self, frame: Frame, candidates: Sequence[int], completion: Completion) -> None:
         options = completion.options
         if not options.has_truth(frame):
-            raise ValueError(f"frame {frame.id!r} has no ground truth above {options.min_gt} m to measure errors on")
+            raise ValueError(
+                f"frame {frame.id!r} has no ground truth above {options.min_target} m to measure errors on"
+            )
         self.frame, self.id, self._completion = frame, frame.id, completion
         position = torch.full((NO_LINE + 1,), -1, dtype=torch.int64)
         position[torch.as_tensor(candidates, dtype=torch.int64)] = torch.arange(len(candidates))
@@ -163,7 +165,7 @@ class FrameGame:
         self._base = torch.zeros_like(frame.sparse)
         if options.unassigned == "always_keep":
             self._base = torch.where(frame.line_idx == NO_LINE, frame.sparse, 0.0)
-        self._valid = (frame.gt.flatten() > options.min_gt).nonzero().flatten()
+        self._valid = (frame.gt.flatten() > options.min_target).nonzero().flatten()
         self._truth = frame.gt.flatten()[self._valid].double()
         self.n_players = len(self.present)
         self.evaluations = 0
@@ -341,7 +343,7 @@ class LineGame:
         used = [frame for frame in given if options.has_truth(frame)]
         self.skipped = len(given) - len(used)
         if not used:
-            raise ValueError(f"none of {len(given)} frames has ground truth above {options.min_gt} m")
+            raise ValueError(f"none of {len(given)} frames has ground truth above {options.min_target} m")
         if len({frame.id for frame in used}) < len(used):
             raise ValueError("frames must have distinct ids: coalitions and values belong to an id")
         self.pixels = LinePixels.count(used, num_lines)

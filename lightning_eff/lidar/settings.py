@@ -34,7 +34,7 @@ class LineGameOptions:
         min_pixels: see there, >= 1.
         unassigned: what becomes of sparse pixels that belong to no line.
         min_depth: what predictions <= 0 count as, in metres.
-        min_gt: ground truth is valid above it, in metres.
+        min_target: ground truth is valid above it, in metres.
         coalition_batch: coalitions in one forward.
         precision: of the forwards.
     """
@@ -45,7 +45,7 @@ class LineGameOptions:
     min_pixels: int = 1
     unassigned: Unassigned = "drop"
     min_depth: float = 0.9
-    min_gt: float = 0.0
+    min_target: float = 0.0
     coalition_batch: int | Literal["auto"] = "auto"
     precision: Literal["32", "bf16", "16"] = "32"
 

@@ -90,7 +90,7 @@ class LineStudy:
         used = [(lines, unassigned) for lines, unassigned, truth in counted.values() if truth]
         self.skipped, self.expected = len(counted) - len(used), len(used)
         if not used:
-            least = self.completion.options.min_gt
+            least = self.completion.options.min_target
             raise ValueError(f"none of {len(counted)} frames has ground truth above {least} m to measure errors on")
         for lines, unassigned in used:
             self.pixels += LinePixels(torch.tensor(lines, dtype=torch.int64), unassigned)

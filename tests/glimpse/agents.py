@@ -7,12 +7,12 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_eff.glimpse.agent import make_sac
 from lightning_eff.glimpse.backbones.base import Encoded, GlimpseBackbone
-from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, ReplayConfig
+from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, ReplayOptions
 from lightning_eff.glimpse.observation import Observation
 from lightning_eff.glimpse.tasks.base import Task
 
 CAMERA = GlimpseConfig(image_size=32, num_glimpses=3, patch_size=8, grid=2)
-AGENT = AgentConfig(hidden=32, lr=1e-3, ent_coef="auto_0.1", replay=ReplayConfig(buffer_size=96, batch_size=16))
+AGENT = AgentConfig(hidden=32, lr=1e-3, ent_coef="auto_0.1", replay=ReplayOptions(buffer_size=96, batch_size=16))
 
 
 class Blind(GlimpseBackbone):

@@ -15,7 +15,7 @@ from torchmetrics import MeanSquaredError, MetricCollection
 
 from lightning_eff.glimpse.backbones.canvas import CanvasBackbone
 from lightning_eff.glimpse.callbacks import GlimpseReport, results_table
-from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, ReplayConfig, TrainingPlan
+from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, ReplayOptions, TrainingPlan
 from lightning_eff.glimpse.module import AdaGlimpseModule
 from lightning_eff.glimpse.tasks.base import Task
 from lightning_eff.glimpse.tasks.classification import ClassificationTask
@@ -28,7 +28,7 @@ def module(stop: float | None = None) -> AdaGlimpseModule:
         CanvasBackbone(1, num_classes=3, widths=(2, 2, 4, 4)),
         ClassificationTask(3),
         GlimpseConfig(image_size=16, num_glimpses=2, patch_size=4, stop_threshold=stop),
-        AgentConfig(hidden=8, heads=2, state_parts=("box",), replay=ReplayConfig(batch_size=8, random_steps=1)),
+        AgentConfig(hidden=8, heads=2, state_parts=("box",), replay=ReplayOptions(batch_size=8, random_steps=1)),
         TrainingPlan(pretrain_epochs=1, rl_only_epochs=1),
     )
 

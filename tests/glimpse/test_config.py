@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from jsonargparse import ArgumentParser
 
-from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, ReplayConfig, RewardConfig, TrainingPlan, ViTSize
+from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, ReplayOptions, RewardOptions, TrainingPlan, ViTSize
 
 
 def test_defaults_are_those_of_the_papers_table():
@@ -101,15 +101,15 @@ def test_a_temperature_may_be_a_number_or_be_learnt_from_one(start):
 )
 def test_a_replay_out_of_range_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        ReplayConfig(**options)
+        ReplayOptions(**options)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RewardConfig(kind="rise"), "kind must be one of difference, score, score_normalized, got 'rise'"),
-        (lambda: RewardConfig(scale=0.0), "scale must be a number > 0, got 0.0"),
-        (lambda: RewardConfig(scale_penalty=-1.0), "scale_penalty must be a number >= 0, got -1.0"),
+        (lambda: RewardOptions(kind="rise"), "kind must be one of difference, score, score_normalized, got 'rise'"),
+        (lambda: RewardOptions(scale=0.0), "scale must be a number > 0, got 0.0"),
+        (lambda: RewardOptions(scale_penalty=-1.0), "scale_penalty must be a number >= 0, got -1.0"),
         (lambda: TrainingPlan(pretrain_epochs=-1), "pretrain_epochs must be a whole number >= 0, got -1"),
         (lambda: TrainingPlan(rl_only_epochs=-1), "rl_only_epochs must be a whole number >= 0, got -1"),
         (lambda: TrainingPlan(alternate_every=0), "alternate_every must be a whole number >= 1, got 0"),
@@ -127,7 +127,9 @@ def test_other_options_out_of_range_are_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("options", [GlimpseConfig(96), AgentConfig(), ReplayConfig(), RewardConfig(), TrainingPlan()])
+@pytest.mark.parametrize(
+    "options", [GlimpseConfig(96), AgentConfig(), ReplayOptions(), RewardOptions(), TrainingPlan()]
+)
 def test_options_cannot_be_changed(options):
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(options, dataclasses.fields(options)[0].name, 1)
@@ -139,7 +141,7 @@ def test_yaml_reaches_every_option():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--glimpse", type=GlimpseConfig)
     parser.add_argument("--agent", type=AgentConfig)
-    parser.add_argument("--reward", type=RewardConfig)
+    parser.add_argument("--reward", type=RewardOptions)
     parser.add_argument("--plan", type=TrainingPlan)
     text = """
 glimpse: {image_size: [96, 128], num_glimpses: 3, patch_size: 8, fixed_scale: null, stop_threshold: 0.9}
@@ -150,7 +152,7 @@ plan: {regime: constant, loss_at: all}
     built = parser.instantiate_classes(parser.parse_string(text))
     assert built.glimpse == GlimpseConfig((96, 128), 3, 8, stop_threshold=0.9)
     expected = {"state_parts": ("patch", "box"), "ent_coef": "auto_0.1", "gradient_clip": 1.0}
-    assert built.agent == AgentConfig(hidden=64, replay=ReplayConfig(batch_size=128), **expected)
-    assert built.reward == RewardConfig("score", 20)
+    assert built.agent == AgentConfig(hidden=64, replay=ReplayOptions(batch_size=128), **expected)
+    assert built.reward == RewardOptions("score", 20)
     assert parser.parse_args(["--glimpse.image_size=96", "--agent.ent_coef=0.2"]).agent.ent_coef == 0.2
     assert built.plan == TrainingPlan(regime="constant", loss_at="all")

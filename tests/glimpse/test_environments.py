@@ -12,7 +12,7 @@ from stable_baselines3.common.env_checker import check_env
 from torch.utils.data import TensorDataset
 
 from lightning_eff.glimpse.agent import GlimpseExtractor, GlimpseReplayBuffer
-from lightning_eff.glimpse.config import ReplayConfig, RewardConfig
+from lightning_eff.glimpse.config import ReplayOptions, RewardOptions
 from lightning_eff.glimpse.environments import GlimpseEnv, GlimpseVecEnv
 from lightning_eff.glimpse.world import GlimpseWorld
 
@@ -28,7 +28,7 @@ class Surer(Aim):
 
 
 def world(parts=ALL, task=None, **options):
-    return GlimpseWorld(Blind(), task or Aim(), replace(CAMERA, **options), RewardConfig(), parts)
+    return GlimpseWorld(Blind(), task or Aim(), replace(CAMERA, **options), RewardOptions(), parts)
 
 
 def scenes(number=10):
@@ -229,7 +229,7 @@ def test_our_agent_waits_for_the_first_episode_to_end():
 
 @pytest.mark.parametrize("number", [4, 8, 16])
 def test_our_agent_goes_on_with_other_environments_after_stopping_inside_of_episodes(number):
-    sac = small_sac(replay=ReplayConfig(buffer_size=240, batch_size=16))
+    sac = small_sac(replay=ReplayOptions(buffer_size=240, batch_size=16))
     sac.set_env(GlimpseVecEnv(world(), scenes(), 8))
     sac.learn(8 * 4)
     assert sac.replay_buffer.size() == 24
@@ -264,8 +264,8 @@ def test_the_single_environment_walks_through_an_episode():
 
 
 def test_the_single_environment_cannot_compare_scenes():
-    compared = GlimpseWorld(Blind(), Aim(), CAMERA, RewardConfig(kind="score_normalized"), ALL)
-    with pytest.raises(ValueError, match=r"use RewardConfig\(kind='score'\), or GlimpseVecEnv"):
+    compared = GlimpseWorld(Blind(), Aim(), CAMERA, RewardOptions(kind="score_normalized"), ALL)
+    with pytest.raises(ValueError, match=r"use RewardOptions\(kind='score'\), or GlimpseVecEnv"):
         GlimpseEnv(compared, scenes())
 
 

@@ -24,7 +24,7 @@ from lightning_eff.glimpse import (
     ElasticViT,
     GlimpseSAC,
     ReconstructionTask,
-    RewardConfig,
+    RewardOptions,
     ViTSize,
 )
 from lightning_eff.glimpse.in_trainer import check_trainer
@@ -275,7 +275,7 @@ def test_training_logs_what_the_documentation_says(tmp_path):
 
 
 def test_return_is_the_rise_of_the_score(tmp_path):
-    module = make_module(pretrain_epochs=0, rl_only_epochs=1, reward=RewardConfig(scale=2.0))
+    module = make_module(pretrain_epochs=0, rl_only_epochs=1, reward=RewardOptions(scale=2.0))
     _, logged = fit(module, tmp_path)
     # before the first glimpse all ten classes are as likely
     for batch in logged.batches:
@@ -346,7 +346,7 @@ def test_agent_whose_glimpses_change_nothing_is_told_once(tmp_path, monkeypatch)
     monkeypatch.setattr("lightning_eff.glimpse.episodic_module._PATIENCE", 2)
     # a scene without anything on it is reconstructed before anybody looks
     data = DataLoader(TensorDataset(torch.zeros(64, 1, 32, 32), torch.zeros(64)), batch_size=16)
-    module = blind(CanvasBackbone(1), reward=RewardConfig(scale_penalty=0.1))
+    module = blind(CanvasBackbone(1), reward=RewardOptions(scale_penalty=0.1))
     with pytest.warns(UserWarning, match="no glimpse changed a score in 2 batches") as told:
         make_trainer(tmp_path).fit(module, data, data)
     assert len([one for one in told if "changed a score" in str(one.message)]) == 1

@@ -13,7 +13,7 @@ def test_public_name_resolves_and_is_listed(name):
 
 
 def test_table_of_places_has_every_public_name_that_is_not_an_option():
-    options = {"AgentConfig", "GlimpseConfig", "ReplayConfig", "RewardConfig", "TrainingPlan", "ViTSize"}
+    options = {"AgentConfig", "GlimpseConfig", "ReplayOptions", "RewardOptions", "TrainingPlan", "ViTSize"}
     assert {*glimpse._PLACE_OF, *options} == set(glimpse.__all__)
 
 

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer
 
 from lightning_eff.glimpse.agent import GlimpseReplayBuffer
-from lightning_eff.glimpse.config import GlimpseConfig, ReplayConfig
+from lightning_eff.glimpse.config import GlimpseConfig, ReplayOptions
 from lightning_eff.glimpse.observation import PARTS, Observation, observation_space
 
 ALL = ("patch", "box", "importance", "latent")
@@ -377,4 +377,4 @@ def test_episodes_of_environments_enter_when_they_end():
 
 def test_sizes_of_batches_and_buffers_must_fit():
     with pytest.raises(ValueError, match="buffer_size must be >= batch_size = 256, got 100"):
-        ReplayConfig(buffer_size=100)
+        ReplayOptions(buffer_size=100)

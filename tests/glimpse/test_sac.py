@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_eff.glimpse.agent import GlimpseReplayBuffer, GlimpseSAC, make_sac
 from lightning_eff.glimpse.agent.sac import NATS_OF_UNITS
-from lightning_eff.glimpse.config import ReplayConfig
+from lightning_eff.glimpse.config import ReplayOptions
 from lightning_eff.glimpse.observation import Observation
 from lightning_eff.glimpse.world import GlimpseWorld
 
@@ -470,7 +470,7 @@ def test_the_best_action_of_a_bandit_is_found(update, updates, tolerance, temper
     """Reward -|a - a*|^2 with a* = (0.3, 0.7, 0.2), one state, episodes of one glimpse."""
     torch.manual_seed(0)
     camera = replace(CAMERA, num_glimpses=1, grid=1, patch_size=16, quantize=False)
-    replay = ReplayConfig(buffer_size=10_000, batch_size=128)
+    replay = ReplayOptions(buffer_size=10_000, batch_size=128)
     target = -3 - 3 * math.log(2)
     sac = small_sac(0, camera, update=update, lr=3e-3, state_parts=("box",), target_entropy=target, replay=replay)
     world = GlimpseWorld(Blind(), Aim(), camera, state_parts=("box",))

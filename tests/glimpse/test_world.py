@@ -8,7 +8,7 @@ from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_eff.glimpse.backbones.base import Encoded, GlimpseBackbone
-from lightning_eff.glimpse.config import GlimpseConfig, RewardConfig
+from lightning_eff.glimpse.config import GlimpseConfig, RewardOptions
 from lightning_eff.glimpse.tasks.base import Task
 from lightning_eff.glimpse.world import FULL_VIEW, GlimpseWorld
 
@@ -99,14 +99,14 @@ def test_rewards_sum_to_the_rise_of_the_score(world):
 
 
 def test_scale_penalty_is_that_of_the_glimpse_itself():
-    free, dear = (episode(make_world(reward=RewardConfig(scale=3.0, scale_penalty=c))) for c in (0.0, 0.5))
+    free, dear = (episode(make_world(reward=RewardOptions(scale=3.0, scale_penalty=c))) for c in (0.0, 0.5))
     for step, without, given in zip(dear, free, actions(), strict=True):
         assert torch.allclose(without.reward - step.reward, 0.5 * given[:, 2], atol=1e-5)
 
 
 def test_reward_is_scaled_or_the_score_itself_or_normalised_over_the_batch():
     difference, scaled, score, normal = (
-        episode(make_world(reward=RewardConfig(kind=kind, scale=scale)))
+        episode(make_world(reward=RewardOptions(kind=kind, scale=scale)))
         for kind, scale in (("difference", 1), ("difference", 4), ("score", 1), ("score_normalized", 1))
     )
     assert torch.allclose(scaled[1].reward, 4 * difference[1].reward)
@@ -117,7 +117,7 @@ def test_reward_is_scaled_or_the_score_itself_or_normalised_over_the_batch():
 
 def test_normalised_reward_of_equal_scores_is_zero():
     images, target = scenes(1)
-    world = make_world(reward=RewardConfig(kind="score_normalized"))
+    world = make_world(reward=RewardOptions(kind="score_normalized"))
     world.reset(images, target)
     assert world.step(actions(1)[0]).reward.tolist() == [0]
 

@@ -18,8 +18,8 @@ from lightning_eff.glimpse import (
     GlimpseReport,
     ImageDecoder,
     ReconstructionTask,
-    ReplayConfig,
-    RewardConfig,
+    ReplayOptions,
+    RewardOptions,
     TrainingPlan,
 )
 
@@ -63,7 +63,7 @@ def test_yaml_trains_and_its_checkpoint_alone_gives_the_module_back():
 def test_options_of_the_yaml_arrive():
     model, data = built("--config", CONFIG)
     assert model.glimpse == GlimpseConfig(32, num_glimpses=2, patch_size=4, stop_threshold=0.9)
-    replay = ReplayConfig(buffer_size=256, batch_size=32, random_steps=4)
+    replay = ReplayOptions(buffer_size=256, batch_size=32, random_steps=4)
     parts = {"state_parts": ("patch", "box"), "ent_coef": "auto_0.1", "replay": replay}
     assert model.agent == AgentConfig(hidden=16, heads=4, lr=1e-3, **parts)
     assert model.plan == TrainingPlan(pretrain_epochs=1, rl_only_epochs=1, alternate_unit="batch")
@@ -99,7 +99,7 @@ def test_every_option_can_be_changed_from_the_shell():
     assert (model.agent.replay.latent_dtype, model.agent.replay.resume_buffer) == ("float16", False)
     assert model.agent.replay.batch_size == 32
     assert (model.plan.regime, model.plan.learning_rates, model.plan.pretrain_epochs) == ("constant", "constant", 1)
-    assert model.reward == RewardConfig("score", scale_penalty=0.1)
+    assert model.reward == RewardOptions("score", scale_penalty=0.1)
     assert (model.baselines, model.every_glimpse) == (("fixed_grid",), False)
     assert model._split.inputs == "image"
     assert isinstance(model.teacher, torch.nn.Flatten)

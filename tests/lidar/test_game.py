@@ -293,7 +293,7 @@ def test_a_callable_metric_must_return_a_finite_number_for_every_coalition(metri
 def test_truth_counts_above_a_least_depth() -> None:
     frame = toy_frame("a")
     frame.gt[0, :, :12] = 0.05
-    game = game_of(frame, min_gt=0.1)
+    game = game_of(frame, min_target=0.1)
     dense = PullPushCompletion()(None, frame.sparse[None])
     right = depth_errors(dense[..., 12:], frame.gt[None, ..., 12:])["rmse"]
     assert game.full_error == pytest.approx(float(right))
@@ -344,7 +344,7 @@ def test_a_frame_without_truth_is_refused() -> None:
         ({"coalition_batch": 0}, "coalition_batch must be"),
         ({"precision": "64"}, "precision must be"),
         ({"min_depth": 0.0}, "min_depth must be"),
-        ({"min_gt": -0.1}, "min_gt must be"),
+        ({"min_target": -0.1}, "min_target must be"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, object], message: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch.optim import AdamW, Optimizer
 
-from lightning_eff.glimpse.config import AgentConfig, ReplayConfig
+from lightning_eff.glimpse.config import AgentConfig, ReplayOptions
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 Options = TypeVar("Options")
@@ -25,7 +25,7 @@ def options_from(kind: type[Options], given: Options | Mapping[str, Any]) -> Opt
         return given
     arguments = dict(given)
     if kind is AgentConfig and "replay" in arguments:
-        arguments["replay"] = options_from(ReplayConfig, arguments["replay"])
+        arguments["replay"] = options_from(ReplayOptions, arguments["replay"])
     return kind(**arguments)
 
 

@@ -39,11 +39,11 @@ class DPPrePruneCallback(Callback):
 
     With ``DPGradientDropStrategy`` the coordinates that are out take part in neither clipping nor noise. With any other
     strategy they are put back after every optimizer step. Masks are written into checkpoints; a resumed run takes them
-    from there and does not choose anew. With ``scope="layerwise"`` every tensor keeps ``round((1 - prune_rate) n)``
+    from there and does not choose anew. With ``scope="layerwise"`` every tensor keeps ``round((1 - amount) n)``
     units. Biases and tensors of one dimension stay whole.
 
     Args:
-        prune_rate: share of the coordinates that goes, in [0, 1).
+        amount: share of the coordinates that goes, in [0, 1).
         score: ``"random"``; ``"magnitude"`` for weights that were trained on public data; ``"snip"`` asks the gradient
             on public data; ``"synflow"`` asks the network alone, in ``rounds`` rounds.
         mode: ``"prune"`` sets them to zero, ``"freeze"`` leaves them at the values they have when training starts.
@@ -71,7 +71,7 @@ class DPPrePruneCallback(Callback):
 
     def __init__(
         self,
-        prune_rate: float = 0.5,
+        amount: float = 0.5,
         score: Score = "random",
         mode: Mode = "prune",
         *,
@@ -87,8 +87,8 @@ class DPPrePruneCallback(Callback):
         loss_fn: LossFunction | None = None,
         split_batch: SplitBatch | None = None,
     ) -> None:
-        if not 0 <= prune_rate < 1:
-            raise ValueError(f"expected prune_rate to lie in [0, 1), got {prune_rate!r}")
+        if not 0 <= amount < 1:
+            raise ValueError(f"expected amount to lie in [0, 1), got {amount!r}")
         for name, value, known in (
             ("score", score, Score),
             ("mode", mode, Mode),
@@ -112,7 +112,7 @@ class DPPrePruneCallback(Callback):
                 if score == "snip"
                 else f'public_data serves score="snip" only, got score={score!r}'
             )
-        self.prune_rate, self.score, self.mode = prune_rate, score, mode
+        self.amount, self.score, self.mode = amount, score, mode
         self.scope: Scope = scope or ("global" if score == "synflow" else "layerwise")
         self.granularity = granularity
         self.public_data = public_data
@@ -144,7 +144,7 @@ class DPPrePruneCallback(Callback):
             masks, rescued = self._choose(trainer, pl_module, targets)
             if rescued:
                 rank_zero_warn(
-                    f"prune_rate={self.prune_rate} would leave {', '.join(rescued)} with less than "
+                    f"amount={self.amount} would leave {', '.join(rescued)} with less than "
                     f"min_keep_per_tensor={self.min_keep_per_tensor} coordinates: so many are kept"
                 )
             self.masks = self._same_everywhere(trainer, masks)
@@ -188,7 +188,7 @@ class DPPrePruneCallback(Callback):
 
     def _current_settings(self) -> dict[str, Any]:
         return {
-            "prune_rate": self.prune_rate,
+            "amount": self.amount,
             "score": self.score,
             "mode": self.mode,
             "scope": self.scope,
@@ -221,7 +221,7 @@ class DPPrePruneCallback(Callback):
             with progress("SynFlow", self.rounds, enabled=trainer.is_global_zero, unit="rounds") as bar:
                 return prune_in_rounds(
                     {name: one.detach() for name, one in targets.items()},
-                    self.prune_rate,
+                    self.amount,
                     synflow.scores,
                     rounds=self.rounds,
                     advance=bar.advance,
@@ -235,7 +235,7 @@ class DPPrePruneCallback(Callback):
             scores = snip_scores(
                 pl_module, self._public, targets, loss_fn=self.loss_fn, most=self.public_batches, seed=self.seed
             )
-        return choose_masks(targets, self.prune_rate, scores, seed=self.seed, **options)
+        return choose_masks(targets, self.amount, scores, seed=self.seed, **options)
 
     def _inputs(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         """Something of the form of the network's inputs."""

@@ -63,7 +63,7 @@ def pruning_targets(
 
 def choose_masks(
     targets: Mapping[str, Tensor],
-    prune_rate: float,
+    amount: float,
     scores: Mapping[str, Tensor] | None = None,
     *,
     scope: Scope = "layerwise",
@@ -71,11 +71,11 @@ def choose_masks(
     min_keep_per_tensor: int = 1,
     seed: int = 0,
 ) -> tuple[Masks, list[str]]:
-    """Keep ``round((1 - prune_rate) n)`` units, of each tensor or of all together.
+    """Keep ``round((1 - amount) n)`` units, of each tensor or of all together.
 
     Args:
         targets: tensors to prune, by name.
-        prune_rate: share that goes, in [0, 1).
+        amount: share that goes, in [0, 1).
         scores: by name, of every coordinate; None draws at random.
         scope: ``"layerwise"`` or ``"global"``.
         granularity: ``"element"`` or ``"row"``.
@@ -88,14 +88,14 @@ def choose_masks(
     device = next(iter(targets.values())).device
     generator = torch.Generator(device).manual_seed(seed)
     units = Units({name: Selection.all(one.shape) for name, one in targets.items()}, granularity, scope)
-    chosen = units.choose(1 - prune_rate, generator, scores)
+    chosen = units.choose(1 - amount, generator, scores)
     masks, rescued = {}, []
     for name, selection in chosen.items():
         shape = targets[name].shape
         least = min(min_keep_per_tensor, math.prod(shape))
         mask = selection.full_mask(device)
         in_rows = len(shape) if granularity == "element" else 1
-        share = round((1 - prune_rate) * math.prod(shape[:in_rows])) * math.prod(shape[in_rows:])
+        share = round((1 - amount) * math.prod(shape[:in_rows])) * math.prod(shape[in_rows:])
         if min(share, selection.count) < least if scope == "layerwise" else selection.count < least:
             rescued.append(name)
         if selection.count < least:
@@ -119,7 +119,7 @@ def _at_least(
 
 def prune_in_rounds(
     targets: Mapping[str, Tensor],
-    prune_rate: float,
+    amount: float,
     score: Callable[[Masks | None], Mapping[str, Tensor]],
     *,
     rounds: int = 100,
@@ -128,11 +128,11 @@ def prune_in_rounds(
     min_keep_per_tensor: int = 1,
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[Masks, list[str]]:
-    """Prune a little, score what is left, prune again: round j of n keeps the share ``(1 - prune_rate) ** (j / n)``.
+    """Prune a little, score what is left, prune again: round j of n keeps the share ``(1 - amount) ** (j / n)``.
 
     Args:
         targets: tensors to prune, by name.
-        prune_rate: share that is gone in the end, in [0, 1).
+        amount: share that is gone in the end, in [0, 1).
         score: scores of all coordinates, >= 0, given the masks so far.
         rounds: how many, >= 1.
         scope: ``"layerwise"`` or ``"global"``.
@@ -151,7 +151,7 @@ def prune_in_rounds(
             scores = {name: one.masked_fill(~masks[name], -1) for name, one in scores.items()}
         masks, rescued = choose_masks(
             targets,
-            1 - (1 - prune_rate) ** (j / rounds),
+            1 - (1 - amount) ** (j / rounds),
             scores,
             scope=scope,
             granularity=granularity,

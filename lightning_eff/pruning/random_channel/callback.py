@@ -205,7 +205,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
                 on_error=self.settings.on_error,
                 split=data.split,
                 seed=self.seed + step,
-                show_progress=self.verbose and trainer.is_global_zero,
+                progress=self.verbose and trainer.is_global_zero,
                 journal=Path(self.dirpath or "") / "scores" / f"step{step}-search.csv" if self._can_go_on else None,
                 processes=_processes(trainer),
             )

@@ -27,7 +27,8 @@ from lightning_eff.pruning.random_channel.bench import Bench, ScoreFunction, jud
 from lightning_eff.pruning.random_channel.candidates import Mode
 from lightning_eff.pruning.random_channel.sampling import config_of
 from lightning_eff.pruning.repair import Repair
-from lightning_eff.reporting import Column, Table, progress, save_figure
+from lightning_eff.reporting import Column, Table, save_figure
+from lightning_eff.reporting import progress as progress_bar
 from lightning_eff.surgery import ChannelGraph, apply_plan
 from lightning_eff.surgery.state import untouched_generators
 
@@ -267,7 +268,7 @@ def compare_criteria(
     fine_tune: Callable[[nn.Module], float] | None = None,
     split: SplitBatch = split_batch,
     seed: int = 0,
-    show_progress: bool = True,
+    progress: bool = True,
 ) -> ComparisonReport:
     """Judge criteria on the same configurations, with the same data and the same repair.
 
@@ -288,7 +289,7 @@ def compare_criteria(
             criterion and configuration, always with the same state of the global random generators.
         split: ``batch -> (inputs, target)``.
         seed: of criteria and of the repair.
-        show_progress: show a bar.
+        progress: show a bar.
 
     Raises:
         ValueError: no criteria, unknown ones, data or a loss that one needs is missing, or no configuration has a score
@@ -307,7 +308,7 @@ def compare_criteria(
     moments = take_moments(model, graph, batches, repair, split, seed)
     before, after, errors = (torch.full((len(named), len(configs)), math.nan, dtype=torch.float64) for _ in range(3))
     seconds = []
-    with progress("compare criteria", before.numel(), enabled=show_progress, unit="candidates") as bar:
+    with progress_bar("compare criteria", before.numel(), enabled=progress, unit="candidates") as bar:
         for k, (name, criterion) in enumerate(named.items()):
             start = time.perf_counter()
             scores = importance(model, graph, criterion, batches, loss_fn, split=split, seed=seed)

@@ -34,7 +34,7 @@ from lightning_eff.pruning.random_channel.journal import Journal, fingerprint_of
 from lightning_eff.pruning.random_channel.sampling import config_of, sample_configs
 from lightning_eff.pruning.random_channel.search import described
 from lightning_eff.pruning.settings import Layers
-from lightning_eff.reporting import progress
+from lightning_eff.reporting import progress as progress_bar
 from lightning_eff.surgery import ChannelGraph, PruningPlan, apply_plan, prunable
 from lightning_eff.surgery.graph import axis_masks
 from lightning_eff.surgery.state import untouched_generators
@@ -83,7 +83,7 @@ def search_from_scratch(
     split: SplitBatch = split_batch,
     seed: int = 0,
     dirpath: str | Path | None = None,
-    show_progress: bool = True,
+    progress: bool = True,
 ) -> ScratchResult:
     """Train many narrow networks for a short while and return the best one.
 
@@ -112,7 +112,7 @@ def search_from_scratch(
             the last training that was done, and the result says so. What neither arguments, nor initial weights, nor
             hyperparameters and settings of module and data module show, such as other files of the same name, is
             not noticed.
-        show_progress: show a bar over candidates.
+        progress: show a bar over candidates.
 
     Raises:
         ValueError: an argument out of range, or ``monitor`` is not logged; the message lists what is.
@@ -147,7 +147,7 @@ def search_from_scratch(
         trainings = _Trainings(networks, datamodule, monitor, trainer_kwargs, folder, journal)
         rungs = _rungs(len(configs), eta)
         alive, epochs, tried = list(range(len(configs))), warm_epochs, list[Candidate]()
-        with progress("search from scratch", sum(rungs), enabled=show_progress, unit="trainings") as bar:
+        with progress_bar("search from scratch", sum(rungs), enabled=progress, unit="trainings") as bar:
             for rung, count in enumerate(rungs):
                 epochs = warm_epochs * (eta or 1) ** rung
                 results = []

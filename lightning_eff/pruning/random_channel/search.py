@@ -24,7 +24,8 @@ from lightning_eff.pruning.random_channel.journal import Journal
 from lightning_eff.pruning.random_channel.sampling import config_of, sample_configs
 from lightning_eff.pruning.repair import Repair
 from lightning_eff.pruning.samples import Samples
-from lightning_eff.reporting import Progress, progress
+from lightning_eff.reporting import Progress
+from lightning_eff.reporting import progress as progress_bar
 from lightning_eff.surgery import ChannelGraph, Cut, PruningPlan, apply_plan
 
 
@@ -93,7 +94,7 @@ def random_search(
     on_error: Literal["raise", "skip"] = "raise",
     split: SplitBatch = split_batch,
     seed: int = 0,
-    show_progress: bool = True,
+    progress: bool = True,
     journal: str | Path | None = None,
     processes: Processes = Processes(),
 ) -> SearchResult:
@@ -124,7 +125,7 @@ def random_search(
         on_error: ``"skip"`` gives a candidate whose repair or evaluation fails the score NaN and tells so in the notes.
         split: ``batch -> (inputs, target)``.
         seed: of the configurations, of criteria and of the repair.
-        show_progress: show a bar.
+        progress: show a bar.
         journal: CSV file that grows by a line a candidate. A search that was interrupted and is called again with the
             same file, network, data and options goes on behind the last line.
         processes: share the candidates among several processes; each gets the same result as one alone would.
@@ -141,7 +142,7 @@ def random_search(
         >>> graph, whole = ChannelGraph.from_model(model, x[:2]), model(x).detach()
         >>> near = lambda smaller: -float((smaller(x) - whole).square().mean())
         >>> found = random_search(model, graph, batches=[(x, None)], score_fn=near, amount=0.5, n=1,
-        ...                       show_progress=False)
+        ...                       progress=False)
         >>> _ = found.apply(model, graph)
         >>> model[0].out_features
         4
@@ -173,7 +174,7 @@ def random_search(
     )
     ranking = Bench(model, graph, scores, batches, ranking_repair(repair, recalibrate), split, seed)
     finalists: list[Candidate] = []
-    with progress("random search", len(waiting) + top_k, enabled=show_progress, unit="candidates") as bar:
+    with progress_bar("random search", len(waiting) + top_k, enabled=progress, unit="candidates") as bar:
         last = judge = _Judge(ranking, judges["ranked"], mode, on_error, known, processes, bar)
         ranked = judge(waiting)
         if top_k:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_eff.reporting import Column, Table, progress
+from lightning_eff.reporting import Column, Table
+from lightning_eff.reporting import progress as progress_bar
 from lightning_eff.synthesis.evaluation.classifiers import (
     MAJORITY,
     TABLE_CLASSIFIERS,
@@ -77,7 +78,7 @@ def train_synthetic_test_real(
     classifiers: Sequence[str] = TABLE_CLASSIFIERS,
     seeds: int = 1,
     num_classes: int | None = None,
-    show_progress: bool = True,
+    progress: bool = True,
 ) -> Downstream:
     """Train classifiers on synthetic rows and score them on real ones.
 
@@ -89,7 +90,7 @@ def train_synthetic_test_real(
         classifiers: Names out of :data:`TABLE_CLASSIFIERS`; one that looks at no column is added.
         seeds: Times each classifier is trained, >= 1.
         num_classes: C; ``None`` counts on the largest class at hand.
-        show_progress: Whether a bar is shown.
+        progress: Whether a bar is shown.
 
     Returns:
         Scores under ``"synthetic"`` and, if given, ``"real"``.
@@ -113,7 +114,7 @@ def train_synthetic_test_real(
     if largest > classes:
         raise ValueError(f"expected classes in 0..{classes - 1}, got {largest - 1}")
     result = Downstream({source: {name: {s: [] for s in SCORES} for name in names} for source in sources})
-    with progress("classifiers", len(sources) * len(names) * seeds, enabled=show_progress, unit="fits") as bar:
+    with progress_bar("classifiers", len(sources) * len(names) * seeds, enabled=progress, unit="fits") as bar:
         for source, (x, y) in sources.items():
             for name in names:
                 for seed in range(seeds):
@@ -207,7 +208,7 @@ class TSTRScore(Metric):
             classifiers=self.classifiers,
             seeds=self.seeds,
             num_classes=self.num_classes,
-            show_progress=False,
+            progress=False,
         )
         means = {(name, score): result.mean(score, name) for name in self.classifiers for score in SCORES}
         return {f"{name}/{score}": torch.tensor(value) for (name, score), value in means.items()}

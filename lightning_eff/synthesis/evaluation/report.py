@@ -140,7 +140,7 @@ def evaluate_table(
     classifiers: Sequence[str] = TABLE_CLASSIFIERS,
     seeds: int = 1,
     compare_real: bool = True,
-    show_progress: bool = True,
+    progress: bool = True,
 ) -> TableQuality:
     """Compare a synthetic table with real records.
 
@@ -152,7 +152,7 @@ def evaluate_table(
         classifiers: Names out of :data:`TABLE_CLASSIFIERS`; none skips them.
         seeds: Times each classifier is trained, >= 1.
         compare_real: Whether classifiers are trained on ``train`` as well.
-        show_progress: Whether a bar is shown.
+        progress: Whether a bar is shown.
 
     Returns:
         All of it, to print, draw or save.
@@ -169,7 +169,7 @@ def evaluate_table(
             classifiers=classifiers,
             seeds=seeds,
             num_classes=schema.num_classes,
-            show_progress=show_progress,
+            progress=progress,
         )
     own, fine = Cells(schema), Cells(schema, _FINE)
     return TableQuality(

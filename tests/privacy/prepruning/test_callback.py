@@ -252,7 +252,7 @@ def test_a_resumed_run_takes_masks_from_the_checkpoint_and_does_not_choose_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(folder: str, ckpt_path: Path | None, **options: Any) -> tuple[DPPrePruneCallback, nn.Module]:
-        prune = DPPrePruneCallback(**{"prune_rate": 0.5, "score": "magnitude", "seed": 1, **options})
+        prune = DPPrePruneCallback(**{"amount": 0.5, "score": "magnitude", "seed": 1, **options})
         model = module()
         save = ModelCheckpoint(tmp_path / folder, "{epoch}", save_top_k=-1)
         length = {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 7, "enable_checkpointing": True}
@@ -273,8 +273,8 @@ def test_a_resumed_run_takes_masks_from_the_checkpoint_and_does_not_choose_anew(
         assert all(torch.equal(after.masks[name], before.masks[name]) for name in before.masks)
         expected = values(whole)
         assert all(torch.equal(one, expected[name]) for name, one in values(resumed).items())
-    with pytest.warns(UserWarning, match=r"prune_rate is 0\.5 there and 0\.9 now"):
-        other, _ = run("other", path, prune_rate=0.9, mode="prune")
+    with pytest.warns(UserWarning, match=r"amount is 0\.5 there and 0\.9 now"):
+        other, _ = run("other", path, amount=0.9, mode="prune")
     assert all(torch.equal(other.masks[name], before.masks[name]) for name in before.masks)
     assert other.mode == "freeze"
 
@@ -357,8 +357,8 @@ def test_public_and_private_parts_of_one_data_set_are_told_apart_by_their_exampl
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prune_rate": 1.0}, r"prune_rate to lie in \[0, 1\), got 1.0"),
-        ({"prune_rate": -0.1}, "got -0.1"),
+        ({"amount": 1.0}, r"amount to lie in \[0, 1\), got 1.0"),
+        ({"amount": -0.1}, "got -0.1"),
         ({"score": "l1"}, "score to be one of random, magnitude, snip, synflow, got 'l1'"),
         ({"mode": "drop"}, "mode to be one of prune, freeze, got 'drop'"),
         ({"scope": "local"}, "scope to be one of layerwise, global, got 'local'"),
@@ -378,7 +378,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 
 def test_a_tensor_that_would_go_empty_is_told() -> None:
     prune = DPPrePruneCallback(0.995)
-    with pytest.warns(UserWarning, match=r"prune_rate=0.995 would leave net\.layers\.conv1\.weight with less than"):
+    with pytest.warns(UserWarning, match=r"amount=0.995 would leave net\.layers\.conv1\.weight with less than"):
         trainer(prune, max_steps=1).fit(module(), data())
     assert int(prune.masks["net.layers.conv1.weight"].sum()) == 1
 
@@ -400,7 +400,7 @@ def test_yaml_prunes_with_public_data(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
     path = "lightning_eff.privacy.prepruning.callback.DPPrePruneCallback"
     public = {"class_path": "DigitsDataModule", "init_args": {"seed": 7}}
-    options = {"prune_rate": 0.8, "score": "snip", "public_data": public, "scope": "global", "exclude": ["*conv1*"]}
+    options = {"amount": 0.8, "score": "snip", "public_data": public, "scope": "global", "exclude": ["*conv1*"]}
     config = {"trainer": {"max_epochs": 1, "callbacks": [{"class_path": path, "init_args": options}]}}
     (tmp_path / "prune.yaml").write_text(yaml.safe_dump(config))
     short = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=0"]

@@ -38,7 +38,7 @@ def report(scores: dict[str, list[float]], after: dict[str, list[float]] | None 
 
 def compare(criteria: Any, n: int = 6, **options: Any) -> ComparisonReport:
     model, graph, batches = small()
-    given = {"score_fn": likeness(model, batches), "configs": sample_configs(graph, n, 0.5), "show_progress": False}
+    given = {"score_fn": likeness(model, batches), "configs": sample_configs(graph, n, 0.5), "progress": False}
     return compare_criteria(model, graph, criteria, batches=batches, **{**given, **options})
 
 
@@ -56,7 +56,7 @@ def test_scores_are_those_of_a_search_with_the_same_configurations() -> None:
     for row, criterion in zip(found.before, ("l1", "l2"), strict=True):
         search = random_search(
             model, graph, batches=batches, score_fn=score, configs=configs, criterion=criterion, top_k=0,
-            show_progress=False,
+            progress=False,
         )  # fmt: skip
         assert row.tolist() == pytest.approx([c.score for c in search.candidates], rel=1e-6)
         assert found.dense_score == search.dense_score
@@ -85,7 +85,7 @@ def test_the_opposite_of_a_good_criterion_loses_clearly() -> None:
         batches=batches,
         score_fn=likeness(model, batches),
         repair=Repair("none", bn_samples=0),
-        show_progress=False,
+        progress=False,
     )
     assert found.order == ["good", "bad"]
     assert found.difference("good", "bad").low > 0
@@ -116,7 +116,7 @@ def test_only_copies_are_fine_tuned_and_always_with_the_same_random_numbers() ->
         batches=batches,
         score_fn=likeness(model, batches),
         fine_tune=fine_tune,
-        show_progress=False,
+        progress=False,
     )
     untouched.check()
     assert len(set(numbers)) == 1
@@ -159,7 +159,7 @@ def test_chance_draws_anew_for_every_configuration() -> None:
         return 0.0 + len(kept)
 
     none = Repair("none", bn_samples=0)
-    options = {"configs": configs, "batches": [(x, None)], "score_fn": score, "repair": none, "show_progress": False}
+    options = {"configs": configs, "batches": [(x, None)], "score_fn": score, "repair": none, "progress": False}
     compare_criteria(model, graph, ["random", "l1"], **options)
     by_lot, by_norm = kept[1:9], kept[9:]
     assert len(set(by_lot)) > 4

@@ -30,7 +30,7 @@ def whole() -> ImageClassifier:
 
 
 def run(**options: Any) -> ScratchResult:
-    given = {"monitor": "val/loss", "amount": 0.5, "n": 3, "trainer_kwargs": QUICK, "show_progress": False}
+    given = {"monitor": "val/loss", "amount": 0.5, "n": 3, "trainer_kwargs": QUICK, "progress": False}
     return search_from_scratch(whole, DigitsDataModule(), **{**given, **options})
 
 
@@ -156,9 +156,7 @@ class Carefree(LightningDataModule):
 def test_all_trainings_share_one_split_though_the_data_module_draws_it_without_a_seed() -> None:
     data = Carefree()
     quick = {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0}
-    search_from_scratch(
-        whole, data, monitor="val/loss", amount=0.5, n=2, eta=2, trainer_kwargs=quick, show_progress=False
-    )
+    search_from_scratch(whole, data, monitor="val/loss", amount=0.5, n=2, eta=2, trainer_kwargs=quick, progress=False)
     assert len(data.reads) == 3
     assert len({tuple(read["val"]) for read in data.reads}) == 1
     trained = [sample for read in data.reads for sample in read["train"]]
@@ -249,7 +247,7 @@ def test_folder_of_another_search_is_refused_and_left_as_it_is(other: str, tmp_p
             seed=1 if other == "seed" else 0,
             trainer_kwargs={**QUICK, "callbacks": [watch], "limit_train_batches": 2 if other == "trainer" else 3},
             dirpath=tmp_path,
-            show_progress=False,
+            progress=False,
         )
     assert not Watch.starts
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -279,7 +277,7 @@ def test_without_an_example_the_first_training_batch_is_traced() -> None:
         amount=0.5,
         n=1,
         trainer_kwargs=QUICK,
-        show_progress=False,
+        progress=False,
     )
     assert 0 < found.best.score < 1
 

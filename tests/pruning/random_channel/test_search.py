@@ -28,7 +28,7 @@ def run(
     found: tuple[nn.Module, ChannelGraph, list[tuple[Tensor, Tensor]]] | None = None, **options: Any
 ) -> tuple[nn.Module, ChannelGraph, Any]:
     model, graph, batches = found or small()
-    given = {"score_fn": likeness(model, batches), "amount": 0.5, "n": 8, "show_progress": False, "top_k": 2}
+    given = {"score_fn": likeness(model, batches), "amount": 0.5, "n": 8, "progress": False, "top_k": 2}
     return model, graph, random_search(model, graph, batches=batches, **{**given, **options})
 
 

@@ -29,7 +29,7 @@ def cancer():
 
 def test_scores_are_those_of_scikit_learn(cancer):
     train, (x, y) = cancer
-    result = train_synthetic_test_real(train, (x, y), classifiers=["logistic_regression"], show_progress=False)
+    result = train_synthetic_test_real(train, (x, y), classifiers=["logistic_regression"], progress=False)
     model = LogisticRegression(max_iter=300, random_state=0).fit(*train)
     likely = model.predict_proba(x)[:, 1]
     expected = {
@@ -43,7 +43,7 @@ def test_scores_are_those_of_scikit_learn(cancer):
 
 def test_all_twelve_classifiers_learn_from_real_rows_and_the_class_shares_do_not(cancer):
     train, test = cancer
-    result = train_synthetic_test_real(train, test, show_progress=False)
+    result = train_synthetic_test_real(train, test, progress=False)
     assert len(TABLE_CLASSIFIERS) == 12
     scores = {name: result.mean("roc_auc", name) for name in result.scores["synthetic"]}
     assert scores.pop(MAJORITY) == 0.5
@@ -56,16 +56,14 @@ def test_all_twelve_classifiers_learn_from_real_rows_and_the_class_shares_do_not
 def test_labels_without_information_give_chance(cancer):
     (x, y), test = cancer
     shuffled = np.random.default_rng(0).permutation(y)
-    result = train_synthetic_test_real((x, shuffled), test, classifiers=["random_forest"], show_progress=False)
+    result = train_synthetic_test_real((x, shuffled), test, classifiers=["random_forest"], progress=False)
     assert abs(result.mean("roc_auc") - 0.5) < 0.2
 
 
 def test_real_rows_and_seeds_stand_beside_in_the_table(cancer):
     train, test = cancer
     few = (train[0][:60], train[1][:60])
-    result = train_synthetic_test_real(
-        few, test, real=train, classifiers=["decision_tree"], seeds=3, show_progress=False
-    )
+    result = train_synthetic_test_real(few, test, real=train, classifiers=["decision_tree"], seeds=3, progress=False)
     table = result.table()
     assert [row[0] for row in table.rows] == ["decision_tree", MAJORITY, "mean of 1"]
     assert [column.name for column in table.columns][:3] == ["classifier", "ROC-AUC synthetic", "ROC-AUC real"]
@@ -80,7 +78,7 @@ def test_more_than_two_classes_are_scored_each_against_the_rest():
     y = np.arange(300) % 3
     x = np.eye(3)[y] + random.normal(scale=0.3, size=(300, 3))
     names = ["logistic_regression", "linear_svm", "mlp"]
-    result = train_synthetic_test_real((x, y), (x, y), classifiers=names, show_progress=False)
+    result = train_synthetic_test_real((x, y), (x, y), classifiers=names, progress=False)
     for name in names:
         assert result.mean("roc_auc", name) > 0.98
         assert result.mean("f1", name) > 0.9
@@ -89,14 +87,14 @@ def test_more_than_two_classes_are_scored_each_against_the_rest():
 def test_a_class_that_was_never_generated_is_scored_as_never_likely():
     y = np.arange(300) % 3
     x = np.eye(3)[y]
-    result = train_synthetic_test_real((x[y < 2], y[y < 2]), (x, y), classifiers=["gaussian_nb"], show_progress=False)
+    result = train_synthetic_test_real((x[y < 2], y[y < 2]), (x, y), classifiers=["gaussian_nb"], progress=False)
     assert result.mean("accuracy", "gaussian_nb") == pytest.approx(2 / 3)
     assert result.mean("roc_auc", "gaussian_nb") < 0.95
 
 
 def test_rows_of_one_class_teach_nothing_but_that_class():
     x, y = np.eye(4), np.array([0, 0, 1, 1])
-    result = train_synthetic_test_real((x, np.ones(4, int)), (x, y), classifiers=["linear_svm"], show_progress=False)
+    result = train_synthetic_test_real((x, np.ones(4, int)), (x, y), classifiers=["linear_svm"], progress=False)
     assert result.mean("accuracy") == 0.5
     assert result.mean("roc_auc") == 0.5
 
@@ -116,7 +114,7 @@ def test_rows_of_one_class_teach_nothing_but_that_class():
 def test_what_does_not_fit_is_refused(change, message):
     arguments = {"synthetic": (np.eye(2), np.arange(2)), "test": (np.eye(2), np.arange(2)), **change}
     with pytest.raises(ValueError, match=message):
-        train_synthetic_test_real(**arguments, show_progress=False)
+        train_synthetic_test_real(**arguments, progress=False)
 
 
 def test_xgboost_takes_part_only_where_it_is_installed(monkeypatch):
@@ -137,9 +135,7 @@ def test_the_metric_gathers_batches(cancer):
         metric.update(x[part], y[part], real=False)
         metric.update(x_test[part], y_test[part], real=True)
     scores = metric.compute()
-    expected = train_synthetic_test_real(
-        (x, y), (x_test, y_test), classifiers=["logistic_regression"], show_progress=False
-    )
+    expected = train_synthetic_test_real((x, y), (x_test, y_test), classifiers=["logistic_regression"], progress=False)
     assert scores.keys() == {f"logistic_regression/{score}" for score in SCORES}
     assert float(scores["logistic_regression/roc_auc"]) == pytest.approx(expected.mean("roc_auc"), abs=1e-6)
     metric.reset()
@@ -152,7 +148,7 @@ def test_real_adult_rows_reach_what_is_known_of_them():
         classifier_inputs(schema, train),
         classifier_inputs(schema, test),
         classifiers=["logistic_regression", "hist_gradient_boosting"],
-        show_progress=False,
+        progress=False,
     )
     # measured once with scikit-learn alone: .899 and .927
     assert result.mean("roc_auc", "logistic_regression") == pytest.approx(0.899, abs=0.002)

@@ -36,7 +36,7 @@ def synthetic(schema, train, epsilon, *, epochs, seed=0):
 
 def auc(schema, made, test, *classifiers):
     result = train_synthetic_test_real(
-        classifier_inputs(schema, made), classifier_inputs(schema, test), classifiers=classifiers, show_progress=False
+        classifier_inputs(schema, made), classifier_inputs(schema, test), classifiers=classifiers, progress=False
     )
     return [result.mean("roc_auc", name) for name in classifiers]
 

@@ -29,7 +29,7 @@ def rows(seed, n=600):
 @pytest.fixture(scope="module")
 def quality():
     names = ["logistic_regression", "gaussian_nb"]
-    return evaluate_table(SCHEMA, rows(0), rows(1), rows(2), classifiers=names, show_progress=False)
+    return evaluate_table(SCHEMA, rows(0), rows(1), rows(2), classifiers=names, progress=False)
 
 
 def test_the_report_is_written_with_its_figures_and_says_it_is_not_private(quality, tmp_path):
@@ -73,7 +73,7 @@ def test_samples_of_one_law_are_found_alike(quality):
 def test_shuffled_columns_keep_their_shares_and_lose_their_ties():
     real, random = rows(1), np.random.default_rng(5)
     shuffled = {name: random.permutation(values) for name, values in real.items()}
-    quality = evaluate_table(SCHEMA, shuffled, real, rows(2), classifiers=["gaussian_nb"], show_progress=False)
+    quality = evaluate_table(SCHEMA, shuffled, real, rows(2), classifiers=["gaussian_nb"], progress=False)
     assert quality.mean_tv == pytest.approx(0)
     age, rich = 0, 3
     assert quality.real_associations[age, rich] > 0.6
@@ -84,7 +84,7 @@ def test_shuffled_columns_keep_their_shares_and_lose_their_ties():
 
 def test_a_table_without_a_label_has_no_classifiers(tmp_path):
     schema = TableSchema([NumericColumn("age", 0, 100, bins=10)])
-    quality = evaluate_table(schema, rows(0), rows(1), rows(2), show_progress=False)
+    quality = evaluate_table(schema, rows(0), rows(1), rows(2), progress=False)
     assert quality.downstream is None
     assert "classifier" not in quality.save(tmp_path).read_text()
     assert not (tmp_path / "classifiers.json").exists()
