@@ -1,4 +1,4 @@
-"""How results leave the package: tables, figures of one style, and progress whose cost is known beforehand.
+"""How results leave the package: reports of tables and figures of one style, and progress whose cost is known before.
 
 Tables print through rich and are written as Markdown, CSV or JSON. Figures are made without pyplot and change no
 setting of matplotlib. Colours: M. Okabe, K. Ito, Color Universal Design, 2008 (told apart by colour-blind readers).
@@ -11,11 +11,12 @@ import io
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,6 +155,83 @@ class Table:
         for row in self._cells:
             table.add_row(*map(Text, row))  # Text: brackets in a cell are no markup
         return table
+
+
+class Report(ABC):
+    """What a piece of work found: tables, and figures where there is something to draw.
+
+    Subclasses give :meth:`tables` and, if need be, :meth:`figures`. What is read back by ``save`` and ``load`` is state
+    and apart from this: a report is written for readers.
+
+    Attributes:
+        data_tables: Stems of tables that are too long to read, such as a row a sample: files hold them, text does not.
+
+    Example:
+        >>> class Squares(Report):
+        ...     def tables(self):
+        ...         return {"squares": Table("Squares", ["n", "n^2"], [(n, n * n) for n in (2, 3)])}
+        >>> print(Squares())
+        Squares
+        n   n^2
+        ───────
+        2     4
+        3     9
+    """
+
+    data_tables: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def tables(self) -> dict[str, Table]:
+        """Return the tables by the stems of their files, the most important one first."""
+
+    def figures(self) -> dict[str, Figure]:
+        """Draw the figures and return them by the stems of their files; a report without pictures has none."""
+        return {}
+
+    def table(self, name: str | None = None) -> Table:
+        """Return one table, by default the most important one.
+
+        Raises:
+            ValueError: There is no such table.
+        """
+        tables = self.tables()
+        if name is not None and name not in tables:
+            raise ValueError(f"name must be one of {', '.join(tables)}, got {name!r}")
+        return tables[next(iter(tables)) if name is None else name]
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the tables on a rich console, by default the global one; what is no terminal gets ``str(report)``."""
+        from rich import get_console
+
+        console = console or get_console()
+        for number, table in enumerate(self._read()):
+            if number:
+                console.print()
+            table.print(console)
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self._read()))
+
+    def to_markdown(self) -> str:
+        """Return the tables as Markdown."""
+        return "\n".join(table.to_markdown() for table in self._read())
+
+    def write(self, dirpath: str | Path) -> list[Path]:
+        """Write each table as ``.md``, ``.csv`` and ``.json`` and each figure as ``.png``; folders are made.
+
+        Returns:
+            The files, in the order of tables and figures.
+        """
+        folder = Path(dirpath)
+        written = [
+            table.save(folder / f"{stem}{suffix}")
+            for stem, table in self.tables().items()
+            for suffix in (".md", ".csv", ".json")
+        ]
+        return [*written, *(save_figure(figure, folder / f"{stem}.png") for stem, figure in self.figures().items())]
+
+    def _read(self) -> list[Table]:
+        return [table for stem, table in self.tables().items() if stem not in self.data_tables]
 
 
 def _is_number(value: Any) -> bool:

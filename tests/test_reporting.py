@@ -8,7 +8,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from lightning_eff.reporting import KEPT, REMOVED, SERIES, Column, Table, human, new_figure, progress, save_figure
+from lightning_eff.reporting import (
+    KEPT,
+    REMOVED,
+    SERIES,
+    Column,
+    Report,
+    Table,
+    human,
+    new_figure,
+    progress,
+    save_figure,
+)
 
 
 @pytest.fixture
@@ -110,6 +121,61 @@ def test_save_refuses_another_suffix(table, tmp_path):
 def test_tables_are_validated_when_made(columns, rows, message):
     with pytest.raises(ValueError, match=message):
         Table("t", columns, rows)
+
+
+class Layers(Report):
+    """Two tables to read, one of data, and a figure."""
+
+    data_tables = frozenset({"samples"})
+    drawn = 0
+
+    def tables(self):
+        return {
+            "layers": Table("Layers", ["layer"], [("conv",)]),
+            "samples": Table("Samples", ["n"], [(n,) for n in range(1000)]),
+            "course": Table("Course", ["epoch"], [(1,), (2,)]),
+        }
+
+    def figures(self):
+        self.drawn += 1
+        return {"scores": new_figure()[0]}
+
+
+def test_a_report_writes_every_table_three_ways_and_every_figure_by_its_key(tmp_path):
+    report = Layers()
+    written = report.write(tmp_path / "new" / "folder")
+    stems = [(path.name, path.parent == tmp_path / "new" / "folder") for path in written]
+    tables = [
+        (f"{stem}.{suffix}", True) for stem in ("layers", "samples", "course") for suffix in ("md", "csv", "json")
+    ]
+    assert stems == [*tables, ("scores.png", True)]
+    assert sorted((tmp_path / "new" / "folder").iterdir()) == sorted(written)
+    assert written[1].read_text() == "layer\nconv\n"
+    assert written[0].read_text() == report.table().to_markdown()
+
+
+def test_a_report_is_read_as_its_tables_but_those_of_data_and_draws_nothing_for_it():
+    report, console = Layers(), plain()
+    report.print(console)
+    assert str(report) == f"{report.table('layers')}\n\n{report.table('course')}"
+    assert console.file.getvalue() == f"{report}\n"
+    assert report.to_markdown().index("**Layers**") < report.to_markdown().index("**Course**")
+    assert report.drawn == 0
+
+
+def test_tables_of_a_report_are_found_by_name_and_the_first_is_the_most_important(tmp_path):
+    assert Layers().table().title == "Layers"
+    assert Layers().table("course").title == "Course"
+    with pytest.raises(ValueError, match="name must be one of layers, samples, course, got 'coarse'"):
+        Layers().table("coarse")
+
+
+def test_a_report_without_pictures_writes_tables_alone(tmp_path):
+    class Numbers(Report):
+        def tables(self):
+            return {"numbers": Table("Numbers", ["n"], [(1,)])}
+
+    assert {path.suffix for path in Numbers().write(tmp_path)} == {".md", ".csv", ".json"}
 
 
 def test_figures_leave_the_settings_of_matplotlib_alone(tmp_path):
