@@ -29,7 +29,7 @@ def test_import_costs_less_than_a_fifth_of_a_second_of_cpu_on_top_of_lightning(i
 
 
 def test_import_brings_nothing_but_the_package_itself(imported):
-    assert imported[1] == ["lightning_eff", "lightning_eff.strategy_names"]
+    assert imported[1] == ["lazy_loader", "lightning_eff", "lightning_eff.strategy_names"]
 
 
 def test_import_alone_brings_neither_torch_nor_anything_heavy():
@@ -57,12 +57,8 @@ def test_public_names_are_listed_by_dir():
     assert set(lightning_eff.__all__) <= set(dir(lightning_eff))
 
 
-def test_rooms_and_names_of_the_table_are_all_public():
-    assert {*lightning_eff._ROOMS, *lightning_eff._ROOM_OF} == set(lightning_eff.__all__)
-
-
 def test_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="'lightning_eff' has no attribute 'Nothing'"):
+    with pytest.raises(AttributeError, match="lightning_eff attribute .?Nothing"):
         _ = lightning_eff.Nothing
 
 

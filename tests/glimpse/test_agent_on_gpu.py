@@ -6,7 +6,7 @@ import pytest
 import torch
 from glimpse.agents import fill, ragged, small_sac, tokens
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 def on_gpu(**options):

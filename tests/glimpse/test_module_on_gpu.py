@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_eff.glimpse import ElasticViT, ViTSize
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 COURSE = {"pretrain_epochs": 1, "rl_only_epochs": 1, "alternate_every": 1}
 
 

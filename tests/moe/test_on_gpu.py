@@ -9,7 +9,7 @@ from lightning_eff.data import ByteTextDataModule
 from lightning_eff.moe import DecoderConfig, ExpertLoadMonitor, FineGrainedMoE, MoEScalingModule, total_aux_loss
 from lightning_eff.moe.functional import choose_backend
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 OPTIONS = [
     {"activation": "swiglu"},
     {"granularity": 1, "bias": True},
