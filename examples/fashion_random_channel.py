@@ -159,14 +159,14 @@ def fine_tune(
     return Table("Fine-tuning", columns, rows, caption)
 
 
-def study(title: str, data: L.LightningDataModule, dirpath: Path, *, fast: bool) -> None:
+def study(title: str, data: L.LightningDataModule, out: Path, seed: int, *, fast: bool) -> None:
     """Train one network and print its tables."""
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(seed, verbose=False)
     net = train(NETS[title](), data, 1 if fast else 3, 0.1)
     judge = accuracy([tuple(batch) for batch in data.val_dataloader()][: 2 if fast else 16])
     calibration = [tuple(batch) for batch, _ in zip(data.train_dataloader(), range(4), strict=False)]  # 512 images
     graph = ChannelGraph.from_model(net, calibration[0][0][:2])
-    configs = sample_configs(graph, 3 if fast else 11, 0.5)
+    configs = sample_configs(graph, 3 if fast else 11, 0.5, seed=seed)
     drawn = configs[1:]  # row 0 is the uniform configuration
     images = {"batches": calibration, "loss_fn": cross_entropy, "progress": False}
 
@@ -174,8 +174,7 @@ def study(title: str, data: L.LightningDataModule, dirpath: Path, *, fast: bool)
     repairs = compare_repairs(net, graph, drawn, judge, images)
     repairs.print()
     compared = compare_criteria(net, graph, criteria(fast), configs=drawn, score_fn=judge, **images)
-    compared.summary().print()
-    compared.paired().print()
+    compared.print()
     found = {
         name: random_search(net, graph, configs=rows, score_fn=judge, top_k=3, **images)
         for name, rows in (("uniform", configs[:1]), (f"best of {len(configs)}", configs))
@@ -183,23 +182,24 @@ def study(title: str, data: L.LightningDataModule, dirpath: Path, *, fast: bool)
     tuned = fine_tune(net, graph, found, data, 1 if fast else 2)
     tuned.print()
     for stem, table in (("repairs", repairs), ("tuned", tuned)):
-        table.save(dirpath / f"{stem}.json")
-        table.save(dirpath / f"{stem}.md")
-    compared.save(dirpath)
-    found[f"best of {len(configs)}"].save(dirpath)
+        table.save(out / f"{stem}.json")
+        table.save(out / f"{stem}.md")
+    compared.write(out)
+    found[f"best of {len(configs)}"].write(out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/fashion_random_channel"), help="folder of results")
+    parser.add_argument("--data", default=None, help="folder with the idx files, if not Debian's or a download")
     parser.add_argument("--net", choices=[*NETS, "both"], default="both")
-    parser.add_argument("--root", default=None, help="folder with the idx files, if not Debian's or a download")
-    parser.add_argument("--dirpath", default="runs/fashion_random_channel")
     args = parser.parse_args()
     sizes = (1_024, 500) if args.fast else (20_000, None)
-    data = FashionMNISTDataModule(root=args.root, batch_size=128, train_size=sizes[0], test_size=sizes[1])
+    data = FashionMNISTDataModule(root=args.data, batch_size=128, train_size=sizes[0], test_size=sizes[1])
     for title in NETS if args.net == "both" else [args.net]:
-        study(title, data, Path(args.dirpath) / title, fast=args.fast)
+        study(title, data, args.out / title, args.seed, fast=args.fast)
 
 
 if __name__ == "__main__":

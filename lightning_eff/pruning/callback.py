@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_eff.batch import take
+from lightning_eff.batch import SplitBatch, take
 from lightning_eff.pruning.allocation import Dense
 from lightning_eff.pruning.decision import Counts, Decision, best_channels
 from lightning_eff.pruning.masking import Masks, zero_readers
@@ -49,6 +49,7 @@ class StructuredPruningCallback(Callback):
         schedule: when channels are removed, in how many steps, cut or masked.
         layers: which layers may be pruned.
         calibration: the data that channels are judged on.
+        split_batch: ``batch -> (inputs, target)``, for batches of another form, e.g. ``BatchKeys("image", "label")``.
         value: what the network is worth on a sample: ``"accuracy"``, ``"neg_loss"`` or a callable ``(outputs, target)
             -> [B]``, higher is better.
         repair: how the remaining weights are corrected after a cut; None leaves them.
@@ -71,6 +72,7 @@ class StructuredPruningCallback(Callback):
         schedule: Schedule = Schedule(),  # noqa: B008
         layers: Layers = Layers(),  # noqa: B008
         calibration: Calibration = Calibration(),  # noqa: B008
+        split_batch: SplitBatch | None = None,
         value: Value = "accuracy",
         repair: Repair | None = None,
         plan: str | Path | None = None,
@@ -92,6 +94,7 @@ class StructuredPruningCallback(Callback):
         self.allocation = allocation
         self.schedule = schedule
         self.layers = layers
+        self.split_batch = split_batch
         self.calibration = replace(calibration, source=calibration.source or self.default_source)
         self.value = value_function(value)
         self.value_name = value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
@@ -293,7 +296,7 @@ class StructuredPruningCallback(Callback):
         data = self._data(trainer, pl_module)
         batches = data.shared(max(self.repair.samples, self.repair.bn_samples))
         trial = Trial(self._model(pl_module), graph, plan)
-        repair(trial, batches, self.repair, split=data.split, final=True, seed=self.seed)
+        repair(trial, batches, self.repair, split_batch=self.split_batch, final=True, seed=self.seed)
         return trial.state()
 
     def _samples(self, data: TrainerData) -> Samples:
@@ -350,7 +353,7 @@ class StructuredPruningCallback(Callback):
         return self._graph
 
     def _data(self, trainer: Trainer, pl_module: LightningModule) -> TrainerData:
-        return TrainerData(trainer, pl_module, self.calibration, self._record.notes)
+        return TrainerData(trainer, pl_module, self.calibration, self._record.notes, self.split_batch)
 
     def _measure(self, name: str, trainer: Trainer, pl_module: LightningModule) -> Stage:
         """Evaluate the network as it is on the whole validation set."""
@@ -397,9 +400,8 @@ class StructuredPruningCallback(Callback):
         if not trainer.is_global_zero:
             return
         if self.verbose:
-            self.report.layers().print()
-            self.report.course().print()
+            self.report.print()
         if self.dirpath is not None and self.plan is not None:
             self._full_plan().save(self.dirpath / "plan.json")
-            self.report.save(self.dirpath)
+            self.report.write(self.dirpath)
             rank_zero_info(f"{type(self).__name__}: plan, tables and figure are in {self.dirpath}")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_eff.pruning.allocation import Dense
-from lightning_eff.reporting import KEPT, REMOVED, Column, Table, human, new_figure, save_figure
+from lightning_eff.reporting import KEPT, REMOVED, Column, Report, Table, human, new_figure
 from lightning_eff.surgery import ChannelGraph
 
 if TYPE_CHECKING:
@@ -67,8 +66,8 @@ class Stage:
 
 
 @dataclass
-class PruneReport:
-    """Everything to show of one run; ``print(report)`` shows the tables.
+class PruneReport(Report):
+    """Everything to show of one run: tables ``layers`` and ``course``, and the figure ``scores`` where there are any.
 
     Attributes:
         value_name: what ``Stage.value`` is.
@@ -90,7 +89,15 @@ class PruneReport:
     removed_value: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
-    def layers(self) -> Table:
+    def tables(self) -> dict[str, Table]:
+        """Channel groups before and after, and the stages of the run."""
+        return {"layers": self._layers(), "course": self._course()}
+
+    def figures(self) -> dict[str, Figure]:
+        """Scores of the channels kept and removed."""
+        return {"scores": scores_figure(self.scores)} if self.scores else {}
+
+    def _layers(self) -> Table:
         """One row per channel group that could be pruned, and the total."""
         rows: list[tuple[Any, ...]] = []
         before, now = (
@@ -140,7 +147,7 @@ class PruneReport:
         )
         return Table("Channels", columns, rows, caption=caption)
 
-    def course(self) -> Table:
+    def _course(self) -> Table:
         """One row per stage: value, size and speed of the network."""
         columns: list[str | Column] = [
             "stage",
@@ -154,55 +161,44 @@ class PruneReport:
         caption = " ".join((f"{self.value_name} on {self.data}; latency of one sample on one thread.", *self.notes))
         return Table("Course", columns, rows, caption=caption)
 
-    def __str__(self) -> str:
-        return f"{self.layers()}\n{self.course()}"
 
-    def figure(self, groups: int = 12) -> Figure:
-        """Scores of each group from best to worst with 95 % intervals, removed channels in another colour."""
-        from matplotlib.patches import Patch
-        from matplotlib.ticker import MaxNLocator
+def scores_figure(scores: Mapping[str, tuple[Scores, Sequence[int]]], groups: int = 12) -> Figure:
+    """Scores of each group from best to worst with 95 % intervals, removed channels in another colour.
 
-        names = list(self.scores)[:groups]
-        columns = min(3, max(1, len(names)))
-        lines = max(1, -(-len(names) // columns))
-        figure, axes = new_figure(lines, columns, width=3.6 * columns, height=2.6 * lines + 0.3)
-        for axis, name in zip(axes.flat, names, strict=False):
-            scores, kept = self.scores[name]
-            order = scores.values.sort(descending=True, stable=True).indices
-            stays = torch.zeros(len(order), dtype=torch.bool)
-            stays[list(kept)] = True
-            colours = [KEPT if stay else REMOVED for stay in stays[order].tolist()]
-            values = scores.values[order].tolist()
-            axis.bar(range(len(order)), values, width=0.8 if len(order) <= FEW else 1.0, color=colours)
-            if scores.stderr is not None:
-                _draw_intervals(axis, values, (1.96 * scores.stderr[order]).nan_to_num(posinf=0).tolist())
-            axis.set_title(f"{short_name(name)}: {int(stays.sum())} of {len(order)} kept")
-            axis.set_xlabel("channel, best first")
-            axis.set_ylabel("score")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for axis in axes.flat[len(names) :]:
-            axis.set_visible(False)
-        figure.legend(
-            handles=[Patch(color=KEPT, label="kept"), Patch(color=REMOVED, label="removed")],
-            loc="outside lower center",
-            ncols=2,
-            frameon=False,
-        )
-        return figure
+    Args:
+        scores: of each group, with the channels (as scored) that stay.
+        groups: most groups shown.
+    """
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
-    def save(self, directory: str | Path) -> list[Path]:
-        """Write ``layers`` and ``course`` as CSV, Markdown and JSON and the scores as ``scores.png``."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        written = []
-        for stem, table in (("layers", self.layers()), ("course", self.course())):
-            for suffix in ("csv", "md", "json"):
-                written.append(directory / f"{stem}.{suffix}")
-                table.save(written[-1])
-        if self.scores:
-            written.append(directory / "scores.png")
-            save_figure(self.figure(), written[-1])
-        return written
+    names = list(scores)[:groups]
+    columns = min(3, max(1, len(names)))
+    lines = max(1, -(-len(names) // columns))
+    figure, axes = new_figure(lines, columns, width=3.6 * columns, height=2.6 * lines + 0.3)
+    for axis, name in zip(axes.flat, names, strict=False):
+        of_group, kept = scores[name]
+        order = of_group.values.sort(descending=True, stable=True).indices
+        stays = torch.zeros(len(order), dtype=torch.bool)
+        stays[list(kept)] = True
+        colours = [KEPT if stay else REMOVED for stay in stays[order].tolist()]
+        values = of_group.values[order].tolist()
+        axis.bar(range(len(order)), values, width=0.8 if len(order) <= FEW else 1.0, color=colours)
+        if of_group.stderr is not None:
+            _draw_intervals(axis, values, (1.96 * of_group.stderr[order]).nan_to_num(posinf=0).tolist())
+        axis.set_title(f"{short_name(name)}: {int(stays.sum())} of {len(order)} kept")
+        axis.set_xlabel("channel, best first")
+        axis.set_ylabel("score")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    figure.legend(
+        handles=[Patch(color=KEPT, label="kept"), Patch(color=REMOVED, label="removed")],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+    )
+    return figure
 
 
 FEW = 40  # channels; more are drawn without gaps, their intervals as a band

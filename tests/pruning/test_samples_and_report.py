@@ -160,7 +160,7 @@ def report() -> PruneReport:
 
 
 def test_layer_table_counts_what_the_layers_cost(report: PruneReport) -> None:
-    rows = {row[0]: row[1:] for row in report.layers().rows}
+    rows = {row[0]: row[1:] for row in report.table("layers").rows}
     first = report.removed_value["body.0"]
     # 3x3 kernels; weights and biases and the norm's two vectors; 8x8, 4x4 and 2x2 positions
     assert rows["body.0"] == (8, 4, first, 8 * 9 + 8 + 16, 4 * 9 + 4 + 8, 8 * 9 * 64, 4 * 9 * 64)
@@ -169,7 +169,7 @@ def test_layer_table_counts_what_the_layers_cost(report: PruneReport) -> None:
 
 
 def test_totals_are_those_of_the_dense_and_of_the_cut_model(report: PruneReport) -> None:
-    total = report.layers().rows[-1]
+    total = report.table("layers").rows[-1]
     dense, last = report.stages[0], report.stages[-1]
     assert total == ("whole network", 40, 14, None, dense.params, last.params, dense.macs, last.macs)
     assert (dense.params, dense.macs) == (report.dense.params, report.dense.macs)
@@ -177,7 +177,7 @@ def test_totals_are_those_of_the_dense_and_of_the_cut_model(report: PruneReport)
 
 
 def test_rows_and_the_head_add_up_to_the_totals(report: PruneReport) -> None:
-    *rows, total = report.layers().rows
+    *rows, total = report.table("layers").rows
     head_now = 1 * 4 * 10  # one channel of 2 x 2 positions to ten classes
     assert sum(row[5] for row in rows) + head_now + 10 == total[5]
     assert sum(row[7] for row in rows) + head_now == total[7]
@@ -190,7 +190,7 @@ def test_course_shows_every_stage(report: PruneReport) -> None:
 
 
 def test_every_format_is_written(report: PruneReport, tmp_path: Path) -> None:
-    written = report.save(tmp_path / "new")
+    written = report.write(tmp_path / "new")
     names = {f"{stem}.{suffix}" for stem in ("layers", "course") for suffix in ("csv", "md", "json")}
     assert {path.name for path in written} == {*names, "scores.png"}
     assert all(path.stat().st_size for path in written)
@@ -204,20 +204,20 @@ def test_every_format_is_written(report: PruneReport, tmp_path: Path) -> None:
 
 
 def test_figure_shows_kept_and_removed_channels(report: PruneReport, tmp_path: Path) -> None:
-    figure = report.figure()
+    figure = report.figures()["scores"]
     titles = [axis.get_title() for axis in figure.axes if axis.get_visible()]
     assert titles == ["body.0: 4 of 8 kept", "body.4: 9 of 16 kept", "body.7: 1 of 16 kept"]
     bars = [bar.get_height() for bar in figure.axes[0].patches]
     assert bars == sorted(report.scores["body.0"][0].values.tolist(), reverse=True)
     colours = [bar.get_facecolor() for bar in figure.axes[2].patches]
     assert len(set(colours)) == 2
-    report.save(tmp_path)
+    report.write(tmp_path)
     assert matplotlib.image.imread(tmp_path / "scores.png").std() > 0.05
 
 
 def test_report_without_scores_has_no_figure_file(report: PruneReport, tmp_path: Path) -> None:
     report.scores = {}
-    assert not any(path.suffix == ".png" for path in report.save(tmp_path))
+    assert not any(path.suffix == ".png" for path in report.write(tmp_path))
 
 
 def test_scores_survive_json() -> None:

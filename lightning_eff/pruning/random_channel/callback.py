@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_eff.batch import SplitBatch
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.callback import StructuredPruningCallback
 from lightning_eff.pruning.criteria import Criterion, importance, needs
@@ -99,6 +100,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         schedule: when; with several steps each searches anew, from the network that the last one left.
         layers: which layers may be pruned.
         calibration: data for the criterion and for the repair; the training loader by default.
+        split_batch: ``batch -> (inputs, target)``, for batches of another form, e.g. ``BatchKeys("image", "label")``.
         loss_fn: ``(model, batch) -> loss`` where ``training_step`` cannot serve.
         value: what the network is worth on a sample, for the report; None takes ``search.monitor``, and the accuracy
             where there is none.
@@ -128,6 +130,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         schedule: Schedule = Schedule(),  # noqa: B008
         layers: Layers = Layers(),  # noqa: B008
         calibration: Calibration = Calibration(source="train", samples=512),  # noqa: B008
+        split_batch: SplitBatch | None = None,
         loss_fn: LossFunction | None = None,
         value: Value | None = None,
         repair: Repair = Repair(),  # noqa: B008
@@ -144,6 +147,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
             schedule=schedule,
             layers=layers,
             calibration=calibration,
+            split_batch=split_batch,
             value="accuracy" if value is None else value,
             repair=repair,
             plan=plan,
@@ -203,15 +207,16 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
                 repair=repair,
                 top_k=self.settings.top_k,
                 on_error=self.settings.on_error,
-                split=data.split,
+                split_batch=self.split_batch,
                 seed=self.seed + step,
                 progress=self.verbose and trainer.is_global_zero,
                 journal=Path(self.dirpath or "") / "scores" / f"step{step}-search.csv" if self._can_go_on else None,
                 processes=_processes(trainer),
             )
+        found.score_name = self.settings.monitor or "loss"
         self.search = found
         if self.dirpath is not None and trainer.is_global_zero:
-            found.to_csv(self.dirpath / "candidates.csv")
+            found.table("candidates").save(self.dirpath / "candidates.csv")
         for note in found.notes:
             self._record.note(note)
         scores = {name: Scores(values.double()) for name, values in found.scores.items() if name in found.plan.keep}
@@ -282,11 +287,10 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         super()._finish_report(trainer)
         if self.search is None or not trainer.is_global_zero:
             return
-        name = self.settings.monitor or "loss"
         if self.verbose:
-            self.search.summary(name).print()
+            self.search.print()
         if self.dirpath is not None:
-            self.search.save(self.dirpath, name)
+            self.search.write(self.dirpath)
 
     def _log(self, pl_module: LightningModule) -> None:
         super()._log(pl_module)

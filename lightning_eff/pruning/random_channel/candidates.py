@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lightning_eff.reporting import Column, Table
+from lightning_eff.reporting import Column, Report, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,8 +81,8 @@ def rank(candidates: Iterable[Candidate], mode: Mode) -> list[Candidate]:
 
 
 @dataclass
-class Candidates:
-    """All candidates of a search.
+class Candidates(Report):
+    """All candidates of a search: tables ``search`` and ``candidates``, figures of scores and of what the best keep.
 
     Attributes:
         candidates: in the order of stages and numbers.
@@ -93,7 +92,10 @@ class Candidates:
         params: its parameters.
         dense_scores: score of the network before, by stage; empty where it has none.
         notes: what a reader must know.
+        score_name: what the score is.
     """
+
+    data_tables: ClassVar = frozenset({"candidates"})
 
     candidates: Sequence[Candidate]
     mode: Mode
@@ -102,6 +104,7 @@ class Candidates:
     params: int
     dense_scores: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    score_name: str = "score"
 
     @property
     def stages(self) -> list[str]:
@@ -123,13 +126,19 @@ class Candidates:
         stage = stage or self.stages[-1]
         return rank((c for c in self.candidates if c.stage == stage), self.mode)[:count]
 
-    def table(self) -> Table:
-        """One row a candidate and stage, with the channels that each group keeps."""
+    def tables(self) -> dict[str, Table]:
+        """Network before beside uniform, median and best candidate; a row a candidate and stage with its channels."""
         rows = [candidate.row() for candidate in self.candidates]
-        return Table("Candidates", candidate_columns(self.sizes), rows, caption=" ".join(self.notes))
+        every = Table("Candidates", candidate_columns(self.sizes), rows, caption=" ".join(self.notes))
+        return {"search": self._summary(), "candidates": every}
 
-    def summary(self, score_name: str = "score") -> Table:
-        """Network before, uniform configuration, median and best candidate: score, difference, cost."""
+    def figures(self) -> dict[str, Figure]:
+        """Scores against multiply-adds, and the ratios that each group keeps in the best candidates."""
+        from lightning_eff.pruning.random_channel.figures import candidates_figure, ratio_figure
+
+        return {"candidates": candidates_figure(self), "ratios": ratio_figure(self)}
+
+    def _summary(self) -> Table:
         stage = self.stages[0]
         first = [c for c in self.candidates if c.stage == stage]
         scores = [c.score for c in first if not math.isnan(c.score)]
@@ -155,7 +164,7 @@ class Candidates:
         columns: list[str | Column] = [
             "network",
             "stage",
-            Column(score_name, format=".4f"),
+            Column(self.score_name, format=".4f"),
             Column("difference", format="+.4f"),
             Column("MACs", format=","),
             Column("MACs kept", format=".1%"),
@@ -187,33 +196,3 @@ class Candidates:
     def from_dict(cls, data: Mapping[str, Any]) -> Candidates:
         """Read what :meth:`to_dict` wrote."""
         return Candidates(**{**data, "candidates": [Candidate(**candidate) for candidate in data["candidates"]]})
-
-    def to_csv(self, path: str | Path) -> Path:
-        """Write :meth:`table` as ``candidates.csv`` or whatever ``path`` says."""
-        self.table().to_csv(path)
-        return Path(path)
-
-    def figure(self) -> Figure:
-        """Scores against multiply-adds; see :func:`candidates_figure`."""
-        from lightning_eff.pruning.random_channel.figures import candidates_figure
-
-        return candidates_figure(self)
-
-    def ratio_figure(self, count: int = 10) -> Figure:
-        """Ratios that each group keeps in the best candidates; see :func:`ratio_figure`."""
-        from lightning_eff.pruning.random_channel.figures import ratio_figure
-
-        return ratio_figure(self, count)
-
-    def save(self, directory: str | Path, score_name: str = "score") -> list[Path]:
-        """Write ``candidates.csv``, ``search.csv`` and ``search.md``, ``candidates.png`` and ``ratios.png``."""
-        from lightning_eff.reporting import save_figure
-
-        directory = Path(directory)
-        return [
-            self.to_csv(directory / "candidates.csv"),
-            self.summary(score_name).save(directory / "search.csv"),
-            self.summary(score_name).save(directory / "search.md"),
-            save_figure(self.figure(), directory / "candidates.png"),
-            save_figure(self.ratio_figure(), directory / "ratios.png"),
-        ]

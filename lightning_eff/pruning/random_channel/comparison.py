@@ -14,20 +14,19 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from lightning_eff.batch import SplitBatch, split_batch
+from lightning_eff.batch import SplitBatch
 from lightning_eff.pruning.criteria import Criterion, Random, check_needs, importance, resolve_criterion
 from lightning_eff.pruning.random_channel.bench import Bench, ScoreFunction, judged, take_moments
 from lightning_eff.pruning.random_channel.candidates import Mode
 from lightning_eff.pruning.random_channel.sampling import config_of
 from lightning_eff.pruning.repair import Repair
-from lightning_eff.reporting import Column, Table, save_figure
+from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.reporting import progress as progress_bar
 from lightning_eff.surgery import ChannelGraph, apply_plan
 from lightning_eff.surgery.state import untouched_generators
@@ -66,8 +65,8 @@ class PairedDifference:
 
 
 @dataclass(frozen=True)
-class ComparisonReport:
-    """Scores of every criterion on every configuration, and what they say.
+class ComparisonReport(Report):
+    """Scores of every criterion on every configuration, and what they say: ``criteria``, ``paired`` and ``scores``.
 
     Attributes:
         criteria: names.
@@ -80,6 +79,8 @@ class ComparisonReport:
         dense_score: score of the whole network.
         macs: multiply-adds of each configuration as a fraction of the whole network's, ``[N]``.
     """
+
+    data_tables: ClassVar = frozenset({"scores"})
 
     criteria: Sequence[str]
     before: Tensor
@@ -165,7 +166,17 @@ class ComparisonReport:
         sure = [name for name in ahead if not self.difference(name, CONTROL, level=self._level).contains_zero]
         return f" Better than {CONTROL}: {', '.join(sure) or 'none for sure'}."
 
-    def summary(self) -> Table:
+    def tables(self) -> dict[str, Table]:
+        """A row a criterion, a row a pair, and a row a configuration with a column a criterion."""
+        return {"criteria": self._criteria(), "paired": self._paired(), "scores": self._scores()}
+
+    def figures(self) -> dict[str, Figure]:
+        """Scores of each criterion and paired differences."""
+        from lightning_eff.pruning.random_channel.figures import comparison_figure
+
+        return {"criteria": comparison_figure(self)}
+
+    def _criteria(self) -> Table:
         """One row a criterion, best first: best, mean and spread of its scores, before and after fine-tuning."""
         stages = [("", self.before)] if self.after is None else [(" before", self.before), (" after", self.after)]
         columns: list[str | Column] = ["criterion"]
@@ -184,7 +195,7 @@ class ComparisonReport:
         caption = f"{_count(self)}; the whole network has {self.dense_score:.4f}. {self.verdict}"
         return Table("Criteria", columns, rows, caption=caption)
 
-    def paired(self) -> Table:
+    def _paired(self) -> Table:
         """One row a criterion and reference (the best one, and ``random`` where it took part)."""
         references = list(dict.fromkeys([self.order[0], *(name for name in self.criteria if name == CONTROL)]))
         stages = [("", None)] if self.after is None else [("before", False), ("after", True)]
@@ -204,7 +215,7 @@ class ComparisonReport:
         )
         return Table("Paired differences", columns, rows, caption=caption)
 
-    def scores_table(self) -> Table:
+    def _scores(self) -> Table:
         """One row a configuration, one column a criterion."""
         columns: list[str | Column] = ["configuration", Column("MACs kept", format=".3f")]
         stages = [("", self.before)] if self.after is None else [(" before", self.before), (" after", self.after)]
@@ -214,24 +225,6 @@ class ComparisonReport:
             for i in range(len(self.configs))
         ]
         return Table("Scores", columns, rows)
-
-    def __str__(self) -> str:
-        return f"{self.summary()}\n{self.paired()}"
-
-    def figure(self) -> Figure:
-        """Scores of each criterion and paired differences; see :func:`comparison_figure`."""
-        from lightning_eff.pruning.random_channel.figures import comparison_figure
-
-        return comparison_figure(self)
-
-    def save(self, directory: str | Path) -> list[Path]:
-        """Write ``criteria``, ``paired`` and ``scores`` as CSV and Markdown, and ``criteria.png``."""
-        directory = Path(directory)
-        tables = {"criteria": self.summary(), "paired": self.paired(), "scores": self.scores_table()}
-        written = [
-            table.save(directory / f"{stem}.{suffix}") for stem, table in tables.items() for suffix in ("csv", "md")
-        ]
-        return [*written, save_figure(self.figure(), directory / "criteria.png")]
 
 
 def bootstrap_interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
@@ -266,7 +259,7 @@ def compare_criteria(
     loss_fn: Callable[[Any, Any], Any] | None = None,
     repair: Repair = Repair("gram"),  # noqa: B008 (frozen)
     fine_tune: Callable[[nn.Module], float] | None = None,
-    split: SplitBatch = split_batch,
+    split_batch: SplitBatch | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> ComparisonReport:
@@ -287,7 +280,7 @@ def compare_criteria(
         repair: how weights are corrected; every field means what it says, BatchNorm statistics included.
         fine_tune: trains the smaller network that it is given, a copy, and returns its score; called once for each
             criterion and configuration, always with the same state of the global random generators.
-        split: ``batch -> (inputs, target)``.
+        split_batch: ``batch -> (inputs, target)``, for batches of another form.
         seed: of criteria and of the repair.
         progress: show a bar.
 
@@ -305,19 +298,21 @@ def compare_criteria(
     for criterion in named.values():
         check_needs(criterion, batches, loss_fn)
     dense_score = judged(model, score_fn)
-    moments = take_moments(model, graph, batches, repair, split, seed)
+    moments = take_moments(model, graph, batches, repair, split_batch, seed)
     before, after, errors = (torch.full((len(named), len(configs)), math.nan, dtype=torch.float64) for _ in range(3))
     seconds = []
     with progress_bar("compare criteria", before.numel(), enabled=progress, unit="candidates") as bar:
         for k, (name, criterion) in enumerate(named.items()):
             start = time.perf_counter()
-            scores = importance(model, graph, criterion, batches, loss_fn, split=split, seed=seed)
+            scores = importance(model, graph, criterion, batches, loss_fn, split_batch=split_batch, seed=seed)
             seconds.append(time.perf_counter() - start)
-            bench = Bench(model, graph, scores, batches, repair, split, seed, moments=moments)
+            bench = Bench(model, graph, scores, batches, repair, split_batch, seed, moments=moments)
             for i, row in enumerate(configs):
                 if i and _is_chance(criterion):
                     scores = importance(model, graph, criterion, seed=seed + i)
-                    bench = Bench(model, graph, scores, batches, repair, split, seed, moments=moments, nested=False)
+                    bench = Bench(
+                        model, graph, scores, batches, repair, split_batch, seed, moments=moments, nested=False
+                    )
                 trial, error = bench.repaired(config_of(graph, row))
                 before[k, i], errors[k, i] = bench.score(trial, score_fn), error
                 if fine_tune is not None:

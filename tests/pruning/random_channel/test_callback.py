@@ -246,7 +246,7 @@ def test_report_is_of_the_monitored_quantity(calibration: Calibration, tmp_path:
     assert stages[-1].value == pytest.approx(wanted, rel=1e-5)
     assert stages[1].value == pytest.approx(prune.search.best.score, rel=1e-5)
     assert stages[0].value == pytest.approx(prune.search.dense_score, rel=1e-5)
-    course = prune.report.course()
+    course = prune.report.table("course")
     assert [column.name for column in course.columns][2] == "val_mse"
     assert course.caption.startswith("val_mse on the whole validation set")
     assert PruningPlan.load(tmp_path / "plan.json").meta["settings"]["value"] == "val_mse"
@@ -331,7 +331,15 @@ def test_search_that_broke_off_goes_on_and_ends_as_if_it_had_not(tmp_path: Path)
 def test_files_tell_what_was_tried(tmp_path: Path) -> None:
     prune = callback(dirpath=tmp_path)
     fitted(prune)
-    for name in ("candidates.csv", "search.csv", "candidates.png", "ratios.png", "plan.json", "pruned.ckpt"):
+    for name in (
+        "candidates.csv",
+        "search.csv",
+        "search.md",
+        "candidates.png",
+        "ratios.png",
+        "plan.json",
+        "pruned.ckpt",
+    ):
         assert (tmp_path / name).is_file(), name
     lines = (tmp_path / "candidates.csv").read_text().splitlines()
     assert len(lines) == 1 + 6 + 2

@@ -124,7 +124,7 @@ def test_only_copies_are_fine_tuned_and_always_with_the_same_random_numbers() ->
     assert found.after is not None
     assert torch.equal(found.scores, found.after)
     assert found.difference("l1", "random", after=False) != found.difference("l1", "random")
-    assert {"best before", "best after"} <= {column.name for column in found.summary().columns}
+    assert {"best before", "best after"} <= {column.name for column in found.table("criteria").columns}
 
 
 @pytest.mark.parametrize("n", [10, 40])
@@ -197,20 +197,20 @@ def test_a_configuration_without_score_for_one_criterion_counts_for_none() -> No
     found = report({"a": [0.5, math.nan, 0.7], "b": [0.4, 0.9, 0.6]})
     assert found.usable.tolist() == [True, False, True]
     assert found.difference("a", "b").mean == pytest.approx(0.1)
-    assert "2 of 3 configurations" in str(found.summary())
-    best = {row[0]: row[1] for row in found.summary().rows}
+    assert "2 of 3 configurations" in str(found.table("criteria"))
+    best = {row[0]: row[1] for row in found.table("criteria").rows}
     assert best == {"a": 0.7, "b": 0.6}
 
 
 def test_pairs_are_told_against_the_best_and_against_random() -> None:
-    rows = report({"random": [0.1, 0.2], "x": [0.5, 0.6], "y": [0.4, 0.6]}).paired().rows
+    rows = report({"random": [0.1, 0.2], "x": [0.5, 0.6], "y": [0.4, 0.6]}).table("paired").rows
     assert [row[:2] for row in rows] == [("y", "x"), ("random", "x"), ("x", "random"), ("y", "random")]
 
 
 def test_tables_and_figure_are_written(tmp_path: Path) -> None:
     found = report({"random": [0.1, 0.2], "x": [0.5, 0.6], "y": [0.4, 0.6]})
-    assert {path.name for path in found.save(tmp_path)} == {
-        *(f"{stem}.{suffix}" for stem in ("criteria", "paired", "scores") for suffix in ("csv", "md")),
+    assert {path.name for path in found.write(tmp_path)} == {
+        *(f"{stem}.{suffix}" for stem in ("criteria", "paired", "scores") for suffix in ("csv", "md", "json")),
         "criteria.png",
     }
     first, second, _ = (tmp_path / "scores.csv").read_text().splitlines()

@@ -260,7 +260,7 @@ def test_a_candidate_without_score_ranks_last_and_is_told() -> None:
     assert [math.isnan(c.score) for c in found.candidates] == [i in (2, 4) for i in range(8)]
     assert [c.number for c in found.top(8)][-2:] == [2, 4]
     assert found.notes == ["2 of 8 candidates have no score (2, 4)."]
-    assert "2 of 8 candidates" in str(found.summary())
+    assert "2 of 8 candidates" in str(found)
 
 
 def test_when_no_candidate_has_a_score_the_search_fails_and_the_network_is_as_it_was() -> None:
@@ -358,16 +358,17 @@ def test_one_process_goes_on_with_what_several_wrote(tmp_path: Path) -> None:
 
 def test_tables_have_a_column_for_each_group_and_files_are_written(tmp_path: Path) -> None:
     _, graph, found = run()
-    first, *rows = csv.reader(found.to_csv(tmp_path / "a" / "candidates.csv").read_text().splitlines())
+    first, *rows = csv.reader(found.table("candidates").to_csv().splitlines())
     known = ["index", "stage", "score", "macs", "params", "reconstruction_error", "seconds"]
     assert first == [*known, *graph.prunable]
     assert [row[:2] for row in rows] == [
         *([str(i), "ranked"] for i in range(8)),
         *([str(c.number), "final"] for c in found.candidates[8:]),
     ]
-    text = str(found.summary("likeness"))
+    found.score_name = "likeness"
+    text = str(found)
     assert all(word in text for word in ("dense", "uniform", "median of 8", f"best: {found.best.number}", "likeness"))
-    assert all(path.stat().st_size for path in found.save(tmp_path / "b"))
+    assert all(path.stat().st_size for path in found.write(tmp_path / "b"))
 
 
 def test_candidates_go_through_a_checkpoint(tmp_path: Path) -> None:
