@@ -26,12 +26,12 @@ from lightning_eff import (
     SyntheticLidarDataModule,
 )
 from lightning_eff.lidar.batches import LidarKeys
-from lightning_eff.lidar.figures import draw_completion, draw_points
+from lightning_eff.lidar.figures import completion_figure, points_figure
 from lightning_eff.lidar.frames import frames_of
 from lightning_eff.reporting import save_figure
 
 
-def train(net: LightDepthCompletionNet, scale: int, frames: int, epochs: int, dirpath: Path) -> None:
+def train(net: LightDepthCompletionNet, scale: int, frames: int, epochs: int, out: Path) -> None:
     """Train on streets of their own, lines dropped at random."""
     trainer = L.Trainer(
         accelerator="cpu",
@@ -40,23 +40,24 @@ def train(net: LightDepthCompletionNet, scale: int, frames: int, epochs: int, di
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        default_root_dir=dirpath,
+        default_root_dir=out,
     )
     data = SyntheticLidarDataModule(train_size=frames, val_size=4, test_size=4, batch_size=4, scale=scale, seed=1)
     trainer.fit(DepthCompletionModule(net, loss="l1", lr=2e-3), data)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--fast", action="store_true")
-    parser.add_argument("--dirpath", type=Path, default=Path("runs/synthetic_lidar_lines"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/synthetic_lidar_lines"), help="folder of results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    L.seed_everything(0)
+    L.seed_everything(args.seed)
     scale, frames, epochs, calibration, held_out = (16, 32, 2, 4, 4) if args.fast else (8, 192, 10, 16, 32)
 
     net = LightDepthCompletionNet(width=8)
-    train(net, scale, frames, epochs, args.dirpath)
+    train(net, scale, frames, epochs, args.out)
 
     data = SyntheticLidarDataModule(train_size=calibration, val_size=4, test_size=held_out, scale=scale)
     selector = LidarSaSSelector(
@@ -64,7 +65,7 @@ def main() -> None:
         k=[32, 16, 8, 4],
         estimation=EstimationOptions(budget=200 if args.fast else 600, rounds=2),
         spread=Spread("auto", elevations="kitti"),
-        dirpath=args.dirpath,
+        dirpath=args.out,
     )
     trainer = L.Trainer(
         accelerator="cpu",
@@ -82,9 +83,9 @@ def main() -> None:
     masked = selector.mask(batch, 8)
     with torch.no_grad():
         depth = net.eval()(batch["rgb"], masked["sparse"])
-    save_figure(draw_points(frame, lines), args.dirpath / "points.png")
-    save_figure(draw_completion(frame, masked["sparse"][0], depth[0]), args.dirpath / "completion.png")
-    print(f"tables and figures: {args.dirpath}")
+    save_figure(points_figure(frame, lines), args.out / "points.png")
+    save_figure(completion_figure(frame, masked["sparse"][0], depth[0]), args.out / "completion.png")
+    print(f"tables and figures: {args.out}")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ class LidarSaSCallback(Callback):
         estimation = replace(estimation, rounds=1, seed=seed or estimation.seed)
         self.settings = Settings(k, num_lines, game, estimation, spread, None, tuple(baselines), forward)
         self.every_n_epochs, self.dataloader = every_n_epochs, dataloader
-        self.split = split_batch or LidarKeys()
+        self.split_batch = split_batch or LidarKeys()
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.result: LineSelection | None = None
         self.evaluation: LineEvaluation | None = None
@@ -156,11 +156,12 @@ class LidarSaSCallback(Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in logged.items()})
         if trainer.is_global_zero:
             if self.dirpath is not None:
+                result.save(self.dirpath / folder / "lines.json")
                 result.write(self.dirpath / folder)
                 found.write(self.dirpath / folder)
             rank_zero_info(str(result))
 
     def _frames(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Frame]:
         for batch in validation_batches(trainer, self.dataloader):
-            inputs, target = self.split(on_device(trainer, pl_module, batch))
+            inputs, target = self.split_batch(on_device(trainer, pl_module, batch))
             yield from frames_in(inputs, target)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,11 @@ from lightning_eff.lidar.game import Completion, FrameGame
 from lightning_eff.lidar.metrics import DEVKIT, depth_errors
 from lightning_eff.lidar.records import FrameId
 from lightning_eff.lidar.report import in_order
-from lightning_eff.reporting import Column, Table, save_figure
+from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.surgery.state import quiet_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ALL, NONE, RANDOM, OPTIMUM = "all lines", "no lidar", "random", "gap_dp"
 
@@ -140,8 +142,8 @@ class Row:
 
 
 @dataclass(eq=False)
-class LineEvaluation:
-    """Errors of selections on a data set.
+class LineEvaluation(Report):
+    """Errors of selections on a data set: table and figure `errors`.
 
     Attributes:
         stage: what it is: `"val"` or `"test"`.
@@ -208,8 +210,17 @@ class LineEvaluation:
                 return row
         raise KeyError(f"no row {rule!r} with k = {k}; there are {[(row.rule, row.k) for row in self.rows]}")
 
-    def table(self) -> Table:
+    def tables(self) -> dict[str, Table]:
         """One row per rule and k, best RMSE first among those of one k."""
+        return {"errors": self._errors()}
+
+    def figures(self) -> dict[str, Figure]:
+        """RMSE against the number of lines, for every rule."""
+        from lightning_eff.lidar.figures import errors_figure
+
+        return {"errors": errors_figure(self)}
+
+    def _errors(self) -> Table:
         columns: list[str | Column] = [
             Column("k", "d"),
             "rule",
@@ -249,14 +260,6 @@ class LineEvaluation:
             ]
             for row in self.rows
         }
-
-    def write(self, directory: str | Path) -> list[Path]:
-        """Write the table `errors` as Markdown, CSV and JSON, and the figure `errors.png`."""
-        from lightning_eff.lidar.figures import draw_errors
-
-        directory, table = Path(directory), self.table()
-        written = [table.save(directory / f"errors.{suffix}") for suffix in ("md", "csv", "json")]
-        return [*written, save_figure(draw_errors(self), directory / "errors.png")]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python."""

@@ -34,7 +34,7 @@ _WIDE = 5  # times the smallest error, beyond which errors are drawn on a logari
 _SENSOR = 1.73  # metres above the ground, of KITTI's car
 
 
-def draw_values(selection: LineSelection, k: int | None = None) -> Figure:
+def values_figure(selection: LineSelection, k: int | None = None) -> Figure:
     """Bars of the values from the top line to the lowest, with two standard errors; below, the lines of every k.
 
     Args:
@@ -82,7 +82,7 @@ def draw_values(selection: LineSelection, k: int | None = None) -> Figure:
     return figure
 
 
-def draw_elevations(selection: LineSelection, k: int | None = None, reach: float = 60.0) -> Figure:
+def elevation_figure(selection: LineSelection, k: int | None = None, reach: float = 60.0) -> Figure:
     """The lines from the side: where each meets flat ground, selected ones in colour.
 
     Args:
@@ -130,7 +130,7 @@ def draw_elevations(selection: LineSelection, k: int | None = None, reach: float
     return figure
 
 
-def draw_points(frame: Frame, kept: Iterable[int], *, size: float | None = None) -> Figure:
+def points_figure(frame: Frame, kept: Iterable[int], *, size: float | None = None) -> Figure:
     """The image in pale grey with the points of the kept lines, coloured by depth, and those of all others in grey.
 
     Args:
@@ -167,7 +167,7 @@ def draw_points(frame: Frame, kept: Iterable[int], *, size: float | None = None)
     return figure
 
 
-def draw_errors(evaluation: LineEvaluation) -> Figure:
+def errors_figure(evaluation: LineEvaluation) -> Figure:
     """RMSE against the number of lines, for every rule; all lines and no lidar as levels, random draws as a band."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -219,7 +219,7 @@ def draw_errors(evaluation: LineEvaluation) -> Figure:
     return figure
 
 
-def draw_frames(selection: LineSelection, k: int | None = None, most: int = 60) -> Figure:
+def frames_figure(selection: LineSelection, k: int | None = None, most: int = 60) -> Figure:
     """Values of every line in every frame, one row a frame; lines selected for all frames are marked below.
 
     Args:
@@ -259,7 +259,7 @@ def draw_frames(selection: LineSelection, k: int | None = None, most: int = 60) 
     return figure
 
 
-def draw_convergence(selection: LineSelection) -> Figure:
+def convergence_figure(selection: LineSelection) -> Figure:
     """Largest standard error, and how much of the selection stayed, against forwards, round by round."""
     figure, axes = new_figure(1, 2, width=7.6, height=3.0)
     error, stability = axes[0]
@@ -277,7 +277,7 @@ def draw_convergence(selection: LineSelection) -> Figure:
     return figure
 
 
-def draw_completion(frame: Frame, sparse: Tensor, dense: Tensor, *, max_depth: float | None = None) -> Figure:
+def completion_figure(frame: Frame, sparse: Tensor, dense: Tensor, *, max_depth: float | None = None) -> Figure:
     """Three images: sparse depth that is left, the completion, and its error where the truth is known.
 
     Args:

@@ -13,13 +13,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lightning_eff.documents import parsed, reading, write_text
 from lightning_eff.lidar.records import FrameId
-from lightning_eff.reporting import Column, Table, save_figure
+from lightning_eff.reporting import Column, Report, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 VERSION = 1
 UNITS = {"rmse": "mm", "mae": "mm", "mse": "mm^2", "irmse": "1/km", "imae": "1/km"}
@@ -45,8 +49,11 @@ class Round:
 
 
 @dataclass(eq=False)
-class LineSelection:
+class LineSelection(Report):
     """Values of lidar lines and the lines selected by them; lines are numbers of the sensor, 0 = highest elevation.
+
+    Tables: `selection`, `values`. Figures: `values`, `elevation` (where elevations are known), `frames` and
+    `convergence` (of more than one). `save` and `load` are for the selection itself.
 
     Attributes:
         num_lines: `L`.
@@ -70,6 +77,8 @@ class LineSelection:
         partial: whether the run was ended before all coalitions were evaluated.
         notes: what a reader must know.
     """
+
+    data_tables = frozenset({"values"})
 
     num_lines: int
     lines: list[int]
@@ -102,8 +111,24 @@ class LineSelection:
         """Lines of the sensor that no calibration frame shows."""
         return (self.pixels == 0).nonzero().flatten().tolist()
 
-    def table(self) -> Table:
-        """One row per candidate, from top to bottom."""
+    def tables(self) -> dict[str, Table]:
+        """One row per k: how many lines, by what rule, which; one row per candidate, from top to bottom."""
+        return {"selection": self._selection(), "values": self._values()}
+
+    def figures(self) -> dict[str, Figure]:
+        """Values, where the lines look, values by frame, and how sure they became."""
+        from lightning_eff.lidar import figures
+
+        drawn = {"values": figures.values_figure(self)}
+        if self.elevations:
+            drawn["elevation"] = figures.elevation_figure(self)
+        if len(self.per_frame) > 1:
+            drawn["frames"] = figures.frames_figure(self)
+        if len(self.rounds) > 1:
+            drawn["convergence"] = figures.convergence_figure(self)
+        return drawn
+
+    def _values(self) -> Table:
         sizes = sorted(self.selected, reverse=True)
         sets = {k: set(self.selected[k]) for k in sizes}
         columns: list[str | Column] = [
@@ -127,8 +152,7 @@ class LineSelection:
         ]
         return Table("Lidar lines", columns, rows, self.caption())
 
-    def selection_table(self) -> Table:
-        """One row per k: how many lines, by what rule, which."""
+    def _selection(self) -> Table:
         rows = [
             (k, len(lines), self.rules.get(k, ""), " ".join(map(str, lines)))
             for k, lines in sorted(self.selected.items(), reverse=True)
@@ -208,11 +232,16 @@ class LineSelection:
         """Read what `to_dict` made.
 
         Raises:
-            ValueError: it was made by a later version of the package.
+            ValueError: it is something else, or was made by a later version of the package.
         """
         version = data.get("version")
         if version != VERSION:
             raise ValueError(f"expected lines of version {VERSION}, got {version!r}: written by another version")
+        with reading("not a selection of lines"):
+            return cls._checked(data)
+
+    @classmethod
+    def _checked(cls, data: Mapping[str, Any]) -> LineSelection:
         entries = {name: entry for name, entry in data.items() if name != "version"}
         for name, unknown in (("values", math.nan), ("se", math.inf)):
             entries[name] = _numbers(entries[name], unknown)
@@ -224,47 +253,34 @@ class LineSelection:
         for name in ("error_empty", "error_full"):
             entries[name] = math.nan if entries[name] is None else entries[name]
         entries["rounds"] = [
-            Round(**{**one, "max_se": math.inf if one["max_se"] is None else one["max_se"]})
-            for one in entries["rounds"]
+            {**one, "max_se": math.inf if one["max_se"] is None else one["max_se"]} for one in entries["rounds"]
         ]
-        return cls(**entries)
+        selection: LineSelection = parsed(cls, entries, "the selection")
+        count, many = (len(selection.lines),), selection.num_lines
+        if selection.lines != sorted({*selection.lines} & {*range(many)}):
+            raise ValueError(f"expected ascending lines of 0..{many - 1}, got {selection.lines}")
+        if {selection.values.shape, selection.se.shape, *(v.shape for v in selection.per_frame.values())} != {count}:
+            raise ValueError(f"expected a value and a standard error for each of {count[0]} lines, also of every frame")
+        if selection.pixels.shape not in ((0,), (many,)) or len(selection.elevations or range(many)) != many:
+            raise ValueError(f"expected pixels and elevations of {many} lines")
+        for sets in (selection.selected, *selection.baselines.values()):
+            if any({*kept} - {*selection.lines} for kept in sets.values()):
+                raise ValueError(f"expected kept lines among {selection.lines}, got {sets}")
+        return selection
 
     def save(self, path: str | Path) -> Path:
         """Write `lines.json`, or another name; folders are made. JSON has no infinity and no NaN: null is written."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_strict(self.to_dict()), indent=1, allow_nan=False))
-        return path
+        return write_text(path, json.dumps(_strict(self.to_dict()), indent=1, allow_nan=False))
 
     @classmethod
     def load(cls, path: str | Path) -> LineSelection:
-        """Read what `save` wrote, to the bit."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """Read what `save` wrote, to the bit.
 
-    def plot(self, directory: str | Path) -> list[Path]:
-        """Draw `values.png`, `elevation.png` (where elevations are known), `frames.png` and `convergence.png`."""
-        from lightning_eff.lidar import figures
-
-        directory = Path(directory)
-        drawn = {"values": figures.draw_values(self)}
-        if self.elevations:
-            drawn["elevation"] = figures.draw_elevations(self)
-        if len(self.per_frame) > 1:
-            drawn["frames"] = figures.draw_frames(self)
-        if len(self.rounds) > 1:
-            drawn["convergence"] = figures.draw_convergence(self)
-        return [save_figure(figure, directory / f"{name}.png") for name, figure in drawn.items()]
-
-    def write(self, directory: str | Path) -> list[Path]:
-        """Write `lines.json`, the tables `values` and `selection` as Markdown, CSV and JSON, and the figures."""
-        directory = Path(directory)
-        written = [self.save(directory / "lines.json")]
-        for stem, table in (("values", self.table()), ("selection", self.selection_table())):
-            written += [table.save(directory / f"{stem}.{suffix}") for suffix in ("md", "csv", "json")]
-        return written + self.plot(directory)
-
-    def __str__(self) -> str:
-        return str(self.selection_table())
+        Raises:
+            ValueError: the file holds something else.
+        """
+        with reading(f"{path} holds no selection of lines"):
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 def _strict(entry: Any) -> Any:

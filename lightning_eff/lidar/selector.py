@@ -119,7 +119,7 @@ class LidarSaSSelector(LightningModule):
         self.model = model
         self.anchor = nn.Parameter(torch.zeros(()))  # DistributedDataParallel refuses a module without a parameter
         self.automatic_optimization = False
-        self.split = split_batch or LidarKeys()
+        self.split_batch = split_batch or LidarKeys()
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.study = LineStudy(
             model,
@@ -171,8 +171,8 @@ class LidarSaSSelector(LightningModule):
         Returns:
             For `LidarKeys` the batch with new sparse depth and lines, else the inputs of `split_batch`.
         """
-        keys = self.split if isinstance(self.split, LidarKeys) else None
-        inputs = keys.inputs(batch) if keys is not None else self.split(batch)[0]
+        keys = self.split_batch if isinstance(self.split_batch, LidarKeys) else None
+        inputs = keys.inputs(batch) if keys is not None else self.split_batch(batch)[0]
         sparse, line_idx = inputs["sparse"], inputs["line_idx"]
         kept = kept_pixels(sparse, line_idx, self._lines_of(inputs, k))
         if self.study.settings.game.unassigned == "always_keep":
@@ -285,6 +285,7 @@ class LidarSaSSelector(LightningModule):
         self._log_to_all(values)
         if self.trainer.is_global_zero:
             if self.dirpath is not None:
+                result.save(self.dirpath / "lines.json")
                 result.write(self.dirpath)
             rank_zero_info(str(result))
 
@@ -362,23 +363,23 @@ class LidarSaSSelector(LightningModule):
             if self.dirpath is not None:
                 found.write(self.dirpath / stage)
                 self._draw_lines(self.dirpath / stage)
-            rank_zero_info(str(found.table()))
+            rank_zero_info(str(found))
 
     def _draw_lines(self, directory: Path) -> None:
         """Draw the points of the selected lines over the first image, for every number of lines."""
-        from lightning_eff.lidar.figures import draw_points
+        from lightning_eff.lidar.figures import points_figure
 
         if self._shown is None:
             return
         for k, lines in self.result.selected.items():
-            save_figure(draw_points(self._shown, lines), directory / f"points_k{k}.png")
+            save_figure(points_figure(self._shown, lines), directory / f"points_k{k}.png")
 
     # predict
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Dense depth `[B, 1, H, W]` in metres from the lines selected for the first `k`."""
         masked = self.mask(batch, self.study.settings.k[0])
-        inputs = self.split.inputs(masked) if isinstance(self.split, LidarKeys) else masked
+        inputs = self.split_batch.inputs(masked) if isinstance(self.split_batch, LidarKeys) else masked
         return self.study.completion.forward(inputs["rgb"], inputs["sparse"])
 
     # lines by frame
@@ -442,7 +443,7 @@ class LidarSaSSelector(LightningModule):
     # frames
 
     def _frames(self, batch: Any) -> list[Frame]:
-        inputs, target = self.split(batch)
+        inputs, target = self.split_batch(batch)
         return self._frames_of(inputs, target)
 
     def _frames_of(self, inputs: Mapping[str, Any], target: Tensor) -> list[Frame]:

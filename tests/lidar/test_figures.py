@@ -26,7 +26,7 @@ def frame() -> Frame:
 
 
 def test_bars_stand_at_the_lines_numbers_and_selected_ones_are_coloured(tmp_path: Any) -> None:
-    figure = figures.draw_values(selection(), 3)
+    figure = figures.values_figure(selection(), 3)
     bars = figure.axes[0].patches[:6]
     assert [bar.get_x() + bar.get_width() / 2 for bar in bars] == pytest.approx([0, 1, 2, 4, 5, 6])
     coloured = [same_color(bar.get_facecolor(), KEPT) for bar in bars]
@@ -37,22 +37,22 @@ def test_bars_stand_at_the_lines_numbers_and_selected_ones_are_coloured(tmp_path
 
 
 def test_unknown_errors_are_drawn_as_none() -> None:
-    figures.draw_values(selection(se=torch.full((6,), torch.nan, dtype=torch.float64)))
-    figures.draw_values(selection(se=torch.full((6,), torch.inf, dtype=torch.float64)))
+    figures.values_figure(selection(se=torch.full((6,), torch.nan, dtype=torch.float64)))
+    figures.values_figure(selection(se=torch.full((6,), torch.inf, dtype=torch.float64)))
 
 
 def test_lines_meet_the_ground_where_their_elevation_says() -> None:
-    axis = figures.draw_elevations(selection(), 3).axes[0]
+    axis = figures.elevation_figure(selection(), 3).axes[0]
     rays = axis.lines[:8]
     assert rays[7].get_xdata()[1] == pytest.approx(1.73 / np.tan(np.radians(5)))
     assert [same_color(ray.get_color(), KEPT) for ray in rays] == [line in (0, 2, 6) for line in range(8)]
     with pytest.raises(ValueError, match="elevations"):
-        figures.draw_elevations(selection(elevations=None))
+        figures.elevation_figure(selection(elevations=None))
 
 
 def test_lines_left_out_of_the_candidates_are_not_said_to_be_unseen() -> None:
     def legends(made: LineSelection) -> list[set[str]]:
-        drawn = (figures.draw_values(made), figures.draw_elevations(made))
+        drawn = (figures.values_figure(made), figures.elevation_figure(made))
         return [{text.get_text() for text in figure.axes[0].get_legend().get_texts()} for figure in drawn]
 
     for labels in legends(selection()):  # lines 3 and 7 have no pixel
@@ -66,16 +66,16 @@ def test_lines_left_out_of_the_candidates_are_not_said_to_be_unseen() -> None:
 
 
 def test_kept_and_dropped_points_add_up_to_all(frame: Frame) -> None:
-    figure = figures.draw_points(frame, [0, 10, 20])
+    figure = figures.points_figure(frame, [0, 10, 20])
     dropped, kept = figure.axes[0].collections
     line = frame.line_idx[frame.sparse > 0]
     assert len(kept.get_offsets()) == int(torch.isin(line, torch.tensor([0, 10, 20])).sum()) > 0
     assert len(kept.get_offsets()) + len(dropped.get_offsets()) == len(line)
-    figures.draw_points(frame, [])
+    figures.points_figure(frame, [])
 
 
 def test_errors_have_one_curve_a_rule_a_band_and_two_levels() -> None:
-    axis = figures.draw_errors(evaluation()).axes[0]
+    axis = figures.errors_figure(evaluation()).axes[0]
     labels = [line.get_label() for line in axis.lines]
     assert labels == ["region", "gap_dp", "random, +- 1 SD", "dynamic oracle", "all lines", "no lidar"]
     assert len(axis.collections) == 1
@@ -84,25 +84,25 @@ def test_errors_have_one_curve_a_rule_a_band_and_two_levels() -> None:
 
 
 def test_the_heat_map_has_a_row_a_frame() -> None:
-    figure = figures.draw_frames(selection())
+    figure = figures.frames_figure(selection())
     image = figure.axes[0].images[0].get_array()
     assert image.shape == (2, 7)  # lines 0 to 6, of which 3 is no candidate
     assert image.mask[:, 3].all()
     assert image[1, 4] == 3.0
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["7", "b"]
     with pytest.raises(ValueError, match="single frames"):
-        figures.draw_frames(selection(per_frame={}))
+        figures.frames_figure(selection(per_frame={}))
 
 
 def test_convergence_leaves_out_what_is_not_known() -> None:
-    error, stability = figures.draw_convergence(selection()).axes
+    error, stability = figures.convergence_figure(selection()).axes
     assert list(error.lines[0].get_xdata()) == [400]
     assert list(stability.lines[0].get_ydata()) == [0.5]
 
 
 def test_the_triptych_tells_the_error_of_the_completion(frame: Frame) -> None:
     dense = pull_push(frame.sparse[None])[0]
-    figure = figures.draw_completion(frame, frame.sparse, dense)
+    figure = figures.completion_figure(frame, frame.sparse, dense)
     known = frame.gt > 0
     rmse = 1000 * float((dense - frame.gt)[known].square().mean().sqrt())
     titles = [axis.get_title() for axis in figure.axes[:3]]

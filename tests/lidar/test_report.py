@@ -58,7 +58,7 @@ def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_table_tells_lines_by_the_sensors_numbers() -> None:
-    table = selection().table()
+    table = selection().table("values")
     assert [row[0] for row in table.rows] == [0, 1, 2, 4, 5, 6]
     assert [column.name for column in table.columns][:4] == ["line", "elevation [deg]", "pixels", "value [mm]"]
     assert table.rows[3][1] == -2.0
@@ -121,11 +121,10 @@ def test_the_file_is_strict_json_and_gives_back_what_is_not_finite(tmp_path: Pat
     assert [one.max_se for one in loaded.rounds] == [math.inf, 10.0]
 
 
-def test_a_folder_holds_tables_figures_and_the_selection(tmp_path: Path) -> None:
+def test_a_folder_holds_tables_and_figures(tmp_path: Path) -> None:
     written = selection().write(tmp_path)
     assert {path.name for path in written} == {
         *(f"{stem}.{suffix}" for stem in ("values", "selection") for suffix in ("md", "csv", "json")),
-        "lines.json",
         "values.png",
         "elevation.png",
         "frames.png",

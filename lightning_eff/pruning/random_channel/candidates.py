@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import median
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_eff.reporting import Column, Report, Table
 
@@ -95,7 +95,7 @@ class Candidates(Report):
         score_name: what the score is.
     """
 
-    data_tables: ClassVar = frozenset({"candidates"})
+    data_tables = frozenset({"candidates"})
 
     candidates: Sequence[Candidate]
     mode: Mode

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from scipy import stats
@@ -80,7 +80,7 @@ class ComparisonReport(Report):
         macs: multiply-adds of each configuration as a fraction of the whole network's, ``[N]``.
     """
 
-    data_tables: ClassVar = frozenset({"scores"})
+    data_tables = frozenset({"scores"})
 
     criteria: Sequence[str]
     before: Tensor
