@@ -26,6 +26,7 @@ from torch import Tensor
 from lightning_eff.shapley.coalition_run import CoalitionEstimator, Sampled
 
 FrameId = str | int
+_ROUNDING = 1e-20  # squared and relative to the values: float64 gets some 1e-32 wrong
 
 
 def _nothing() -> Tensor:
@@ -131,6 +132,10 @@ class Fit:
         """Sum of `covariance` over the lines of which it can be told, `[k, k]`."""
         return self.covariance[self._told].sum(0)
 
+    def varies(self, game: int) -> bool:
+        """Whether the noise of a game known is more than rounding: with few lines the regression solves u exactly."""
+        return bool(self.noise[game, game] > _ROUNDING * self.known[:, game - 1].square().sum())
+
     def controlled(self, slope: float) -> tuple[Tensor, Tensor]:
         """Values and squared errors, `[p]` each, with `slope` of w taken out, and of u what is best then."""
         if not self.known.shape[1]:
@@ -138,7 +143,7 @@ class Fit:
         noise = self.noise
         share = torch.zeros(self.known.shape[1], dtype=torch.float64)
         share[1:] = slope
-        if noise[1, 1] > 0:
+        if self.varies(1):
             share[0] = (noise[0, 1] - (share[1:] * noise[2:, 1]).sum()) / noise[1, 1]
         weights = torch.cat([torch.ones(1, dtype=torch.float64), -share])
         left = (weights @ self.covariance @ weights).clamp(min=0)
@@ -157,9 +162,9 @@ def best_slope(fits: Sequence[Fit]) -> float:
     """
     above = below = 0.0
     for fit in fits:
-        if fit.known.shape[1] == 2:
+        if fit.known.shape[1] == 2 and fit.varies(2):
             noise = fit.noise  # what u cannot take over: its Schur complement
-            inverse = 1 / noise[1, 1] if noise[1, 1] > 0 else torch.zeros((), dtype=torch.float64)
+            inverse = 1 / noise[1, 1] if fit.varies(1) else torch.zeros((), dtype=torch.float64)
             above += float(noise[0, 2] - noise[0, 1] * inverse * noise[1, 2])
             below += float(noise[2, 2] - noise[2, 1] * inverse * noise[1, 2])
     return above / below if below > 0 else 0.0

@@ -309,6 +309,14 @@ def test_pooled_frames_may_lack_lines() -> None:
     assert bool((found.values[[2, 5]].abs() < 4 * found.stderr[[2, 5]]).all())
 
 
+@pytest.mark.parametrize("n", [3, 4, 5, 6])
+def test_few_lines_that_are_pooled_have_values_of_the_size_of_the_game(n: int) -> None:
+    exact = torch.stack([ExactShapley().estimate(as_game(wobbly(seed, n), n)).values for seed in range(8)]).mean(0)
+    found = estimated(*(table(wobbly(seed, n), n, seed) for seed in range(8)), n=n, budget=2 * n)
+    assert found.pooled
+    torch.testing.assert_close(found.values, exact, rtol=0.4, atol=0)  # eight frames; divided by rounding, 1000 times
+
+
 def test_a_budget_below_the_smallest_estimate_is_refused() -> None:
     with pytest.raises(ValueError, match="regression of 12 players needs at least 28 evaluations, the budget is 20"):
         LineEstimation(range(12), 1, EstimationOptions(budget=20))
