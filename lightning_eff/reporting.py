@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from lightning_eff.documents import whole_file, write_text
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
@@ -188,6 +190,10 @@ class Report(ABC):
         """Draw the figures and return them by the stems of their files; a report without pictures has none."""
         return {}
 
+    def preface(self) -> list[str]:
+        """Return sentences that a reader must see before any table: why a result does not hold, what it is not for."""
+        return []
+
     def table(self, name: str | None = None) -> Table:
         """Return one table, by default the most important one.
 
@@ -202,33 +208,41 @@ class Report(ABC):
     def print(self, console: Console | None = None) -> None:
         """Print the tables on a rich console, by default the global one; what is no terminal gets ``str(report)``."""
         from rich import get_console
+        from rich.text import Text
 
         console = console or get_console()
-        for number, table in enumerate(self._read()):
+        for number, part in enumerate([*self.preface(), *self._read()]):
             if number:
                 console.print()
-            table.print(console)
+            if isinstance(part, Table):
+                part.print(console)
+            else:
+                console.print(Text(part), soft_wrap=not console.is_terminal)
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self._read()))
+        return "\n\n".join(map(str, [*self.preface(), *self._read()]))
 
     def to_markdown(self) -> str:
-        """Return the tables as Markdown."""
-        return "\n".join(table.to_markdown() for table in self._read())
+        """Return the tables as Markdown, behind a preface if there is one."""
+        return "\n".join([*self._quoted(), *(table.to_markdown() for table in self._read())])
 
     def write(self, dirpath: str | Path) -> list[Path]:
         """Write each table as ``.md``, ``.csv`` and ``.json`` and each figure as ``.png``; folders are made.
 
+        Every Markdown file begins with the preface.
+
         Returns:
             The files, in the order of tables and figures.
         """
-        folder = Path(dirpath)
-        written = [
-            table.save(folder / f"{stem}{suffix}")
-            for stem, table in self.tables().items()
-            for suffix in (".md", ".csv", ".json")
-        ]
+        folder, preface, written = Path(dirpath), self._quoted(), list[Path]()
+        for stem, table in self.tables().items():
+            written += [table.save(folder / f"{stem}{suffix}") for suffix in (".md", ".csv", ".json")]
+            if preface:
+                _write(written[-3], "\n".join([*preface, table.to_markdown()]))
         return [*written, *(save_figure(figure, folder / f"{stem}.png") for stem, figure in self.figures().items())]
+
+    def _quoted(self) -> list[str]:
+        return [f"> {sentence}\n" for sentence in self.preface()]
 
     def _read(self) -> list[Table]:
         return [table for stem, table in self.tables().items() if stem not in self.data_tables]
@@ -259,8 +273,7 @@ def _jsonable(value: Any) -> Any:
 
 def _write(path: str | Path | None, text: str) -> str:
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8")
+        write_text(path, text)
     return text
 
 
@@ -302,9 +315,8 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> Path:
     path, known = Path(path), figure.canvas.get_supported_filetypes()
     if path.suffix[1:] not in known:
         raise ValueError(f"expected a file name that ends in one of {', '.join(sorted(known))}, got {path.name!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context(_STYLE):
-        figure.savefig(path, dpi=dpi)
+    with rc_context(_STYLE), whole_file(path) as beside:
+        figure.savefig(beside, dpi=dpi, format=path.suffix[1:])
     return path
 
 

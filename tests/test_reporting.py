@@ -170,6 +170,23 @@ def test_tables_of_a_report_are_found_by_name_and_the_first_is_the_most_importan
         Layers().table("coarse")
 
 
+def test_what_a_reader_must_know_first_comes_first_also_in_files(tmp_path):
+    class Doubtful(Layers):
+        def preface(self):
+            return ["Do not [b]trust[/b] this.", "Really."]
+
+    console, told = plain(), terminal(width=200)
+    Doubtful().print(console)
+    Doubtful().print(told)
+    assert str(Doubtful()) == f"Do not [b]trust[/b] this.\n\nReally.\n\n{Layers()}"
+    assert console.file.getvalue() == f"{Doubtful()}\n"
+    assert told.file.getvalue().startswith("Do not [b]trust[/b] this.\n\nReally.\n\n")
+    markdown, comma, _, *_ = Doubtful().write(tmp_path)
+    assert markdown.read_text() == ("> Do not [b]trust[/b] this.\n\n> Really.\n\n" + Layers().table().to_markdown())
+    assert Doubtful().to_markdown() == "> Do not [b]trust[/b] this.\n\n> Really.\n\n" + Layers().to_markdown()
+    assert comma.read_text() == "layer\nconv\n"
+
+
 def test_a_report_without_pictures_writes_tables_alone(tmp_path):
     class Numbers(Report):
         def tables(self):
