@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.utils import _pytree as pytree
 
 from lightning_eff.surgery.counting import CostModel, measure_costs
 from lightning_eff.surgery.errors import unknown_name
@@ -123,12 +124,14 @@ class ChannelGraph:
                 equal the masked one (operations that the tracer maps wrongly). Costs two forward passes.
 
         Raises:
+            ValueError: there is no example, or it holds no sample.
             PruningGraphError: the model cannot be traced.
             KeyError: a name in ``include`` or ``exclude`` matches nothing.
         """
         from lightning_eff.surgery.cut import protect_mismatched
         from lightning_eff.surgery.tracing import trace_groups
 
+        _check_example(example_inputs)
         groups = trace_groups(model, example_inputs)
         if not allow_norm_coupled:
             groups = [
@@ -333,3 +336,13 @@ def axis_masks(graph: ChannelGraph, keep: Mapping[str, Tensor]) -> dict[tuple[st
             axis = masks.setdefault((m.path, m.axis), torch.ones(length[m.path, m.axis], dtype=torch.bool))
             axis[m.index[~mask[m.root]]] = False
     return masks
+
+
+def _check_example(example_inputs: Any) -> None:
+    if example_inputs is None:
+        raise ValueError(
+            "example_inputs must be what the model is called with, two samples are plenty, got None: give a tensor, a "
+            "tuple of arguments or a dict of keyword arguments (of a LightningModule, its example_input_array)"
+        )
+    if any(isinstance(leaf, Tensor) and not leaf.numel() for leaf in pytree.tree_leaves(example_inputs)):
+        raise ValueError("example_inputs must hold at least one sample, got an empty tensor: two samples are plenty")

@@ -80,12 +80,15 @@ class PruningPlan:
 
         Raises:
             KeyError: a group that the model does not have.
-            ValueError: nothing kept, duplicates, indices out of range, a protected group, other sizes than planned.
+            ValueError: nothing kept, duplicates, no indices or indices out of range, a protected group, other sizes
+                than planned.
         """
         checked: dict[str, tuple[int, ...]] = {}
         for path, channels in self.keep.items():
             group = graph.resolve(path)
             kept = tuple(int(c) for c in channels)
+            if any(whole != given for whole, given in zip(kept, channels, strict=True)):
+                raise ValueError(f"{path}: expected the numbers of the channels that are kept, got {list(channels)}")
             planned = self.sizes.get(path, group.size)
             if planned != group.size:
                 raise ValueError(f"{path}: the plan was made for {planned} channels, the model has {group.size}")

@@ -374,3 +374,20 @@ def test_further_torchvision_networks_are_cut_exactly(name: str) -> None:
     assert cut.macs[1] < 0.75 * cut.macs[0]
     with torch.no_grad():
         assert (model.eval()(x) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_norms_without_weights_or_without_statistics_and_layers_without_bias_are_cut() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6, affine=False), nn.ReLU(),
+        nn.Conv2d(6, 8, 3, bias=False), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(),
+        nn.Flatten(), nn.Linear(8 * 16, 3, bias=False),
+    )  # fmt: skip
+    x = torch.randn(4, 1, 8, 8)
+    graph = ChannelGraph.from_model(model, x)
+    plan = PruningPlan({"0": [0, 2, 5], "3": [1, 6]})
+    expected = masked_output(model, graph, plan, x)
+    apply_plan(model, plan, x, graph=graph)
+    assert model[1].running_mean.shape == (3,)
+    assert (model[1].num_features, model[4].num_features) == (3, 2)
+    torch.testing.assert_close(model.eval()(x), expected)

@@ -63,6 +63,7 @@ def test_alias_channels_are_translated_through_the_concat() -> None:
         ({"layer1.0.conv1": [1, 1]}, ValueError, "twice"),
         ({"layer1.0.conv1": [0, 64]}, ValueError, r"0\.\.63"),
         ({"layer1.0.conv1": [-1, 3]}, ValueError, r"0\.\.63"),
+        ({"layer1.0.conv1": [0.5, 3]}, ValueError, r"expected the numbers of the channels .* got \[0\.5, 3\]"),
         ({"fc": [0]}, ValueError, "feeds only the network's output"),
         ({"layer2.0.conv2": [0], "layer2.1.conv2": [1]}, ValueError, "different channels"),
     ],
@@ -166,3 +167,12 @@ def test_untraceable_model_keeps_its_modes_and_flags() -> None:
 def test_lazy_model_is_refused_with_the_way_out() -> None:
     with pytest.raises(PruningGraphError, match="run one forward pass first"):
         ChannelGraph.from_model(torch.nn.Sequential(torch.nn.LazyLinear(3)), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [(None, "example_inputs must be what the model is called with, .*got None"), (torch.zeros(0, 4), "at least one sample")],
+)
+def test_a_graph_needs_an_example_with_a_sample(example: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ChannelGraph.from_model(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)), example)
