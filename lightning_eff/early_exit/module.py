@@ -162,7 +162,7 @@ class EarlyExitModule(PhasedModule):
         """Build the exits from the trainer's first batch, if there was no example."""
         trainer = self._trainer
         if trainer is not None and not self.network.built:
-            self._build(self.split(first_batch(trainer, self))[0])
+            self._build(self.split_batch(first_batch(trainer, self))[0])
 
     def _build(self, example: Any) -> None:
         network, given = self.network, self.network.costs if isinstance(self.cost, list) else None
@@ -189,7 +189,7 @@ class EarlyExitModule(PhasedModule):
                 self._weights(phase, (1, 1))
         self.begin_phases()
 
-    def split(self, batch: Any) -> tuple[Any, Any]:
+    def split_batch(self, batch: Any) -> tuple[Any, Any]:
         """Return ``(inputs, target)`` of a batch."""
         return (self._split or split_pair)(batch)
 
@@ -207,7 +207,8 @@ class EarlyExitModule(PhasedModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch in the current phase."""
-        inputs, target = self.split(batch)
+        inputs, target = self.split_batch(batch)
+        self.network.keep_shapes(inputs)
         loss, each = self._train_on(inputs, target)
         self._watch(each)
         size = batch_size(inputs)
@@ -313,7 +314,7 @@ class EarlyExitModule(PhasedModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> ExitOutput:
         """Answer one batch ``(inputs, target)``, or inputs alone; samples that are sure enough leave early."""
         pair = isinstance(batch, tuple | list) and len(batch) == 2
-        inputs = self.split(batch)[0] if pair or self._split is not None else batch
+        inputs = self.split_batch(batch)[0] if pair or self._split is not None else batch
         network = self.network
         if self.trainer.strategy.restore_checkpoint_after_setup:
             # shards: processes gather parameters together, one that stops early would leave the others waiting
@@ -326,7 +327,7 @@ class EarlyExitModule(PhasedModule):
         self._metrics = ExitMetrics(self.network, self.budgets, alone)
 
     def _evaluate(self, batch: Any) -> None:
-        inputs, target = self.split(batch)
+        inputs, target = self.split_batch(batch)
         metrics = self._metrics
         if metrics is None or batch_size(inputs) == 0:
             return

@@ -18,7 +18,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from lightning_eff.batch import SplitBatch, split_batch
+from lightning_eff.batch import SplitBatch
+from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.glimpse.config import ACTION_SIZE
 from lightning_eff.glimpse.observation import PRESENT, Observation, observation_space
 from lightning_eff.glimpse.world import GlimpseWorld
@@ -39,7 +40,7 @@ class GlimpseVecEnv(VecEnv):
         dataset: Map-style; items are scenes with targets. Every scene comes once before one comes again.
         num_envs: E, >= 1.
         seed: Of the order of scenes; :meth:`seed` sets another one.
-        split_batch: ``batch -> (images, target)`` for data sets of another form.
+        split_batch: ``batch -> (images, target)``, for batches of another form.
         device: Where scenes go: the backbone's.
 
     Raises:
@@ -55,7 +56,7 @@ class GlimpseVecEnv(VecEnv):
         num_envs: int = 1,
         *,
         seed: int = 0,
-        split_batch: SplitBatch = split_batch,
+        split_batch: SplitBatch | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if num_envs < 1:
@@ -167,7 +168,7 @@ class GlimpseEnv(gymnasium.Env[Any, np.ndarray]):
         dataset: Dataset[Any],
         *,
         seed: int = 0,
-        split_batch: SplitBatch = split_batch,
+        split_batch: SplitBatch | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if world.reward.kind == "score_normalized":
@@ -212,11 +213,11 @@ def arrays(observation: Observation, world: GlimpseWorld) -> Arrays:
 class _Scenes:
     """Scenes in random order, again and again."""
 
-    def __init__(self, dataset: Any, seed: int, split_batch: SplitBatch, device: torch.device | str) -> None:
+    def __init__(self, dataset: Any, seed: int, split_batch: SplitBatch | None, device: torch.device | str) -> None:
         self._dataset = dataset
         if not len(dataset):
             raise ValueError("expected a data set with scenes, got an empty one")
-        self._split_batch, self._device = split_batch, device
+        self._split_batch, self._device = split_batch or split_pair, device
         self.seed(seed)
 
     def seed(self, seed: int) -> None:

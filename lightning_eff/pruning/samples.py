@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_eff.batch import SplitBatch, batch_size, take
+from lightning_eff.batch import split_batch as split_pair
 
 MAX_GROUPS, MIN_GROUP = 16, 32  # more groups estimate better, smaller ones run slower (both measured)
 
@@ -63,7 +64,7 @@ class Samples:
         cls,
         batches: Iterable[Any],
         samples: int,
-        split_batch: SplitBatch,
+        split_batch: SplitBatch | None = None,
         *,
         groups: int | None = None,
         reduce: Callable[[Tensor], Tensor] = alone,
@@ -74,7 +75,7 @@ class Samples:
         Args:
             batches: batches as the model takes them, already on its device.
             samples: number wanted; all there are when there are fewer.
-            split_batch: ``batch -> (inputs, target)``.
+            split_batch: ``batch -> (inputs, target)``, for batches of another form.
             groups: number of groups; by default 16, with at least 32 samples each.
             reduce: sums a tensor over all processes.
             world_size: number of processes that collect.
@@ -83,7 +84,7 @@ class Samples:
             ValueError: there is not a single sample.
         """
         mine = -(-samples // world_size)
-        taken = list(_first(map(split_batch, batches), mine))
+        taken = list(_first(map(split_batch or split_pair, batches), mine))
         count = sum(batch_size(inputs) for inputs, _ in taken)
         total, empty = reduce(torch.tensor([count, count == 0], dtype=torch.float64)).int().tolist()
         if empty:  # on every process, so that none waits for another

@@ -13,8 +13,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch.utils.data import DataLoader
 
-from lightning_eff.batch import SplitBatch
-
 
 def check_choices(settings: Any) -> None:
     """Raise ValueError where a field of a settings object that is a Literal, or None, holds anything else."""
@@ -146,14 +144,11 @@ class Calibration:
         source: ``"val"`` or ``"train"``: the loaders of the Trainer; without a validation loader the training loader
             is taken, and the report says so. None is what suits the callback: see there.
         samples: number of samples over all processes; fewer are used where fewer exist.
-        split_batch: ``batch -> (inputs, target)`` where batches are not ``(inputs, target)``, for example
-            ``BatchKeys("image", "label")``.
         loader: a loader of your own instead of ``source``.
     """
 
     source: Literal["val", "train"] | None = None
     samples: int = 1024
-    split_batch: SplitBatch | None = None
     loader: DataLoader[Any] | None = None
 
     def __post_init__(self) -> None:

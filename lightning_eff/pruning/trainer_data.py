@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from lightning_eff.batch import batch_size, call_model, split_batch
+from lightning_eff.batch import SplitBatch, batch_size, call_model
+from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.pruning.samples import Samples, length_of, samples_in
 from lightning_eff.pruning.settings import Calibration
 from lightning_eff.pruning.values import ValueFunction, per_sample
@@ -30,30 +31,30 @@ class TrainerData:
     Args:
         trainer: inside of ``fit``.
         pl_module: its module.
-        calibration: which loader, how many samples, how a batch is split.
+        calibration: which loader, how many samples.
         notes: what a reader of the report must know is appended here.
-
-    Attributes:
-        split: ``batch -> (inputs, target)``.
+        split_batch: ``batch -> (inputs, target)``, for batches of another form.
     """
 
     def __init__(
-        self, trainer: Trainer, pl_module: LightningModule, calibration: Calibration, notes: list[str]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        calibration: Calibration,
+        notes: list[str],
+        split_batch: SplitBatch | None = None,
     ) -> None:
         self._trainer = trainer
         self._pl_module = pl_module
         self._calibration = calibration
         self._source = calibration.source or "val"
-        self.split = calibration.split_batch or split_batch
+        self._split_batch = split_batch or split_pair
         self._notes = notes
 
     def first(self) -> Any:
         """Inputs of the first calibration batch."""
         for batch in self._batches(self._source):
-            try:
-                return self.split(batch)[0]
-            except TypeError as error:
-                raise TypeError(f"{error}; here: calibration=Calibration(split_batch=...)") from error
+            return self._split_batch(batch)[0]
         raise ValueError("the calibration loader gave no batch: give Calibration(loader=...) one that does")
 
     def samples(self, groups: int | None) -> Samples:
@@ -61,7 +62,7 @@ class TrainerData:
         return Samples.collect(
             self._batches(self._source),
             self._calibration.samples,
-            self.split,
+            self._split_batch,
             groups=groups,
             reduce=self.sum,
             world_size=self._trainer.world_size,
@@ -150,7 +151,7 @@ class TrainerData:
         total = torch.zeros(2, dtype=torch.float64)
         with quiet_model(self._pl_module), torch.no_grad(), self._trainer.precision_plugin.forward_context():
             for batch in islice(self._batches("val"), most):
-                inputs, target = self.split(batch)
+                inputs, target = self._split_batch(batch)
                 count = batch_size(inputs)
                 values = per_sample(value, call_model(model, inputs), target, count)
                 total += torch.tensor([float(values.sum()), count], dtype=torch.float64)

@@ -23,7 +23,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_eff.accounting import PrivacyLedger, gaussian_sigma
-from lightning_eff.batch import SplitBatch, split_batch
+from lightning_eff.batch import SplitBatch
+from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.surgery.state import quiet_model
 from lightning_eff.synthesis.checkpoint import joined_history, promises, release_fingerprint, require_identity
 from lightning_eff.synthesis.embedding import MeanEmbedding
@@ -89,7 +90,7 @@ class DPNTKGenerator(DataFreeModule):
         release_options: What the release promises and how it reads: ReleaseOptions or a dictionary.
         feature_options: The feature network and the range of records: FeatureOptions or a dictionary.
         matching: Loss and schedule: MatchingOptions or a dictionary.
-        split_batch: ``batch -> (x, y)`` for batches of another form.
+        split_batch: ``batch -> (x, y)``, for batches of another form.
 
     Attributes:
         embedding: The release, ``None`` before it.
@@ -119,7 +120,7 @@ class DPNTKGenerator(DataFreeModule):
         release_options: ReleaseOptions | dict[str, Any] | None = None,
         feature_options: FeatureOptions | dict[str, Any] | None = None,
         matching: MatchingOptions | dict[str, Any] | None = None,
-        split_batch: SplitBatch = split_batch,
+        split_batch: SplitBatch | None = None,
     ) -> None:
         super().__init__()
         gaussian_sigma(epsilon, delta)  # names the one that is out of range
@@ -136,7 +137,7 @@ class DPNTKGenerator(DataFreeModule):
         self.schema = self.space.schema
         self.num_classes = self.space.num_classes
         self.samples_per_class, self.steps_per_epoch, self.lr = samples_per_class, steps_per_epoch, lr
-        self.split_batch = split_batch
+        self.split_batch = split_batch or split_pair
         self._save_plain_hyperparameters(schema, feature_widths)
 
         network = self.feature_options.network or FCFeatureNet(

@@ -170,7 +170,7 @@ def _own_loader(loader: DataLoader[Any], **batching: Any) -> DataLoader[Any]:
 
 
 def records_of(
-    batch: Any, num_classes: int, number: int, split: SplitBatch, device: torch.device
+    batch: Any, num_classes: int, number: int, split_batch: SplitBatch, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Split a batch and check it; messages hold no values.
 
@@ -178,7 +178,7 @@ def records_of(
         batch: What the loader gave.
         num_classes: C.
         number: Of the batch, for messages.
-        split: ``batch -> (x, y)``.
+        split_batch: ``batch -> (x, y)``.
         device: Where to.
 
     Returns:
@@ -190,7 +190,7 @@ def records_of(
     """
     if num_classes == 1 and isinstance(batch, list | tuple) and len(batch) == 1:
         batch = batch[0]
-    x, y = (batch, None) if num_classes == 1 and isinstance(batch, Tensor) else split(batch)
+    x, y = (batch, None) if num_classes == 1 and isinstance(batch, Tensor) else split_batch(batch)
     x, y = map(_tensor, (x, y))
     if not isinstance(x, Tensor) or not x.ndim or x.is_complex():
         raise ValueError(f"batch {number}: expected records as a tensor [B, ...] of numbers, got {_kind(x)}")

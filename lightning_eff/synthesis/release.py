@@ -16,7 +16,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_eff.accounting import PrivacyBudgetExceeded, PrivacyLedger, gaussian_sigma
-from lightning_eff.batch import SplitBatch, split_batch
+from lightning_eff.batch import SplitBatch
+from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.reporting import progress as progress_bar
 from lightning_eff.surgery.state import untouched_generators
 from lightning_eff.synthesis.embedding import MeanEmbedding
@@ -39,7 +40,7 @@ def release_mean_embedding(
     delta: float = 1e-5,
     options: ReleaseOptions | None = None,
     ledger: PrivacyLedger | None = None,
-    split_batch: SplitBatch = split_batch,
+    split_batch: SplitBatch | None = None,
     check: Callable[[Tensor, int], None] | None = None,
     progress: bool = True,
 ) -> MeanEmbedding:
@@ -58,7 +59,7 @@ def release_mean_embedding(
         delta: In (0, 1), less than 1 / n.
         options: What the release promises and how it reads.
         ledger: Where the release is recorded; ``None`` makes one that is dropped.
-        split_batch: ``batch -> (x, y)``.
+        split_batch: ``batch -> (x, y)``, for batches of another form.
         check: Called with the records ``[B, ...]`` of a batch and the batch's number; raises where they are not what
             they should be.
         progress: Whether to show a bar.
@@ -89,7 +90,9 @@ def release_mean_embedding(
     try:
         try:
             with untouched_generators():
-                _read(shard, sums, device_of(features), split_batch, check, progress and processes.rank == 0)
+                _read(
+                    shard, sums, device_of(features), split_batch or split_pair, check, progress and processes.rank == 0
+                )
         except Exception as error:
             problem = error
         processes.agree(problem)
@@ -177,7 +180,7 @@ def _read(
     shard: Shard,
     sums: ClassSums,
     device: torch.device,
-    split: SplitBatch,
+    split_batch: SplitBatch,
     check: Callable[[Tensor, int], None] | None,
     show: bool,
 ) -> None:
@@ -187,7 +190,7 @@ def _read(
         progress_bar("Reading private records", shard.mine or 0, enabled=shown, unit="records") as bar,
     ):
         for number, batch in enumerate(shard):
-            x, y = records_of(batch, sums.num_classes, number, split, device)
+            x, y = records_of(batch, sums.num_classes, number, split_batch, device)
             if check is not None:
                 check(x, number)
             sums.add(x, y)

@@ -65,7 +65,7 @@ def test_every_option_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
     assert settings.game.candidates == [1, 2, 3]
     assert settings.estimation.seed == 5
     assert settings.estimation.estimator.walks == 4
-    assert made.model.split.rgb == "image"
+    assert made.model.split_batch.rgb == "image"
 
 
 def strip(path: str) -> Path:

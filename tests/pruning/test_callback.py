@@ -259,9 +259,7 @@ def test_dict_batches_work_with_batch_keys_and_fail_clearly_without() -> None:
     with pytest.raises(TypeError, match=r"keys \['image', 'label'\].*split_batch=.*BatchKeys"):
         trainer(Magnitude(0.5, **QUIET)).fit(DictNet(), *loaders)
     model = DictNet()
-    trainer(Magnitude(0.5, calibration=Calibration(split_batch=BatchKeys("image", "label")), **QUIET)).fit(
-        model, *loaders
-    )
+    trainer(Magnitude(0.5, split_batch=BatchKeys("image", "label"), **QUIET)).fit(model, *loaders)
     assert model.body[0].out_channels == 4
 
 

@@ -196,7 +196,7 @@ def test_options_typed_in_the_shell_reach_the_callback(tmp_path: Path) -> None:
         "--trainer.callbacks.schedule.steps=3",
         "--trainer.callbacks.estimator=PermutationShapley",
         "--trainer.callbacks.estimator.walks=8",
-        "--trainer.callbacks.calibration.split_batch=lightning_eff.BatchKeys",
+        "--trainer.callbacks.split_batch=lightning_eff.BatchKeys",
         "--trainer.callbacks.value=lightning_eff.pruning.Accuracy",
         "--trainer.callbacks.value.output=logits",
         cwd=tmp_path,
@@ -207,6 +207,6 @@ def test_options_typed_in_the_shell_reach_the_callback(tmp_path: Path) -> None:
     assert options["allocation"]["mode"] == "global"
     assert options["schedule"]["steps"] == 3
     assert options["estimator"]["init_args"]["walks"] == 8
-    assert options["calibration"]["split_batch"]["class_path"].endswith("BatchKeys")
+    assert options["split_batch"]["class_path"].endswith("BatchKeys")
     assert options["value"]["class_path"].endswith("Accuracy")
     assert options["value"]["init_args"]["output"] == "logits"

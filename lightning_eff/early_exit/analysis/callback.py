@@ -123,7 +123,7 @@ class GradientDominance(Callback):
         if not self._due(module):
             return
         # on every process, though one is kept: layers of a network may wait for each other
-        inputs, target = module.split(batch)
+        inputs, target = module.split_batch(batch)
         precision = trainer.precision_plugin
         # float32 under autocast, where small gradients would vanish; what is half precision all through stays it
         if isinstance(precision, MixedPrecision):

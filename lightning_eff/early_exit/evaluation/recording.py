@@ -100,7 +100,7 @@ def _outputs(trainer: Trainer, module: EarlyExitModule, loaders: Loaders) -> Ite
         for batch in islice(loader, limit):
             batch = trainer.precision_plugin.convert_input(batch)
             batch = module._on_before_batch_transfer(batch)
-            inputs, target = module.split(trainer.strategy.batch_to_device(batch, module.device))
+            inputs, target = module.split_batch(trainer.strategy.batch_to_device(batch, module.device))
             if batch_size(inputs):
                 yield inputs, target, call_model(module.network, inputs)
 

@@ -60,7 +60,8 @@ class DPPrePruneCallback(Callback):
         public_batches: how many public batches ``snip`` averages over, >= 1.
         rounds: of ``synflow``, >= 1.
         loss_fn: for ``snip``: ``(module, batch) -> loss``; None asks the training step of a copy of the module.
-        split_batch: how an example is split into inputs and target, for ``synflow`` without ``input_shape``.
+        split_batch: ``batch -> (inputs, target)``, for batches of another form; ``synflow`` without ``input_shape``
+            reads one.
 
     Attributes:
         masks: by name, True where a coordinate is trained; empty until training starts.

@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.batch import SplitBatch, batch_size, call_model, split_batch
+from lightning_eff.batch import SplitBatch, batch_size, call_model
+from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.criteria.derivatives import derivatives, gates_for_derivatives
 from lightning_eff.pruning.criteria.outputs import OutputKind, select
@@ -40,7 +41,7 @@ class KLFisher:
             classes). Outputs with positions (pixels, tokens) are always added up with random signs.
         output: as of :class:`~lightning_eff.pruning.criteria.KL`.
         key: likewise.
-        split: likewise.
+        split_batch: likewise.
         seed: of the random signs; None takes that of the call.
 
     Raises:
@@ -50,7 +51,7 @@ class KLFisher:
     backwards: int | None = 3
     output: OutputKind = "softmax"
     key: str | int | None = None
-    split: SplitBatch | None = None
+    split_batch: SplitBatch | None = None
     seed: int | None = None
 
     needs: ClassVar[Needs] = Needs(data=True)
@@ -71,7 +72,7 @@ class KLFisher:
                 samples in its first dimension.
         """
         check_needs(self, batches, loss_fn)
-        split, generator = self.split or split_batch, torch.Generator().manual_seed(self.seed or 0)
+        split, generator = self.split_batch or split_pair, torch.Generator().manual_seed(self.seed or 0)
         scores = {name: torch.zeros(graph.groups[name].size, dtype=torch.float64) for name in graph.prunable}
         if not scores:
             return scores

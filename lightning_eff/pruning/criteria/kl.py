@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.batch import SplitBatch, batch_size, call_model, split_batch, take
+from lightning_eff.batch import SplitBatch, batch_size, call_model, take
+from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.criteria.outputs import OutputKind, divergence, select
 from lightning_eff.pruning.criteria.registry import Needs, check_needs, register_criterion
@@ -30,12 +31,12 @@ class KL:
         output: ``"softmax"`` for logits ``[B, K, ...]``; ``"gaussian"`` for regression: the mean squared difference of
             the outputs, the divergence of normal distributions up to a factor.
         key: where the outputs are when the model returns a dict (key) or a tuple (number); None for a tensor.
-        split: ``batch -> (inputs, target)``; None takes that of the call.
+        split_batch: ``batch -> (inputs, target)``; None takes that of the call.
     """
 
     output: OutputKind = "softmax"
     key: str | int | None = None
-    split: SplitBatch | None = None
+    split_batch: SplitBatch | None = None
 
     needs: ClassVar[Needs] = Needs(data=True)
 
@@ -52,7 +53,7 @@ class KL:
             ValueError: there is no batch, or the outputs are not what ``output`` says.
         """
         check_needs(self, batches, loss_fn)
-        split = self.split or split_batch
+        split = self.split_batch or split_pair
         scores = {name: torch.zeros(graph.groups[name].size, dtype=torch.float64) for name in graph.prunable}
         count = 0
         with borrowed(model), torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from lightning_eff.batch import SplitBatch, split_batch
+from lightning_eff.batch import SplitBatch
 from lightning_eff.pruning.criteria.registry import LossFunction, Needs, check_needs, register_criterion
 from lightning_eff.pruning.dirichlet.options import DirichletOptions
 from lightning_eff.pruning.dirichlet.scoring import dirichlet_scores
@@ -33,7 +33,7 @@ class ShapleyCriterion:
             or walks at small budgets.
         budget: evaluations a group for ``"auto"``: a number, or a multiple of its channels such as ``"20n"``.
         game: how the network is evaluated without some of its channels.
-        split: ``batch -> (inputs, target)``; None takes that of the call.
+        split_batch: ``batch -> (inputs, target)``; None takes that of the call.
         seed: of the coalitions; None takes that of the call.
     """
 
@@ -41,7 +41,7 @@ class ShapleyCriterion:
     estimator: ShapleyEstimator | Literal["auto"] = "auto"
     budget: int | str = "20n"
     game: GameOptions = GameOptions()  # noqa: RUF009 (frozen)
-    split: SplitBatch | None = None
+    split_batch: SplitBatch | None = None
     seed: int | None = None
 
     needs: ClassVar[Needs] = Needs(data=True)
@@ -63,7 +63,7 @@ class ShapleyCriterion:
             ValueError: there is no batch, or the estimator or its budget does not suit a group.
         """
         check_needs(self, batches, loss_fn)
-        samples = Samples.collect(batches, sys.maxsize, self.split or split_batch, groups=self.game.groups)
+        samples = Samples.collect(batches, sys.maxsize, self.split_batch, groups=self.game.groups)
         scores = {}
         for number, name in enumerate(graph.prunable):
             game = ChannelGame(model, graph, name, samples, value=self.value, options=self.game)

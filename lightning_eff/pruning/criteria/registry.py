@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.batch import SplitBatch, split_batch
+from lightning_eff.batch import SplitBatch
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.surgery import ChannelGraph
 
@@ -55,8 +55,8 @@ def register_criterion(name: str, *, needs: Needs | None = None) -> Callable[[C]
     return register
 
 
-def resolve_criterion(criterion: str | Criterion, *, split: SplitBatch = split_batch, seed: int = 0) -> Criterion:
-    """Return the criterion behind a name; a criterion itself stays, with ``split`` and ``seed`` where it has none.
+def resolve_criterion(criterion: str | Criterion, *, split_batch: SplitBatch | None = None, seed: int = 0) -> Criterion:
+    """Return the criterion behind a name; a criterion stays, with ``split_batch`` and ``seed`` where it has none.
 
     Raises:
         ValueError: no criterion has that name; the message lists the names.
@@ -74,7 +74,7 @@ def resolve_criterion(criterion: str | Criterion, *, split: SplitBatch = split_b
         found = found()
     if not callable(found):
         raise ValueError(f"a criterion must be a name or a callable, got {criterion!r}")
-    given = {"split": split, "seed": seed}
+    given = {"split_batch": split_batch, "seed": seed}
     own = {field.name for field in fields(found)} if is_dataclass(found) else set()
     unset = {name: given[name] for name in given if name in own and getattr(found, name) is None}
     resolved: Criterion = replace(found, **unset) if unset else found
@@ -116,7 +116,7 @@ def importance(
     batches: Sequence[Any] = (),
     loss_fn: LossFunction | None = None,
     *,
-    split: SplitBatch = split_batch,
+    split_batch: SplitBatch | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Score every channel that may be pruned.
@@ -129,7 +129,7 @@ def importance(
             ``(model, graph, batches, loss_fn) -> {group or producer: scores [C]}``.
         batches: calibration batches on the model's device, where the criterion needs data.
         loss_fn: ``(model, batch) -> scalar``, the mean over the batch, where the criterion needs a loss.
-        split: ``batch -> (inputs, target)``.
+        split_batch: ``batch -> (inputs, target)``, for batches of another form.
         seed: of everything random.
 
     Returns:
@@ -146,7 +146,7 @@ def importance(
         >>> importance(model, graph, "l1")["0"].shape
         torch.Size([3])
     """
-    resolved = resolve_criterion(criterion, split=split, seed=seed)
+    resolved = resolve_criterion(criterion, split_batch=split_batch, seed=seed)
     check_needs(criterion, batches, loss_fn)
     with borrowed(model), _own_gradients(model):
         scores = resolved(model, graph, batches, loss_fn)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_eff.batch import SplitBatch, call_model, split_batch
+from lightning_eff.batch import SplitBatch, call_model
+from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.criteria.reduction import Reduction, reduced
 from lightning_eff.pruning.criteria.registry import Needs, check_needs, register_criterion
@@ -38,11 +39,11 @@ class EmpiricalSensitivity:
 
     Attributes:
         reduction: over the layers that read the channels; ``"max"`` as over their outputs.
-        split: ``batch -> (inputs, target)``; None takes that of the call.
+        split_batch: ``batch -> (inputs, target)``; None takes that of the call.
     """
 
     reduction: Reduction = "max"
-    split: SplitBatch | None = None
+    split_batch: SplitBatch | None = None
 
     needs: ClassVar[Needs] = Needs(data=True)
 
@@ -59,7 +60,7 @@ class EmpiricalSensitivity:
             ValueError: there is no batch.
         """
         check_needs(self, batches, loss_fn)
-        split = self.split or split_batch
+        split = self.split_batch or split_pair
         readers = [_Reader(model, graph.groups[name], path) for name in graph.prunable for path in _paths(graph, name)]
         with borrowed(model), torch.no_grad(), ExitStack() as hooks:
             for reader in readers:

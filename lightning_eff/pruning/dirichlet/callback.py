@@ -50,6 +50,7 @@ class DirichletPruneCallback(StructuredPruningCallback):
         calibration: whose batches train the switches, the training loader by default; ``samples`` does not count here,
             ``switches.max_batches`` does.
         switches: how importance switches are trained.
+        split_batch: ``batch -> (inputs, target)``, for batches of another form, e.g. ``BatchKeys("image", "label")``.
         loss_fn: ``(model, batch) -> loss``, the mean over the batch, where ``training_step`` cannot serve.
         value: what the network is worth on a sample, for the report: ``"accuracy"``, ``"neg_loss"`` or a callable
             ``(outputs, target) -> [B]``, higher is better.
@@ -81,6 +82,7 @@ class DirichletPruneCallback(StructuredPruningCallback):
         layers: Layers = Layers(),  # noqa: B008
         calibration: Calibration = Calibration(),  # noqa: B008
         switches: DirichletOptions = DirichletOptions(),  # noqa: B008
+        split_batch: SplitBatch | None = None,
         loss_fn: LossFunction | None = None,
         value: Value = "accuracy",
         repair: Repair | None = None,
@@ -101,6 +103,7 @@ class DirichletPruneCallback(StructuredPruningCallback):
             layers=layers,
             calibration=calibration,
             value=value,
+            split_batch=split_batch,
             repair=repair,
             plan=plan,
             dirpath=dirpath,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.batch import SplitBatch, split_batch
+from lightning_eff.batch import SplitBatch
 from lightning_eff.pruning.repair import Moments, Repair, collect_moments
 from lightning_eff.pruning.repair import repair as repair_weights
 from lightning_eff.surgery import ChannelGraph, PruningPlan
@@ -41,7 +41,7 @@ class Bench:
         scores: of the channels of each prunable group, ``[C]``.
         batches: calibration batches.
         repair: how every candidate is repaired.
-        split: ``batch -> (inputs, target)``.
+        split_batch: ``batch -> (inputs, target)``, for batches of another form.
         seed: of the repair.
         final: repair for what is kept, where ``repair`` makes a difference.
         moments: taken before, to share them between several benches; by default taken here where they are needed.
@@ -55,7 +55,7 @@ class Bench:
         scores: Mapping[str, Tensor],
         batches: Sequence[Any],
         repair: Repair,
-        split: SplitBatch = split_batch,
+        split_batch: SplitBatch | None = None,
         seed: int = 0,
         *,
         final: bool = False,
@@ -63,8 +63,8 @@ class Bench:
         nested: bool = True,
     ) -> None:
         self.model, self.graph, self.scores, self.batches = model, graph, scores, batches
-        self.repair, self.split, self.seed, self.final = repair, split, seed, final
-        self.taken = moments or take_moments(model, graph, batches, repair, split, seed, final=final)
+        self.repair, self.split_batch, self.seed, self.final = repair, split_batch, seed, final
+        self.taken = moments or take_moments(model, graph, batches, repair, split_batch, seed, final=final)
         rankings = {name: s.sort(descending=True, stable=True).indices for name, s in scores.items()}
         self.moments = self.taken.nested(rankings) if self.taken is not None and nested else self.taken
         self._told = self.taken is not None  # that there are few samples: once a search will do
@@ -80,7 +80,7 @@ class Bench:
                 self.batches,
                 self.repair,
                 moments=self.moments,
-                split=self.split,
+                split_batch=self.split_batch,
                 final=self.final,
                 seed=self.seed,
             )
@@ -105,7 +105,7 @@ def take_moments(
     graph: ChannelGraph,
     batches: Sequence[Any],
     repair: Repair,
-    split: SplitBatch,
+    split_batch: SplitBatch | None,
     seed: int,
     *,
     final: bool = False,
@@ -114,4 +114,4 @@ def take_moments(
     update = ("sequential" if final else "gram") if repair.update == "auto" else repair.update
     if update not in ("gram", "channel"):
         return None
-    return collect_moments(model, graph, batches, repair, split=split, seed=seed)
+    return collect_moments(model, graph, batches, repair, split_batch=split_batch, seed=seed)

@@ -27,7 +27,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_eff.batch import SplitBatch, split_batch, take
+from lightning_eff.batch import SplitBatch, take
+from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.pruning.memory import digest
 from lightning_eff.pruning.random_channel.candidates import Candidate, Candidates, Mode, rank
 from lightning_eff.pruning.random_channel.journal import Journal, fingerprint_of
@@ -80,7 +81,7 @@ def search_from_scratch(
     layers: Layers = Layers(),  # noqa: B008 (frozen)
     example_inputs: Any = None,
     initialise: Callable[[LightningModule], object] | None = None,
-    split: SplitBatch = split_batch,
+    split_batch: SplitBatch | None = None,
     seed: int = 0,
     dirpath: str | Path | None = None,
     progress: bool = True,
@@ -105,7 +106,7 @@ def search_from_scratch(
         example_inputs: for the trace; by default ``example_input_array``, or else inputs of the first training batch.
         initialise: gives a candidate its fresh weights; by default ``reset_parameters`` of every layer that is
             narrower, the others are as ``make_model`` made them.
-        split: ``batch -> (inputs, target)``, for the example.
+        split_batch: ``batch -> (inputs, target)``, for batches of another form; for the example.
         seed: of configurations, weights, the split of the data and the order of samples; the same for every candidate.
         dirpath: where to keep the checkpoint of the best candidate, and the scores of all in ``candidates.csv``; None
             keeps none. A search that broke off and is called again with the same folder and arguments goes on behind
@@ -127,7 +128,7 @@ def search_from_scratch(
         folder.mkdir(parents=True, exist_ok=True)
         _seed(seed)
         whole = make_model()
-        example = example_inputs if example_inputs is not None else _example(whole, datamodule, split)
+        example = example_inputs if example_inputs is not None else _example(whole, datamodule, split_batch)
         graph = ChannelGraph.from_model(
             whole.get_submodule(layers.submodule),
             example,
@@ -274,12 +275,12 @@ class _Shuffle(Callback):
         _seed(self._seed)
 
 
-def _example(model: LightningModule, datamodule: LightningDataModule, split: SplitBatch) -> Any:
+def _example(model: LightningModule, datamodule: LightningDataModule, split_batch: SplitBatch | None) -> Any:
     if model.example_input_array is not None:
         return model.example_input_array
     datamodule.prepare_data()
     datamodule.setup("fit")
-    inputs, _ = split(next(iter(datamodule.train_dataloader())))
+    inputs, _ = (split_batch or split_pair)(next(iter(datamodule.train_dataloader())))
     return take(inputs, slice(0, 2))
 
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_eff.batch import SplitBatch, split_batch
+from lightning_eff.batch import SplitBatch
+from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.pruning.criteria import Criterion, check_needs, importance
 from lightning_eff.pruning.memory import fingerprint
 from lightning_eff.pruning.random_channel.bench import Bench, Recalibrate, ScoreFunction, judged, ranking_repair
@@ -92,7 +93,7 @@ def random_search(
     recalibrate: Recalibrate = "auto",
     top_k: int = 5,
     on_error: Literal["raise", "skip"] = "raise",
-    split: SplitBatch = split_batch,
+    split_batch: SplitBatch | None = None,
     seed: int = 0,
     progress: bool = True,
     journal: str | Path | None = None,
@@ -123,7 +124,7 @@ def random_search(
         top_k: finalists, which are repaired again as ``repair`` says for what is kept, and judged by
             ``final_score_fn``; 0 for none.
         on_error: ``"skip"`` gives a candidate whose repair or evaluation fails the score NaN and tells so in the notes.
-        split: ``batch -> (inputs, target)``.
+        split_batch: ``batch -> (inputs, target)``, for batches of another form.
         seed: of the configurations, of criteria and of the repair.
         progress: show a bar.
         journal: CSV file that grows by a line a candidate. A search that was interrupted and is called again with the
@@ -159,7 +160,9 @@ def random_search(
     ]
     judges = {"ranked": score_fn, "final": final_score_fn or score_fn}
     dense_scores = {stage: judged(model, judges[stage]) for stage in ("ranked", "final")[: 1 + bool(top_k)]}
-    scores = processes.gather(importance(model, graph, criterion, batches, loss_fn, split=split, seed=seed))[0]
+    scores = processes.gather(
+        importance(model, graph, criterion, batches, loss_fn, split_batch=split_batch, seed=seed)
+    )[0]
     told = (
         (configs.tolist(), graph.sizes, repair, recalibrate, top_k, seed, mode),
         {name: values.argsort(descending=True, stable=True).tolist() for name, values in scores.items()},
@@ -168,17 +171,17 @@ def random_search(
     )
     known = Journal(
         journal,
-        "" if journal is None else fingerprint(model, Samples([[split(batch) for batch in batches]]), told),
+        "" if journal is None else fingerprint(model, Samples([list(map(split_batch or split_pair, batches))]), told),
         graph.prunable,
         processes.rank,
     )
-    ranking = Bench(model, graph, scores, batches, ranking_repair(repair, recalibrate), split, seed)
+    ranking = Bench(model, graph, scores, batches, ranking_repair(repair, recalibrate), split_batch, seed)
     finalists: list[Candidate] = []
     with progress_bar("random search", len(waiting) + top_k, enabled=progress, unit="candidates") as bar:
         last = judge = _Judge(ranking, judges["ranked"], mode, on_error, known, processes, bar)
         ranked = judge(waiting)
         if top_k:
-            finals = Bench(model, graph, scores, batches, repair, split, seed, final=True, moments=ranking.taken)
+            finals = Bench(model, graph, scores, batches, repair, split_batch, seed, final=True, moments=ranking.taken)
             last = _Judge(finals, judges["final"], mode, on_error, known, processes, bar)
             best = [candidate for candidate in rank(ranked, mode)[:top_k] if not isnan(candidate.score)]
             finalists = last([replace(candidate, stage="final") for candidate in best])

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eff.batch import SplitBatch, batch_size, take
+from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.pruning.repair.layout import Layout
 
 CHUNK = 2**23  # elements of a matrix of rows that is held at a time
 
 
-def calibration_inputs(batches: Sequence[Any], split: SplitBatch, samples: int | None) -> Iterator[Any]:
+def calibration_inputs(batches: Sequence[Any], split_batch: SplitBatch | None, samples: int | None) -> Iterator[Any]:
     """Yield the inputs of the first ``samples`` samples, batch by batch; ValueError where there is none."""
     left = float("inf") if samples is None else samples
-    empty = True
+    empty, split = True, split_batch or split_pair
     for batch in batches:
         if left <= 0:
             break

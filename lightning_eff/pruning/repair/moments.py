@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.batch import SplitBatch, call_model, split_batch
+from lightning_eff.batch import SplitBatch, call_model
 from lightning_eff.pruning.repair.calibration import Seen, calibration_inputs, exact_products, watched
 from lightning_eff.pruning.repair.consumers import (
     computes_plainly,
@@ -81,7 +81,7 @@ class Moments:
         graph: ChannelGraph,
         batches: Sequence[Any],
         *,
-        split: SplitBatch = split_batch,
+        split_batch: SplitBatch | None = None,
         samples: int | None = None,
         positions: int = 32,
         mode: Mode = "kernel",
@@ -94,7 +94,7 @@ class Moments:
             model: the whole network; left as it was. Its weights now are those that solutions are made of.
             graph: its channel graph.
             batches: raw batches on the model's device.
-            split: ``batch -> (inputs, target)``.
+            split_batch: ``batch -> (inputs, target)``, for batches of another form.
             samples: samples used at most; None for all.
             positions: output positions of a convolution used per sample.
             mode: ``"kernel"``, or ``"channel"`` for the cheaper moments of whole channels.
@@ -121,7 +121,7 @@ class Moments:
 
         with quiet_model(model), torch.no_grad(), exact_products():  # noqa: SIM117
             with watched(model, layouts, receive, positions=positions, seed=seed):
-                for inputs in calibration_inputs(batches, split, samples):
+                for inputs in calibration_inputs(batches, split_batch, samples):
                     call_model(model, inputs)
         for path in layouts:
             if path not in sums and path not in skipped:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_eff.batch import SplitBatch, batch_size, call_model, split_batch
+from lightning_eff.batch import SplitBatch, batch_size, call_model
 from lightning_eff.pruning.repair.calibration import calibration_inputs
 from lightning_eff.surgery.state import quiet_model
 
 
 def recalibrate_norms(
-    model: nn.Module, batches: Sequence[Any], *, split: SplitBatch = split_batch, samples: int = 512
+    model: nn.Module, batches: Sequence[Any], *, split_batch: SplitBatch | None = None, samples: int = 512
 ) -> None:
     """Give every BatchNorm the mean and variance that its inputs have on ``batches``.
 
@@ -27,7 +27,7 @@ def recalibrate_norms(
     Args:
         model: changed in place; modes and momentum are as before afterwards.
         batches: raw batches on the model's device.
-        split: ``batch -> (inputs, target)``.
+        split_batch: ``batch -> (inputs, target)``, for batches of another form.
         samples: samples used at most.
 
     Raises:
@@ -41,7 +41,7 @@ def recalibrate_norms(
     with quiet_model(model), torch.no_grad(), _learning(norms):
         for norm in norms:
             norm.reset_running_stats()
-        for inputs in calibration_inputs(batches, split, samples):
+        for inputs in calibration_inputs(batches, split_batch, samples):
             size = batch_size(inputs)
             if size == 1 and seen:  # a remainder without a variance
                 continue

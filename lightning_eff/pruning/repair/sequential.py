@@ -39,7 +39,7 @@ def fit_in_order(
     batches: Sequence[Any],
     options: Repair,
     *,
-    split: SplitBatch,
+    split_batch: SplitBatch | None,
     seed: int,
 ) -> dict[str, float]:
     """Correct ``layers`` in the order in which the network runs them; return relative errors by path.
@@ -49,7 +49,7 @@ def fit_in_order(
         layers: kept input and output positions of the layers to correct.
         batches: raw batches on the model's device.
         options: ridge, samples, positions, memory.
-        split: ``batch -> (inputs, target)``.
+        split_batch: ``batch -> (inputs, target)``, for batches of another form.
         seed: of the positions.
 
     Raises:
@@ -57,7 +57,7 @@ def fit_in_order(
         RepairError: a layer cannot be solved.
     """
     model = trial.model
-    inputs = list(calibration_inputs(batches, split, options.samples))
+    inputs = list(calibration_inputs(batches, split_batch, options.samples))
     with quiet_model(model), torch.no_grad(), exact_products():
         with trial.lifted():
             graph, memory = trial.dense_graph, options.max_memory_mb
@@ -68,7 +68,7 @@ def fit_in_order(
         warn_of_skipped(skipped)
         samples = sum(map(batch_size, inputs))
         if 2 * scout.peak * samples <= memory * 2**20:
-            inputs = _joined(batches, split, samples)
+            inputs = _joined(batches, split_batch, samples)
         walk = _Walk(trial, layers, layouts, inputs, options, seed)
         for paths in _blocks(scout, samples, memory * 2**20):
             walk.fit(paths, scout.calls)
@@ -107,9 +107,9 @@ def _first_two(inputs: Any) -> Any:
     return take(inputs, slice(0, 2))
 
 
-def _joined(batches: Sequence[Any], split: SplitBatch, samples: int) -> list[Any]:
+def _joined(batches: Sequence[Any], split_batch: SplitBatch | None, samples: int) -> list[Any]:
     """One batch of all samples where they fit together, else batches as they were."""
-    collected = Samples.collect(batches, samples, split, groups=1)
+    collected = Samples.collect(batches, samples, split_batch, groups=1)
     return [inputs for group in collected.groups for inputs, _ in group]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_eff.batch import SplitBatch, split_batch
+from lightning_eff.batch import SplitBatch
 from lightning_eff.pruning.repair.consumers import layers_to_correct
 from lightning_eff.pruning.repair.moments import Moments, Solver
 from lightning_eff.pruning.repair.norms import recalibrate_norms
@@ -23,7 +23,7 @@ def repair(
     options: Repair,
     *,
     moments: Solver | None = None,
-    split: SplitBatch = split_batch,
+    split_batch: SplitBatch | None = None,
     final: bool = False,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -36,7 +36,7 @@ def repair(
         batches: raw calibration batches on the model's device.
         options: what to do.
         moments: of the whole network, for updates ``"gram"`` and ``"channel"``; collected here when not given.
-        split: ``batch -> (inputs, target)``.
+        split_batch: ``batch -> (inputs, target)``, for batches of another form.
         final: the network is to be kept: ``"auto"`` then means ``"sequential"``.
         seed: of the sampled positions.
 
@@ -54,11 +54,13 @@ def repair(
     if update == "auto":
         update = "sequential" if final else "gram"
     if layers and update == "sequential":
-        errors = fit_in_order(trial, layers, batches, options, split=split, seed=seed)
+        errors = fit_in_order(trial, layers, batches, options, split_batch=split_batch, seed=seed)
     elif layers and update != "none":
         if moments is None:
             with trial.lifted():
-                moments = collect_moments(trial.model, trial.dense_graph, batches, options, split=split, seed=seed)
+                moments = collect_moments(
+                    trial.model, trial.dense_graph, batches, options, split_batch=split_batch, seed=seed
+                )
         wanted = "channel" if update == "channel" else "kernel"
         if moments.mode != wanted:
             raise ValueError(f"expected moments of mode {wanted!r} for update={update!r}, got {moments.mode!r}")
@@ -69,7 +71,7 @@ def repair(
                 errors[path] = found.relative_error
     if options.bn_samples:
         with trial:
-            recalibrate_norms(trial.model, batches, split=split, samples=options.bn_samples)
+            recalibrate_norms(trial.model, batches, split_batch=split_batch, samples=options.bn_samples)
     return errors
 
 
@@ -79,7 +81,7 @@ def collect_moments(
     batches: Sequence[Any],
     options: Repair,
     *,
-    split: SplitBatch = split_batch,
+    split_batch: SplitBatch | None = None,
     seed: int = 0,
 ) -> Moments:
     """Collect the moments of the whole network that ``options`` needs."""
@@ -87,7 +89,7 @@ def collect_moments(
         model,
         graph,
         batches,
-        split=split,
+        split_batch=split_batch,
         samples=options.samples,
         positions=options.positions,
         mode="channel" if options.update == "channel" else "kernel",

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_eff.batch import SplitBatch
 from lightning_eff.pruning.callback import StructuredPruningCallback
 from lightning_eff.pruning.repair import Repair
 from lightning_eff.pruning.report import Scores
@@ -50,6 +51,7 @@ class ShapleyPruningCallback(StructuredPruningCallback):
         schedule: when channels are removed, in how many steps, cut or masked.
         layers: which layers may be pruned.
         calibration: the data that channels are judged on.
+        split_batch: ``batch -> (inputs, target)``, for batches of another form, e.g. ``BatchKeys("image", "label")``.
         value: what the network is worth on a sample: ``"accuracy"``, ``"neg_loss"`` (for small or saturated
             calibration sets) or a callable ``(outputs, target) -> [B]``, higher is better.
         estimator: how values are estimated; ``"auto"``: exact where ``budget`` allows all coalitions, else regression,
@@ -76,6 +78,7 @@ class ShapleyPruningCallback(StructuredPruningCallback):
         schedule: Schedule = Schedule(),  # noqa: B008
         layers: Layers = Layers(),  # noqa: B008
         calibration: Calibration = Calibration(),  # noqa: B008
+        split_batch: SplitBatch | None = None,
         value: Value = "accuracy",
         estimator: ShapleyEstimator | Literal["auto"] = "auto",
         budget: int | str = "20n",
@@ -93,6 +96,7 @@ class ShapleyPruningCallback(StructuredPruningCallback):
             schedule=schedule,
             layers=layers,
             calibration=calibration,
+            split_batch=split_batch,
             value=value,
             repair=repair,
             plan=plan,

@@ -88,7 +88,7 @@ def test_dict_batches_are_taken_apart_by_their_keys(name: str) -> None:
     model, graph, batches = small()
     plain = importance(model, graph, QUICK.get(name, name), batches, cross_entropy)
     keyed = [{"x": x, "y": y} for x, y in batches]
-    same = importance(model, graph, QUICK.get(name, name), keyed, cross_entropy, split=BatchKeys("x", "y"))
+    same = importance(model, graph, QUICK.get(name, name), keyed, cross_entropy, split_batch=BatchKeys("x", "y"))
     assert all(torch.equal(plain[group], same[group]) for group in plain)
 
 
@@ -212,9 +212,9 @@ def test_needs_are_known_before_work() -> None:
 
 def test_split_and_seed_are_filled_in_where_an_object_has_none() -> None:
     keys = BatchKeys("x", "y")
-    assert resolve_criterion("kl_fisher", split=keys, seed=7) == KLFisher(split=keys, seed=7)
-    assert resolve_criterion(KLFisher(seed=3), split=keys, seed=7) == KLFisher(split=keys, seed=3)
-    assert resolve_criterion(L1(), split=keys, seed=7) == L1()
+    assert resolve_criterion("kl_fisher", split_batch=keys, seed=7) == KLFisher(split_batch=keys, seed=7)
+    assert resolve_criterion(KLFisher(seed=3), split_batch=keys, seed=7) == KLFisher(split_batch=keys, seed=3)
+    assert resolve_criterion(L1(), split_batch=keys, seed=7) == L1()
 
 
 @pytest.mark.usefixtures("registry")
@@ -264,7 +264,7 @@ def test_activations_that_are_not_a_number_are_reported_with_their_group() -> No
 
 
 OBJECTS = [
-    Random(3), L1("max"), Taylor("batch"), KL("gaussian", key="logits"), KLFisher(5, split=BatchKeys("x", "y")),
+    Random(3), L1("max"), Taylor("batch"), KL("gaussian", key="logits"), KLFisher(5, split_batch=BatchKeys("x", "y")),
     ShapleyCriterion(game=GameOptions(groups=2)), DirichletCriterion(DirichletOptions(epochs=3)),
 ]  # fmt: skip
 

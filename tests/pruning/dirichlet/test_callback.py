@@ -473,7 +473,7 @@ class Dicts(IterableDataset):
 
 def test_dict_batches_reach_the_training_step_as_they_are(trained: Net) -> None:
     loaders = [DataLoader(Dicts(loader), batch_size=None) for loader in (TRAIN, VAL)]
-    options = {"calibration": Calibration(source="train", split_batch=BatchKeys("image", "label"))}
+    options = {"calibration": Calibration(source="train"), "split_batch": BatchKeys("image", "label")}
     with pytest.raises(ValueError, match=r"give Prior\(dataset_size"):
         trainer(callback(**options), max_epochs=1).fit(like(trained, DictNet()), *loaders)
     model = like(trained, DictNet())

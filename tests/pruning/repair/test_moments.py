@@ -130,7 +130,7 @@ def test_moments_do_not_depend_on_how_samples_are_batched_or_named() -> None:
     one = Moments.collect(model, graph, [(samples, None)], positions=10**6)
     batches = [{"image": samples[:40], "label": None}, {"image": samples[40:], "label": None}]
     split = BatchKeys("image", "label")
-    other = Moments.collect(model, graph, batches, split=split, positions=10**6)
+    other = Moments.collect(model, graph, batches, split_batch=split, positions=10**6)
     for path, layer in one.layers.items():
         assert torch.allclose(other.layers[path].covariance, layer.covariance, rtol=1e-4, atol=1e-5)
         assert other.layers[path].count == layer.count
@@ -153,7 +153,7 @@ def test_dict_inputs_are_handed_over_by_keyword() -> None:
     model, x = TwoInputs(), {"left": torch.randn(20, 3), "right": torch.randn(20, 3)}
     graph = ChannelGraph.from_model(model, x)
     split = BatchKeys(["left", "right"], "target")
-    moments = Moments.collect(model, graph, [{**x, "target": torch.zeros(20)}], split=split)
+    moments = Moments.collect(model, graph, [{**x, "target": torch.zeros(20)}], split_batch=split)
     seen = F.relu(model.a(x["left"] + x["right"])).detach()
     assert torch.allclose(moments.layers["b"].covariance[0].float(), seen.T.cov(correction=0), atol=1e-5)
     assert torch.allclose(moments.layers["b"].mean[0].float(), seen.mean(0), atol=1e-5)

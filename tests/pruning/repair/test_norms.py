@@ -53,7 +53,7 @@ def test_only_so_many_samples_are_used_and_batches_may_be_dicts() -> None:
     recalibrate_norms(one, [(x[:20], None)])
     split = BatchKeys("pixels", "label")
     batches = [{"pixels": x[:16], "label": 0}, {"pixels": x[16:], "label": 0}]
-    recalibrate_norms(other, batches, split=split, samples=20)
+    recalibrate_norms(other, batches, split_batch=split, samples=20)
     assert torch.allclose(other[1].running_mean, one[1].running_mean, atol=1e-12)
 
 
