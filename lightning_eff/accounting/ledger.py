@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from scipy.optimize import brentq
 
@@ -18,9 +18,8 @@ from lightning_eff.accounting.subsampled import (
     PrivacyEvent,
     subsampled_epsilon,
 )
-
-if TYPE_CHECKING:
-    from lightning_eff.reporting import Table
+from lightning_eff.documents import parsed, reading, write_text
+from lightning_eff.reporting import Column, Report, Table
 
 Adjacency = Literal["add_remove", "replace_one"]
 _ADJACENCIES: dict[Adjacency, str] = {
@@ -34,7 +33,7 @@ class PrivacyBudgetExceeded(RuntimeError):
     """What was asked for would spend more than ``max_epsilon``; it has not been done."""
 
 
-class PrivacyLedger:
+class PrivacyLedger(Report):
     """Every step that looked at private data, and its (epsilon, delta).
 
     Steps are recorded before their result is used, so that a crash overstates what was spent and never understates
@@ -147,7 +146,7 @@ class PrivacyLedger:
             low, high = (middle, high) if room(middle, "rdp") >= 0 else (low, middle)
         return low if self.accountant == "rdp" else _last_kept(room, low, at_most)
 
-    def report(self, deltas: Sequence[float] = (1e-5, 1e-6)) -> dict[str, Any]:
+    def facts(self, deltas: Sequence[float] = (1e-5, 1e-6)) -> dict[str, Any]:
         """Return everything as plain Python: figures, history, and the sentences they rest on."""
         wanted = sorted({self.delta, *deltas}, reverse=True)
         phases = {(event.noise_multiplier, event.sample_rate) for event in self._events}
@@ -170,36 +169,30 @@ class PrivacyLedger:
             "not_covered": list(self.not_covered),
         }
 
-    def table(self, deltas: Sequence[float] = (1e-5, 1e-6)) -> Table:
-        """Epsilon by delta and accountant."""
-        from lightning_eff.reporting import Column, Table
-
-        report = self.report(deltas)
-        columns = [Column("delta", ".3g")] + [Column(f"epsilon ({name})", ".4g") for name in ACCOUNTANTS]
-        caption = f"{self.steps:,} steps; neighbours: {report['neighbours']}; accountant: {report['accountant']}."
-        if self.caveats:
-            caption = f"{' '.join(self.caveats)} {caption}"
-        return Table("Privacy spent", columns, [list(row.values()) for row in report["epsilons"]], caption)
-
-    def to_markdown(self) -> str:
-        """Return the report as Markdown; caveats come first."""
-        from lightning_eff.reporting import Column, Table
-
-        columns = [Column("for"), Column("noise multiplier", ".4g"), Column("sample rate", ".4g"), Column("steps", ",")]
-        rows = [[e.label or None, e.noise_multiplier, e.sample_rate, e.steps] for e in self._events]
+    def preface(self) -> list[str]:
+        """Return why epsilon does not hold as it stands, if so, and what was spent."""
         epsilon = self.epsilon()
         headline = f"epsilon = {epsilon:.4g} at delta = {self.delta:g}" if math.isfinite(epsilon) else "NOT PRIVATE"
-        parts = [
-            *(f"> {sentence}" for sentence in self.caveats),
-            f"**{headline}**",
-            self.table().to_markdown().rstrip(),
-        ]
-        if rows:
-            parts.append(Table("History", columns, rows).to_markdown().rstrip())
-        for title, sentences in (("Rests on", self.assumptions), ("Not covered", self.not_covered)):
-            if sentences:
-                parts.append(f"**{title}**\n\n" + "\n".join(f"- {sentence}" for sentence in sentences))
-        return "\n\n".join(parts) + "\n"
+        return [*self.caveats, headline]
+
+    def tables(self) -> dict[str, Table]:
+        """Return epsilon by delta and accountant, the history, and what it rests on and does not cover."""
+        tables = {"spent": self._spent()}
+        if self._events:
+            numbers = [Column("noise multiplier", ".4g"), Column("sample rate", ".4g"), Column("steps", ",")]
+            rows = [[e.label or None, e.noise_multiplier, e.sample_rate, e.steps] for e in self._events]
+            tables["history"] = Table("History", [Column("for"), *numbers], rows)
+        sentences = (("rests on", self.assumptions), ("does not cover", self.not_covered))
+        if terms := [[kind, sentence] for kind, listed in sentences for sentence in listed]:
+            tables["terms"] = Table("Terms", ["epsilon", "sentence"], terms)
+        return tables
+
+    def _spent(self) -> Table:
+        facts = self.facts()
+        columns = [Column("delta", ".3g")] + [Column(f"epsilon ({name})", ".4g") for name in ACCOUNTANTS]
+        caption = f"{self.steps:,} steps; neighbours: {facts['neighbours']}; accountant: {facts['accountant']}."
+        caption = " ".join([*self.caveats, caption])
+        return Table("Privacy spent", columns, [list(row.values()) for row in facts["epsilons"]], caption)
 
     def to_opacus(self, accountant: Any) -> Any:
         """Append the history to an accountant of opacus, to compose it with what was done elsewhere; returns it.
@@ -232,31 +225,26 @@ class PrivacyLedger:
         Raises:
             ValueError: It is not the state of a ledger, or of a later version.
         """
-        try:
+        with reading("not the state of a PrivacyLedger"):
             if state["version"] != _VERSION:
                 raise ValueError(f"expected version {_VERSION}, got {state['version']!r}")
             ledger = PrivacyLedger(
-                state["delta"],
-                max_epsilon=state["max_epsilon"],
+                parsed(float, state["delta"], "delta"),
+                max_epsilon=parsed(float | None, state["max_epsilon"], "max_epsilon"),
                 accountant=state["accountant"],
                 adjacency=state["adjacency"],
             )
-            ledger._events = [PrivacyEvent(**event) for event in state["history"]]
+            ledger._events = parsed(list[PrivacyEvent], state["history"], "history")
             for event in ledger._events:
                 ledger._event(**vars(event))
             for name in ("assumptions", "not_covered", "caveats"):
-                setattr(ledger, name, [str(sentence) for sentence in state[name]])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not the state of a PrivacyLedger: {error}") from error
+                setattr(ledger, name, parsed(list[str], state[name], name))
         self.__dict__.update(ledger.__dict__)
 
     def save(self, path: str | Path) -> Path:
         """Write state and report as JSON; folders are made."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"report": _jsonable(self.report()), "ledger": _jsonable(self.state_dict())}
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        return path
+        content = {"report": _jsonable(self.facts()), "ledger": _jsonable(self.state_dict())}
+        return write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> PrivacyLedger:
@@ -265,14 +253,12 @@ class PrivacyLedger:
         Raises:
             ValueError: The file holds no ledger.
         """
-        try:
-            state = json.loads(Path(path).read_text(encoding="utf-8"))["ledger"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} holds no privacy ledger: {error!r}") from error
-        if isinstance(state, dict) and state.get("max_epsilon") == "inf":
-            state["max_epsilon"] = math.inf
         ledger = cls()
-        ledger.load_state_dict(state)
+        with reading(f"{path} holds no privacy ledger"):
+            state = json.loads(Path(path).read_text(encoding="utf-8"))["ledger"]
+            if state["max_epsilon"] == "inf":
+                state["max_epsilon"] = math.inf
+            ledger.load_state_dict(state)
         return ledger
 
     def __repr__(self) -> str:

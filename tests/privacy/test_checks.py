@@ -362,7 +362,7 @@ def test_no_noise_is_allowed_with_a_warning_and_infinite_epsilon():
     with pytest.warns(UserWarning, match="nothing is private"):
         strategy = fit(noise_multiplier=0.0)[1].strategy
     assert strategy.epsilon == float("inf")
-    assert not strategy.ledger.report()["private"]
+    assert not strategy.ledger.facts()["private"]
 
 
 def test_shuffled_batches_are_told_in_every_report():
@@ -372,7 +372,7 @@ def test_shuffled_batches_are_told_in_every_report():
     ledger = trainer.strategy.ledger
     assert ledger.history[0].sample_rate == 0.4
     assert "approximate" in ledger.to_markdown()
-    assert not ledger.report()["private"]
+    assert not ledger.facts()["private"]
 
 
 def test_private_data_given_as_public_are_refused():

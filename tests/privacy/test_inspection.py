@@ -29,7 +29,7 @@ def told(trainer):
 
 
 def private(trainer):
-    return trainer.strategy.ledger.report()["private"]
+    return trainer.strategy.ledger.facts()["private"]
 
 
 def test_a_loss_that_mixes_examples_is_an_error_a_warning_or_let_pass():

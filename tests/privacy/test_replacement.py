@@ -43,7 +43,7 @@ def test_a_new_head_is_trained_from_the_next_step_on_and_the_ledger_tells(like, 
     assert all(parameter.grad is not None for parameter in module.net[2].parameters())
     (caveat,) = [one for one in strategy.ledger.caveats if CAVEAT in one]
     assert "(net.2.bias, net.2.weight)" in caveat
-    assert not strategy.ledger.report()["private"]
+    assert not strategy.ledger.facts()["private"]
 
 
 def test_a_parameter_resized_in_place_is_noticed():
@@ -71,14 +71,14 @@ def test_channels_that_another_technique_cuts_in_the_middle_make_the_run_not_pri
     assert module.net[0].out_features == 3
     assert strategy.ledger.steps == 15
     assert any(CAVEAT in one for one in strategy.ledger.caveats)
-    assert not strategy.ledger.report()["private"]
+    assert not strategy.ledger.facts()["private"]
 
 
 def test_who_only_trains_has_no_such_caveat():
     strategy = private(drop_rate=0.5)
     trainer_of(strategy, max_epochs=2, callbacks=[DPPrePruneCallback(0.5)]).fit(Classifier(), loader())
     assert strategy.ledger.caveats == []
-    assert strategy.ledger.report()["private"]
+    assert strategy.ledger.facts()["private"]
 
 
 def test_unfrozen_parameters_are_no_replacement_and_noisy_gradients_are_gathered_anew():

@@ -150,7 +150,7 @@ def test_a_checkpoint_that_tells_nothing_is_refused_unless_allowed(tmp_path):
     with pytest.raises(ValueError, match=r"does not tell what was spent before.*allow_unaccounted_resume"):
         train(2, resume=tmp_path / "plain.ckpt")
     _, runner = train(2, resume=tmp_path / "plain.ckpt", options={"allow_unaccounted_resume": True})
-    report = runner.strategy.ledger.report()
+    report = runner.strategy.ledger.facts()
     assert not report["private"]
     assert "does not tell what was spent" in report["caveats"][0]
     assert runner.strategy.ledger.steps == 5
