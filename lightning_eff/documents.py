@@ -49,7 +49,7 @@ def whole_file(path: str | Path) -> Generator[Path, None, None]:
     try:
         yield beside
         beside.replace(path)
-    except Exception:
+    except BaseException:
         beside.unlink(missing_ok=True)
         raise
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_eff.batch import take
+from lightning_eff.documents import parsed, reading, write_text
 from lightning_eff.glimpse.config import ACTION_SIZE, GlimpseConfig
 from lightning_eff.glimpse.policies.base import Policy, PolicyLike
 from lightning_eff.glimpse.world import GlimpseWorld, Step
@@ -89,10 +90,7 @@ class Trajectory:
 
     def save(self, path: str | Path, ids: Sequence[Any] | None = None) -> Path:
         """Write JSON lines, one an image; folders are made. Arguments as of :meth:`records`."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(record) + "\n" for record in self.records(ids)), encoding="utf-8")
-        return path
+        return write_text(path, "".join(json.dumps(record) + "\n" for record in self.records(ids)))
 
     @classmethod
     def load(cls, path: str | Path, config: GlimpseConfig) -> Self:
@@ -105,7 +103,13 @@ class Trajectory:
         Raises:
             ValueError: A line is of another schema, or of another scene or camera.
         """
-        records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+        with reading(f"{path} holds no explorations"):
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            records = [parsed(dict[str, Any], json.loads(line), "a line") for line in lines if line]
+            return cls._read(records, path, config)
+
+    @classmethod
+    def _read(cls, records: Sequence[dict[str, Any]], path: str | Path, config: GlimpseConfig) -> Self:
         for number, record in enumerate(records, 1):
             if record.get("schema") != SCHEMA:
                 raise ValueError(f"{path}, line {number}: expected schema {SCHEMA}, got {record.get('schema')!r}")

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_eff.documents import parsed, reading, write_text
 from lightning_eff.lidar.frames import Frame
 from lightning_eff.lidar.game import Completion, FrameGame
 from lightning_eff.lidar.lines import LidarWarning
@@ -52,7 +53,8 @@ class ValueJournal:
         self._unproved: set[str] = set()
         path.parent.mkdir(parents=True, exist_ok=True)
         for file in sorted(path.parent.glob(f"{path.name}*")):
-            self._read(file)
+            if file.suffix != ".part":
+                self._read(file)
         if not self._own.exists():
             self._append([self._header])
 
@@ -115,11 +117,18 @@ class ValueJournal:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def _read(self, file: Path) -> None:
-        text = file.read_text(encoding="utf-8")
-        whole, _, broken = text.rpartition("\n")
+        content, _, broken = file.read_bytes().rpartition(b"\n")
+        with reading(f"{file} holds no errors of coalitions, delete it"):
+            whole = content.decode()
+            lines = [
+                parsed(dict[str, Any], json.loads(line), f"line {i}")
+                for i, line in enumerate(whole.split("\n"), 1)
+                if line
+            ]
+            known = [(line["frame"], _hexadecimal(line["coalition"]), line["error"]) for line in lines[1:]]
+            parsed(list[tuple[str, str, float]], known, "frame, coalition and error of a line")
         if broken and file == self._own:  # a line cut off in the middle: go on behind the last whole one
-            file.write_text(whole + "\n" if whole else "", encoding="utf-8")
-        lines = [json.loads(line) for line in whole.splitlines()]
+            write_text(file, whole + "\n" if whole else "")
         if not lines:
             if file == self._own:
                 file.unlink()
@@ -132,9 +141,14 @@ class ValueJournal:
                 f"{self._header[name]!r} here; give another dirpath or delete the file"
             )
         self._files.append(file)
-        for line in lines[1:]:
-            self._known.setdefault(line["frame"], {})[line["coalition"]] = line["error"]
-            self._unproved.add(line["frame"])
+        for frame, coalition, error in known:
+            self._known.setdefault(frame, {})[coalition] = error
+            self._unproved.add(frame)
+
+
+def _hexadecimal(key: str) -> str:
+    bytes.fromhex(key)
+    return key
 
 
 def frame_fingerprint(frame: Frame) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_eff.accounting import PrivacyLedger
+from lightning_eff.documents import write_text
 from lightning_eff.privacy.planning import PrivacyPlan
 
 
@@ -65,4 +66,4 @@ def tell_loggers(loggers: Iterable[Any], settings: Mapping[str, Any]) -> None:
 def write_reports(ledger: PrivacyLedger, dirpath: str | Path) -> None:
     """Write ``privacy.json``, which :meth:`PrivacyLedger.load` reads, and ``privacy.md``."""
     ledger.save(Path(dirpath) / "privacy.json")
-    (Path(dirpath) / "privacy.md").write_text(ledger.to_markdown(), encoding="utf-8")
+    write_text(Path(dirpath) / "privacy.md", ledger.to_markdown())

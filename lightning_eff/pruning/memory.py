@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_eff.documents import reading, write_text
 from lightning_eff.pruning.report import Scores
 from lightning_eff.pruning.samples import Samples
 
@@ -37,14 +38,12 @@ class ScoreMemory:
             return compute()
         path = self._dirpath / "scores" / f"step{self._step}-{name}.json"
         if path.exists():
-            stored = json.loads(path.read_text())
-            if stored["fingerprint"] == self._fingerprint:
-                return Scores.from_dict(stored["scores"])
+            with reading(f"{path} holds no scores, delete it"):
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                if stored["fingerprint"] == self._fingerprint:
+                    return Scores.from_dict(stored["scores"])
         scores = compute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")  # a process that dies while writing leaves no half of a file
-        unfinished.write_text(json.dumps({"fingerprint": self._fingerprint, "scores": scores.to_dict()}))
-        unfinished.replace(path)
+        write_text(path, json.dumps({"fingerprint": self._fingerprint, "scores": scores.to_dict()}))
         return scores
 
 

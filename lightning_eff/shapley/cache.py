@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_eff.documents import reading, whole_file, write_text
 from lightning_eff.shapley.games import (
     Game,
     Start,
@@ -109,8 +109,7 @@ class CachedGame:
         """
         rows = [(group, key, value) for group, table in self._known.items() for key, value in table.items()]
         packed = np.frombuffer(b"".join(key for _, key, _ in rows), np.uint8)
-        partial = Path(f"{path}.part")
-        with partial.open("wb") as file:
+        with whole_file(path) as beside, beside.open("wb") as file:
             np.savez_compressed(
                 file,
                 masks=packed.reshape(len(rows), -(-self.n_players // 8)),
@@ -120,7 +119,6 @@ class CachedGame:
                 groups=np.array(self.n_groups),
                 fingerprint=np.array(self.fingerprint),
             )
-        os.replace(partial, path)
 
     def load(self, path: str | Path) -> None:
         """Add the values of a file that `save` wrote; values known already stay.
@@ -128,9 +126,15 @@ class CachedGame:
         Raises:
             ValueError: the file was made with another fingerprint, or for another number of players or groups.
         """
-        with np.load(path, allow_pickle=False) as file:
+        with reading(f"{path} holds no values of coalitions"), np.load(path, allow_pickle=False) as file:
             n, n_groups, fingerprint = int(file["n"]), int(file["groups"]), str(file["fingerprint"])
             masks, values, groups = file["masks"], file["values"], file["group"]
+            if masks.dtype != np.uint8 or masks.shape != (len(values), -(-n // 8)) or groups.shape != (len(values),):
+                raise ValueError(
+                    f"expected masks and groups of {len(values)} values, got {masks.shape}, {groups.shape}"
+                )
+            if values.dtype.kind != "f" or groups.dtype.kind != "i" or not ((groups >= -1) & (groups < n_groups)).all():
+                raise ValueError(f"expected groups in -1..{n_groups - 1}, and numbers as values")
         if fingerprint != self.fingerprint:
             raise ValueError(
                 f"{path} holds values of another game: its fingerprint is {fingerprint!r}, "
@@ -153,10 +157,8 @@ class CachedGame:
         Raises:
             ValueError: a line that cannot be read, by its number, or a file for another number of players.
         """
-        try:
-            kept, values = parse_official(Path(path).read_text(), style)
-        except ValueError as error:
-            raise ValueError(f"{path}, {error}") from error
+        with reading(str(path)):
+            kept, values = parse_official(Path(path).read_text(encoding="utf-8"), style)
         if kept.shape[1] != self.n_players:
             raise ValueError(f"{path}, line 1: it is for {kept.shape[1]} players, this game has {self.n_players}")
         table = self._known.setdefault(_WHOLE, {})
@@ -178,7 +180,7 @@ class CachedGame:
         packed = np.frombuffer(b"".join(table), np.uint8).reshape(len(table), -(-self.n_players // 8))
         kept = torch.from_numpy(np.unpackbits(packed, axis=1, count=self.n_players).astype(bool))
         values = torch.tensor(list(table.values()), dtype=torch.float64)
-        Path(path).write_text(format_official(kept, values, style, decimals))
+        write_text(path, format_official(kept, values, style, decimals))
 
     def _table_of(self, group: int) -> int:
         if not 0 <= group < self.n_groups:

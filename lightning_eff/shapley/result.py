@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_eff.documents import parsed, reading, write_text
+
 
 @dataclass(eq=False)
 class ShapleyResult:
@@ -120,22 +122,43 @@ class ShapleyResult:
 
     @classmethod
     def from_dict(cls, entries: dict[str, Any]) -> ShapleyResult:
-        """The result that `to_dict` described, to the bit."""
-        tensors = {
-            name: torch.tensor(entries[name], dtype=torch.float64)
-            for name in ("values", "stderr", "v_empty", "v_full")
-            if entries[name] is not None
-        }
-        return cls(**{**entries, **tensors})
+        """The result that `to_dict` described, to the bit.
+
+        Raises:
+            ValueError: it described something else.
+        """
+        with reading("not a Shapley result"):
+            tensors = {
+                name: torch.tensor(entries[name], dtype=torch.float64)
+                for name in ("values", "stderr", "v_empty", "v_full")
+                if entries[name] is not None
+            }
+            result: ShapleyResult = parsed(cls, {**entries, **tensors}, "the result")
+            shape, names = result.values.shape, result.names
+            if result.values.ndim not in (1, 2) or result.stderr.shape != shape:
+                raise ValueError(
+                    f"expected values and stderr [n] or [n, D], got {[*shape]} and {[*result.stderr.shape]}"
+                )
+            for end in (result.v_empty, result.v_full):
+                if end is not None and end.shape != shape[1:]:
+                    raise ValueError(f"expected v_empty and v_full of shape {[*shape[1:]]}, got {[*end.shape]}")
+            if names is not None and len(names) != shape[0]:
+                raise ValueError(f"expected {shape[0]} names, got {len(names)}")
+        return result
 
     def save(self, path: str | Path) -> None:
         """Write JSON (with Python's `NaN` and `Infinity` where a player has no value or no error bar)."""
-        Path(path).write_text(json.dumps(self.to_dict()))
+        write_text(path, json.dumps(self.to_dict()))
 
     @classmethod
     def load(cls, path: str | Path) -> ShapleyResult:
-        """Read what `save` wrote, to the bit."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """Read what `save` wrote, to the bit.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        with reading(f"{path} holds no Shapley result"):
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def _checked_count(self, k: int) -> int:
         if not 0 <= k <= len(self.values):

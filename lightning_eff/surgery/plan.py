@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_eff.documents import parsed, reading, write_text
+
 if TYPE_CHECKING:
     from lightning_eff.surgery.graph import ChannelGraph
 
@@ -140,18 +142,30 @@ class PruningPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningPlan:
-        """Read what :meth:`to_dict` wrote."""
-        if data.get("version") != VERSION:
-            raise ValueError(f"expected a pruning plan of version {VERSION}, got {data.get('version')!r}")
-        return cls(data["keep"], data.get("sizes", {}), data.get("meta", {}))
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: it is something else, or of another version.
+        """
+        with reading("not a pruning plan"):
+            if data.get("version") != VERSION:
+                raise ValueError(f"expected a pruning plan of version {VERSION}, got {data.get('version')!r}")
+            return cls(
+                parsed(dict[str, list[int]], data["keep"], "keep"),
+                parsed(dict[str, int], data.get("sizes", {}), "sizes"),
+                parsed(dict[str, Any], data.get("meta", {}), "meta"),
+            )
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
-        """Read a plan that :meth:`save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        with reading(f"{path} holds no pruning plan"):
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))

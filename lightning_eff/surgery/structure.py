@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_eff.documents import whole_file
+
 KEY = "lightning_eff.structure"
 VERSION = 1
 # An entry of the state dict whose name tells whoever loads a cut checkpoint the plain way what to do instead.
@@ -139,6 +141,8 @@ def _save(self: Any, checkpoint: dict[str, Any]) -> None:
 def _load(self: Any, checkpoint: dict[str, Any]) -> None:
     checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k != HINT}
     structure = checkpoint.get(KEY)
+    if structure is not None and hasattr(self, "build_for_checkpoint"):
+        self.build_for_checkpoint(checkpoint)
     apply_structure(self, structure)
     trainer = getattr(self, "_trainer", None)
     for twin in averaged_models(trainer) if trainer is not None else ():
@@ -158,6 +162,9 @@ def prunable(cls: C) -> C:
     After ``fit`` has cut a module, its class is extended in the same way, so that whatever is saved later can be
     loaded again. Decorate the class to make ``load_from_checkpoint`` work in a fresh process as well; for a class
     that you do not own there is :func:`load_pruned`. Does nothing to networks that were never cut. Idempotent.
+
+    A module that puts layers in place only when it sees the trainer's data writes ``build_for_checkpoint(checkpoint)``,
+    which is called before the shapes of a cut network are taken on.
     """
     for hook, action in (("on_save_checkpoint", _save), ("on_load_checkpoint", _load)):
         original: Callable[..., Any] | None = getattr(cls, hook, None)
@@ -200,7 +207,8 @@ def is_prunable(cls: type) -> bool:
 
 def save_pruned(model: nn.Module, path: str | Path) -> None:
     """Save a plain torch model, cut or not, for :func:`load_pruned`."""
-    torch.save({"state_dict": model.state_dict(), KEY: structure_of(model)}, path)
+    with whole_file(path) as beside:
+        torch.save({"state_dict": model.state_dict(), KEY: structure_of(model)}, beside)
 
 
 def load_pruned(model: type[M] | M, path: str | Path, **kwargs: Any) -> M:

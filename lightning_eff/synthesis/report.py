@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from lightning_eff.accounting import PrivacyLedger, gaussian_epsilon
-from lightning_eff.reporting import Column, Table
+from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.options import ReleaseOptions
 from lightning_eff.synthesis.signal import drowned_classes, signal_to_noise, usable_classes
@@ -28,8 +26,10 @@ _PACKAGES = ("lightning-eff", "torch", "lightning", "scipy", "numpy")
 
 
 @dataclass(frozen=True)
-class PrivacyReport:
-    """Facts of a release as plain Python, sentences, and a table by class. Nothing in it is private.
+class PrivacyReport(Report):
+    """Facts of a release, sentences, and a table by class. Nothing in it is private.
+
+    Tables: ``privacy``, ``releases`` if there are several, ``classes``, ``terms``.
 
     Args:
         facts: Name and value, in the order in which they are shown.
@@ -72,55 +72,28 @@ class PrivacyReport:
 
     _parts = ("caveats", "assumptions", "not_covered", "classes", "history")
 
-    def to_markdown(self) -> str:
-        """Return it as Markdown, caveats first."""
-        return self._text("> {}", "**{}**", Table.to_markdown)
-
-    def __str__(self) -> str:
-        return self._text("{}", "{}", str)
-
-    def save(self, path: str | Path) -> Path:
-        """Write it as ``.json``, ``.md`` or ``.txt``; folders are made.
-
-        Raises:
-            ValueError: Another suffix.
-        """
-        path = Path(path)
-        if path.suffix not in (".json", ".md", ".txt"):
-            raise ValueError(f"expected a file name that ends in .json, .md or .txt, got {path.name!r}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".json":
-            text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        else:
-            text = self.to_markdown() if path.suffix == ".md" else f"{self}\n"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    def _text(self, caveat: str, headline: str, table: Any) -> str:
+    def preface(self) -> list[str]:
+        """Return the caveats and the headline."""
         epsilon, delta = self.facts["epsilon"], self.facts["delta"]
         known = f"epsilon = {epsilon:.6g} at delta = {delta:g}" if math.isfinite(epsilon) else "NOT PRIVATE"
-        if not self.history:
-            known = "nothing released yet"
-        parts = [caveat.format(sentence) for sentence in self.caveats] + [headline.format(known)]
+        return [*self.caveats, known if self.history else "nothing released yet"]
+
+    def tables(self) -> dict[str, Table]:
+        """Return facts, releases if there are several, classes, and what it all rests on and does not cover."""
         rows = [[name.replace("_", " "), _shown(value)] for name, value in self.facts.items()]
-        parts.append(table(Table("", ["fact", "value"], rows)).rstrip())
+        tables = {"privacy": Table("Privacy of the release", ["fact", "value"], rows)}
         if len(releases := self.releases()) > 1:
             told: list[str | Column] = ["release", Column("epsilon", ".6g"), Column("sigma", ".6g"), "in use"]
             rows = [[line["release"], line["epsilon"], line["sigma"], _YES[line["in_use"]]] for line in releases]
-            parts.append(table(Table("", told, rows)).rstrip())
+            tables["releases"] = Table("Releases", told, rows)
         if self.classes:
-            columns: list[str | Column] = [
-                "class",
-                Column("records (released)", ",.0f"),
-                Column("signal to noise", ".3g"),
-                "remark",
-            ]
+            numbers = [Column("records (released)", ",.0f"), Column("signal to noise", ".3g")]
             lines = [list(line.values()) for line in self.classes]
-            parts.append(table(Table("", columns, lines)).rstrip())
-        for title, sentences in (("Rests on", self.assumptions), ("Not covered", self.not_covered)):
-            if sentences:
-                parts.append("\n".join([headline.format(title), "", *(f"- {sentence}" for sentence in sentences)]))
-        return "\n\n".join(parts) + "\n"
+            tables["classes"] = Table("Classes", ["class", *numbers, "remark"], lines)
+        sentences = (("rests on", self.assumptions), ("does not cover", self.not_covered))
+        if terms := [[kind, sentence] for kind, listed in sentences for sentence in listed]:
+            tables["terms"] = Table("Terms", ["epsilon", "sentence"], terms)
+        return tables
 
 
 def privacy_report(

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from lightning_eff.documents import whole_file
 from lightning_eff.synthesis.tables import TableSchema
 
 if TYPE_CHECKING:
@@ -67,19 +68,19 @@ class SyntheticData:
 
     def to_csv(self, path: str | Path) -> Path:
         """Write :attr:`rows` with a heading; what is missing is an empty field. Folders are made."""
-        path = _made(path)
-        with path.open("w", encoding="utf-8", newline="") as file:
+        with whole_file(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(self.rows)
             writer.writerows(zip(*self.rows.values(), strict=True))
-        return path
+        return Path(path)
 
     def to_npz(self, path: str | Path) -> Path:
         """Write ``data`` (records) and ``labels`` (classes), the keys that other tools read. Folders are made."""
-        path = _made(path)
+        path = Path(path)
         if path.suffix != ".npz":
             raise ValueError(f"expected a file name that ends in .npz, got {path.name!r}")
-        np.savez_compressed(path, data=self.x.numpy(), labels=self.y.numpy())
+        with whole_file(path) as beside, beside.open("wb") as file:
+            np.savez_compressed(file, data=self.x.numpy(), labels=self.y.numpy())
         return path
 
     def as_dataset(self) -> TensorDataset:
@@ -105,9 +106,3 @@ class SyntheticData:
         from lightning_eff.reporting import save_figure
 
         return save_figure(self.grid(per_class, class_names), path)
-
-
-def _made(path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path

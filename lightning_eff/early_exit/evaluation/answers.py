@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_eff.batch import take
+from lightning_eff.documents import write_text
 from lightning_eff.early_exit.evaluation.curve import BUDGETS, CurveResult, EarlyExitCurve
 from lightning_eff.early_exit.evaluation.figures import (
     curve_figure,
@@ -229,4 +230,4 @@ def _thresholds(answers: Answers, network: MultiExitNetwork) -> dict[str, Any]:
 
 
 def _dump(values: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from lightning_eff.documents import parsed, reading, write_text
 
 Floats = NDArray[np.float64]
 
@@ -100,10 +102,7 @@ class ScalingLaw:
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, which :func:`load_law` reads; folders are made."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        return path
+        return write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,15 +267,8 @@ def law_from_dict(state: Mapping[str, Any]) -> ScalingLaw:
     kind = values.pop("law", None)
     if kind not in kinds:
         raise ValueError(f"expected a law of {sorted(kinds)}, got {kind!r}")
-    try:
-        law = kinds[kind](**values)
-    except TypeError as error:
-        raise ValueError(f"not the coefficients of a {kind} law: {error}") from error
-    # JSON has lists where the law has a pair
-    if law.fitted_flops is None:
-        return law
-    least, most = law.fitted_flops
-    return replace(law, fitted_flops=(least, most))
+    law: ScalingLaw = parsed(kinds[kind], values, f"the coefficients of a {kind} law")
+    return law
 
 
 def load_law(name_or_path: str | Path) -> ScalingLaw:
@@ -294,8 +286,6 @@ def load_law(name_or_path: str | Path) -> ScalingLaw:
     path = Path(name_or_path)
     if not path.is_file():
         raise ValueError(f"expected a file or one of {', '.join(PRESETS)}, got {str(name_or_path)!r}")
-    try:
+    with reading(f"{path} holds no scaling law"):
         state = json.loads(path.read_text(encoding="utf-8"))
         return law_from_dict(state["law"] if isinstance(state["law"], dict) else state)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no scaling law: {error}") from error

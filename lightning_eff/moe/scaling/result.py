@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_eff.documents import parsed, reading, write_text
 from lightning_eff.moe.scaling.laws import ScalingLaw, law_from_dict
 from lightning_eff.moe.scaling.objective import Objective
 from lightning_eff.moe.scaling.runs import Runs
@@ -23,6 +24,17 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 _VERSION = 1
 _COLUMNS = ("n_total", "n_tokens", "loss", "granularity", "n_active", "expansion_rate", "flops", "weight")
+# what a file tells as it is
+_PLAIN: dict[str, Any] = {
+    "fixed": tuple[str, ...],
+    "value": float,
+    "spread": float,
+    "converged": bool,
+    "rmse": float,
+    "r2": float,
+    "holdout_rmse": float | None,
+    "notes": list[str],
+}
 
 
 class Prediction(NamedTuple):
@@ -161,8 +173,6 @@ class FitResult:
 
     def save(self, path: str | Path) -> Path:
         """Write everything as JSON; folders are made. :func:`load_law` reads the law alone from it."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         runs: dict[str, Any] = {"names": self.runs.names, "diverged": self.runs.diverged}
         for name in _COLUMNS:
             column = getattr(self.runs, name)
@@ -174,10 +184,8 @@ class FitResult:
             "runs": runs,
             "samples": {name: values.tolist() for name, values in self.samples.items()},
         }
-        for name in ("fixed", "value", "spread", "converged", "rmse", "r2", "holdout_rmse", "notes"):
-            state[name] = getattr(self, name)
-        path.write_text(json.dumps(state) + "\n", encoding="utf-8")
-        return path
+        state |= {name: getattr(self, name) for name in _PLAIN}
+        return write_text(path, json.dumps(state) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> FitResult:
@@ -186,24 +194,34 @@ class FitResult:
         Raises:
             ValueError: the file holds no fit, or one of a later version.
         """
-        try:
+        with reading(f"{path} holds no fit of a scaling law"):
             state = json.loads(Path(path).read_text(encoding="utf-8"))
-            if (version := state.pop("version")) != _VERSION:
-                raise ValueError(f"expected version {_VERSION}, got {version!r}")
-            runs = state.pop("runs")
-            columns = {
-                name: None if runs[name] is None else np.array(runs[name], dtype=np.float64) for name in _COLUMNS
+            if state["version"] != _VERSION:
+                raise ValueError(f"expected version {_VERSION}, got {state['version']!r}")
+            law, runs = law_from_dict(state["law"]), state["runs"]
+            kinds = {
+                name: list[float] if name in ("n_total", "n_tokens", "loss") else list[float] | None
+                for name in _COLUMNS
             }
+            columns = {name: parsed(kind, runs[name], name) for name, kind in kinds.items()}
+            names = parsed(tuple[str, ...], runs["names"], "names")
+            samples = parsed(dict[str, list[float]], state["samples"], "samples")
+            for what, told in (("columns", [*columns.values(), names or None]), ("samples", list(samples.values()))):
+                if len({len(column) for column in told if column is not None}) > 1:
+                    raise ValueError(f"expected {what} of one length")
+            if samples and samples.keys() != law.coefficients.keys():
+                raise ValueError(f"expected samples of {sorted(law.coefficients)}, got {sorted(samples)}")
             return cls(
-                law=law_from_dict(state.pop("law")),
-                objective=Objective(**state.pop("objective")),
-                runs=Runs(**columns, names=tuple(runs["names"]), diverged=runs["diverged"]),  # type: ignore[arg-type]
-                samples={name: np.array(values) for name, values in state.pop("samples").items()},
-                fixed=tuple(state.pop("fixed")),
-                **state,
+                law=law,
+                objective=parsed(Objective, state["objective"], "objective"),
+                runs=Runs(
+                    **{name: None if column is None else np.array(column) for name, column in columns.items()},  # type: ignore[arg-type]
+                    names=names,
+                    diverged=parsed(int, runs["diverged"], "diverged"),
+                ),
+                samples={name: np.array(values) for name, values in samples.items()},
+                **{name: parsed(kind, state[name], name) for name, kind in _PLAIN.items()},
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no fit of a scaling law: {error!r}") from error
 
 
 def quality(law: ScalingLaw, runs: Runs) -> tuple[float, float]:

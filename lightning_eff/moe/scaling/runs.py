@@ -18,6 +18,8 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from lightning_eff.documents import whole_file
+
 Floats = NDArray[np.float64]
 
 #: Columns a run is told by; a file may have others besides.
@@ -177,14 +179,12 @@ def append_run(path: str | Path, run: Mapping[str, Any]) -> None:
         heading += [column for column in run if column not in heading]
         rows = [row for row in rows if row["run_name"] != name]
         rows.append({column: _text(value) for column, value in run.items()})
-        beside = path.with_name(f"{path.name}.part")
-        with beside.open("w", newline="", encoding="utf-8") as file:
+        with whole_file(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, heading, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
 
 
 def run_names(path: str | Path) -> set[str]:

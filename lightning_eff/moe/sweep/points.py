@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -15,6 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import get_loader
 
 from lightning_eff.data import ByteTextDataModule
+from lightning_eff.documents import write_text
 from lightning_eff.moe.decoder import DecoderConfig
 from lightning_eff.moe.scaling.plan import readable
 from lightning_eff.reporting import Column, Table
@@ -338,16 +338,9 @@ def _write(out: Path, runs: Sequence[SweepRun]) -> None:
             raise ValueError(f"{path} is there and differs: give the sweep a folder of its own")
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        _write_whole(out / f"{name}.yaml", text)
+        write_text(out / f"{name}.yaml", text)
     kept = [[row.get(name, "") for name in _COLUMNS] for row in there if row["run_name"] not in texts]
-    _write_whole(table, Table("", _COLUMNS, [*kept, *([run.row[name] for name in _COLUMNS] for run in runs)]).to_csv())
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file that whoever is killed leaves as it was."""
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    write_text(table, Table("", _COLUMNS, [*kept, *([run.row[name] for name in _COLUMNS] for run in runs)]).to_csv())
 
 
 def read_rows(sweep: str | Path) -> list[dict[str, str]]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lightning_eff.documents import reading, whole_file
+
 
 class SwitchMemory:
     """What :class:`SwitchTraining` keeps, until :func:`forget` deletes it after the step.
@@ -26,15 +28,14 @@ class SwitchMemory:
         """Write the state of a training in place of the last one."""
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_suffix(".part")  # a process that dies while writing leaves the old file
-        torch.save({"fingerprint": self._fingerprint, "state": dict(state)}, unfinished)
-        unfinished.replace(self._path)
+        with whole_file(self._path) as beside:
+            torch.save({"fingerprint": self._fingerprint, "state": dict(state)}, beside)
 
     def stored(self) -> dict[str, Any] | None:
         """The state of the same training, if one was kept."""
         if self._path is None or not self._path.exists():
             return None
-        stored = torch.load(self._path, map_location="cpu", weights_only=True)
-        state: dict[str, Any] = stored["state"]
-        return state if stored["fingerprint"] == self._fingerprint else None
+        with reading(f"{self._path} holds no switches, delete it"):
+            stored = torch.load(self._path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = stored["state"]
+            return state if stored["fingerprint"] == self._fingerprint else None

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lightning_eff.documents import reading, write_text
 from lightning_eff.pruning.random_channel.candidates import Candidate, candidate_columns
 from lightning_eff.reporting import Table
 
@@ -49,8 +50,7 @@ class Journal:
                 f"{previous.name}, and this search starts from the beginning",
                 stacklevel=3,
             )
-        self._own.parent.mkdir(parents=True, exist_ok=True)
-        _beside(self._own).write_text(json.dumps({"fingerprint": fingerprint}))
+        write_text(_beside(self._own), json.dumps({"fingerprint": fingerprint}))
         self._write(mine)
 
     def add(self, candidate: Candidate) -> None:
@@ -73,15 +73,16 @@ class Journal:
     def _write(self, candidates: Iterable[Candidate]) -> None:
         assert self._own is not None
         table = Table("Candidates", candidate_columns(self._groups), [candidate.row() for candidate in candidates])
-        unfinished = self._own.with_suffix(".part")  # a process that dies while writing leaves the old file
-        table.to_csv(unfinished)
-        unfinished.replace(self._own)
+        table.to_csv(self._own)
 
 
 def fingerprint_of(path: Path) -> str | None:
     """The fingerprint of the search that writes to ``path``; None where there is none."""
     beside = _beside(path)
-    return str(json.loads(beside.read_text())["fingerprint"]) if beside.exists() else None
+    if not beside.exists():
+        return None
+    with reading(f"{beside} holds no fingerprint of a search, delete it and the candidates beside it"):
+        return str(json.loads(beside.read_text(encoding="utf-8"))["fingerprint"])
 
 
 def _beside(path: Path) -> Path:
@@ -90,5 +91,7 @@ def _beside(path: Path) -> Path:
 
 def _read(path: Path) -> list[Candidate]:
     """Candidates of a journal; the line that a process was writing when it died is left out."""
-    whole, end, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [Candidate.from_record(record) for record in csv.DictReader(io.StringIO(whole + end))]
+    with reading(f"{path} holds no candidates of a search, delete it"):
+        whole, end, _ = path.read_bytes().rpartition(b"\n")  # a letter of several bytes may have been cut, too
+        records = csv.DictReader(io.StringIO((whole + end).decode(), newline=""), strict=True)
+        return [Candidate.from_record(record) for record in records]

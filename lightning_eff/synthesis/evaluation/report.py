@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_eff.reporting import Column, Table, save_figure
+from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.synthesis.evaluation.classifiers import TABLE_CLASSIFIERS
 from lightning_eff.synthesis.evaluation.coordinates import classifier_inputs
 from lightning_eff.synthesis.evaluation.correlations import associations
 from lightning_eff.synthesis.evaluation.downstream import Downstream, train_synthetic_test_real
-from lightning_eff.synthesis.evaluation.figures import plot_marginals, plot_nearest, plot_pairs
+from lightning_eff.synthesis.evaluation.figures import marginals_figure, nearest_figure, pairs_figure
 from lightning_eff.synthesis.evaluation.marginals import Cells
 from lightning_eff.synthesis.evaluation.nearest import NearestRecords, nearest_records
 from lightning_eff.synthesis.tables.schema import Rows, TableSchema
@@ -39,8 +38,8 @@ _FINE = 32  # intervals of a numeric column in the second count
 
 
 @dataclass(frozen=True)
-class TableQuality:
-    """What :func:`evaluate_table` measured.
+class TableQuality(Report):
+    """What :func:`evaluate_table` measured: tables ``classifiers``, ``columns``, ``nearest``, and figures.
 
     Attributes:
         cells: What columns were counted in: the schema's own cells.
@@ -67,8 +66,16 @@ class TableQuality:
         """Mean total variation of single columns."""
         return float(self.cells.single(self.real, self.synthetic).mean())
 
-    def tables(self) -> list[Table]:
+    def preface(self) -> list[str]:
+        """Say that none of it is private."""
+        return [NOT_PRIVATE]
+
+    def tables(self) -> dict[str, Table]:
         """Classifiers, columns, and nearest records."""
+        parts = {} if self.downstream is None else {"classifiers": self.downstream.table()}
+        return {**parts, "columns": self._columns(), "nearest": self.nearest.table()}
+
+    def _columns(self) -> Table:
         tv, names = self.cells.single(self.real, self.synthetic), self.cells.names
         widths = [column.width for column in self.cells.columns]
         figures = [tv.numpy(), self.fine_tv.numpy()]
@@ -98,37 +105,19 @@ class TableQuality:
             "TV: total variation between real and synthetic shares, 0 to 1; in the last line the change of association "
             "is the mean over pairs."
         )
-        parts = [] if self.downstream is None else [self.downstream.table()]
-        return [*parts, Table("Columns", columns, rows, caption), self.nearest.table()]
+        return Table("Columns", columns, rows, caption)
 
     def figures(self) -> dict[str, Figure]:
         """Histograms, pairs of columns and nearest records, by the name of their file."""
         pairs = self.cells.pairwise(self.real, self.synthetic)
         figures = {
-            "marginals": plot_marginals(self.cells, self.real, self.synthetic),
-            "pairs": plot_pairs(self.cells.names, pairs, self.real_associations, self.synthetic_associations),
-            "nearest": plot_nearest(self.nearest),
+            "marginals": marginals_figure(self.cells, self.real, self.synthetic),
+            "pairs": pairs_figure(self.cells.names, pairs, self.real_associations, self.synthetic_associations),
+            "nearest": nearest_figure(self.nearest),
         }
         for figure in figures.values():
             figure.supxlabel(NOT_TO_RELEASE, fontsize=8, color="firebrick")
         return figures
-
-    def save(self, dirpath: str | Path) -> Path:
-        """Write ``quality.md``, its figures beside it, and every table as JSON; return the path of the first."""
-        folder = Path(dirpath)
-        parts = ["# Quality of a synthetic table", f"**{NOT_PRIVATE}**"]
-        for table, name in zip(self.tables()[::-1], ("nearest", "columns", "classifiers"), strict=False):
-            table.to_json(folder / f"{name}.json")
-            parts.insert(2, table.to_markdown().strip())
-        for name, figure in self.figures().items():
-            save_figure(figure, folder / f"{name}.png")
-            parts.append(f"![{name}]({name}.png)")
-        path = folder / "quality.md"
-        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-        return path
-
-    def __str__(self) -> str:
-        return "\n\n".join([NOT_PRIVATE, *map(str, self.tables())])
 
 
 def evaluate_table(

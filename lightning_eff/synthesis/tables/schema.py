@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_eff.documents import reading, write_text
 from lightning_eff.reporting import Table
 from lightning_eff.synthesis.tables.columns import (
     CategoricalColumn,
@@ -254,10 +255,7 @@ class TableSchema:
         """Write it as YAML; folders are made."""
         import yaml  # type: ignore[import-untyped]
 
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        return path
+        return write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
     @classmethod
     def load(cls, path: str | Path) -> TableSchema:
@@ -268,7 +266,12 @@ class TableSchema:
         """
         import yaml
 
-        return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        with reading(f"{path} holds no schema"):
+            try:
+                plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise ValueError(f"it is no YAML, {error}") from error
+            return cls.from_dict(plain)
 
     @classmethod
     def infer(
