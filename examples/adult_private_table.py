@@ -39,12 +39,12 @@ def read_adult(folder: Path, schema: TableSchema) -> tuple[dict[str, list[str]],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0, help="of the generator; never of the noise")
+    parser.add_argument("--out", type=Path, default=Path("runs/adult_private_table"), help="folder of results")
     default = Path(os.environ.get("LIGHTNING_EFF_DATA", ".")) / "dp_ntk"
     parser.add_argument("--data", type=Path, default=default, help="folder with adult.data and adult.test")
     parser.add_argument("--epsilon", type=float, default=1.0, help="inf for no privacy")
-    parser.add_argument("--out", type=Path, default=Path("runs/adult"))
-    parser.add_argument("--seed", type=int, default=0, help="of the generator; never of the noise")
-    parser.add_argument("--fast", action="store_true")
     options = parser.parse_args()
 
     start = time.perf_counter()
@@ -69,7 +69,7 @@ def main() -> None:
     path = made.to_csv(options.out / "synthetic.csv")
     print(f"{path}: {len(made):,} rows after {time.perf_counter() - start:.1f} s\n")
     report = model.privacy_report()
-    report.save(options.out / "privacy.json")
+    report.write(options.out)
     print(report)
 
     quality = evaluate_table(
@@ -80,7 +80,8 @@ def main() -> None:
         classifiers=TABLE_CLASSIFIERS[:2] if options.fast else TABLE_CLASSIFIERS,
         compare_real=not options.fast,
     )
-    print(f"\n{quality}\n\nwritten to {quality.save(options.out / 'not_private')}")
+    quality.write(options.out / "not_private")
+    print(f"\n{quality}\n\nwritten to {options.out / 'not_private'}")
 
 
 if __name__ == "__main__":

@@ -25,14 +25,14 @@ NAMES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", 
 CLASSIFIERS = ("logistic_regression", "mlp")
 
 
-def generator(data: L.LightningDataModule, epsilon: float, seed: int, steps: int, dirpath: Path) -> DPNTKGenerator:
+def generator(data: L.LightningDataModule, epsilon: float, seed: int, steps: int, out: Path) -> DPNTKGenerator:
     """Release once and train."""
     L.seed_everything(seed, verbose=False)
     model = DPNTKGenerator(
         epsilon, num_classes=10, input_shape=(1, 28, 28), feature_widths=(200,), latent_dim=10, samples_per_class=50,
         steps_per_epoch=steps, matching={"seed": seed},
     )  # fmt: skip
-    figures = SynthesisFigures(dirpath / f"epsilon-{epsilon:g}", every_n_steps=max(1, steps // 2), class_names=NAMES)
+    figures = SynthesisFigures(out / f"epsilon-{epsilon:g}", every_n_steps=max(1, steps // 2), class_names=NAMES)
     L.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
         enable_progress_bar=False, callbacks=[figures],
@@ -41,18 +41,19 @@ def generator(data: L.LightningDataModule, epsilon: float, seed: int, steps: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fast", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0, help="of the generator; never of the noise")
+    parser.add_argument("--out", type=Path, default=Path("runs/fashion_private_data"), help="folder of results")
+    parser.add_argument("--data", default=None, help="folder with the idx files, if not Debian's or a download")
     parser.add_argument("--epsilon", type=float, nargs="+", default=[10.0, 1.0])
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--root", default=None, help="folder with the idx files, if not Debian's or a download")
-    parser.add_argument("--dirpath", default="runs/fashion_private_data")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from --seed on")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
     # pixels in [0, 1]: their mean and deviation would be taken from the private images
     data = FashionMNISTDataModule(
-        root=args.root, normalize=False, val_size=1, train_size=2_000 if args.fast else None,
+        root=args.data, normalize=False, val_size=1, train_size=2_000 if args.fast else None,
         test_size=500 if args.fast else None,
     )  # fmt: skip
     data.prepare_data()
@@ -63,9 +64,9 @@ def main() -> None:
 
     rows = []
     for epsilon in args.epsilon:
-        for seed in range(args.seeds):
+        for seed in range(args.seed, args.seed + args.seeds):
             start = time.process_time()
-            model = generator(data, epsilon, seed, 10 if args.fast else 500, Path(args.dirpath))
+            model = generator(data, epsilon, seed, 10 if args.fast else 500, args.out)
             seconds = time.process_time() - start
             made = model.generate(len(real[0]), seed=seed)
             first = not rows
@@ -75,7 +76,7 @@ def main() -> None:
             if first:
                 rows.append(["real", None, *(scores.mean("accuracy", name, "real") for name in CLASSIFIERS), None])
             rows.append([f"{epsilon:g}", seed, *(scores.mean("accuracy", name) for name in CLASSIFIERS), seconds])
-        model.privacy_report().save(Path(args.dirpath) / f"epsilon-{epsilon:g}" / "privacy.md")
+        model.privacy_report().write(args.out / f"epsilon-{epsilon:g}")
     columns = [
         "epsilon",
         "seed",
@@ -89,8 +90,8 @@ def main() -> None:
         f"delta 1e-5, {len(data.train_set):,} private images; CPU s: release and training",
     )
     table.print()
-    table.save(Path(args.dirpath) / "accuracy.json")
-    table.save(Path(args.dirpath) / "accuracy.md")
+    table.save(args.out / "accuracy.json")
+    table.save(args.out / "accuracy.md")
 
 
 if __name__ == "__main__":

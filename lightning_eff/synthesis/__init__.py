@@ -3,7 +3,7 @@
 from lightning_eff.synthesis.callback import SynthesisFigures, SyntheticDataWriter
 from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.features import NTKFeatures
-from lightning_eff.synthesis.figures import image_grid, loss_figure, signal_figure
+from lightning_eff.synthesis.figures import images_figure, loss_figure, signal_figure
 from lightning_eff.synthesis.generators import (
     ConvImageGenerator,
     MLPGenerator,
@@ -41,7 +41,7 @@ __all__ = [
     "TableSchema",
     "TabularDataModule",
     "TabularGenerator",
-    "image_grid",
+    "images_figure",
     "loss_figure",
     "paper_feature_net",
     "release_mean_embedding",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_eff.documents import write_text
 from lightning_eff.reporting import save_figure
 from lightning_eff.synthesis.figures import loss_figure, signal_figure
 from lightning_eff.synthesis.module import DPNTKGenerator
@@ -149,7 +150,7 @@ class SyntheticDataWriter(Callback):
             self.written = [made.to_npz(folder / "synthetic.npz")]
             if _are_images(pl_module):
                 self.written.append(made.save_grid(folder / "synthetic.png"))
-        self.written.append(pl_module.privacy_report().save(folder / "privacy_report.md"))
+        self.written.append(write_text(folder / "privacy_report.md", pl_module.privacy_report().to_markdown()))
 
 
 def _are_images(module: DPNTKGenerator) -> bool:

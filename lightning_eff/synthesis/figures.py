@@ -75,7 +75,7 @@ def signal_figure(embedding: MeanEmbedding, class_names: Sequence[str] | None = 
     return figure
 
 
-def image_grid(x: Tensor, y: Tensor, *, per_class: int = 10, class_names: Sequence[str] | None = None) -> Figure:
+def images_figure(x: Tensor, y: Tensor, *, per_class: int = 10, class_names: Sequence[str] | None = None) -> Figure:
     """Draw images, a row a class; values are clamped to [0, 1], or to [-1, 1] where some are negative.
 
     Args:

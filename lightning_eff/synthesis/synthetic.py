@@ -97,9 +97,9 @@ class SyntheticData:
         Raises:
             ValueError: The records are no images ``[channels, height, width]`` with 1 or 3 channels.
         """
-        from lightning_eff.synthesis.figures import image_grid
+        from lightning_eff.synthesis.figures import images_figure
 
-        return image_grid(self.x, self.y, per_class=per_class, class_names=class_names)
+        return images_figure(self.x, self.y, per_class=per_class, class_names=class_names)
 
     def save_grid(self, path: str | Path, per_class: int = 10, class_names: Sequence[str] | None = None) -> Path:
         """Write :meth:`grid` as a picture; folders are made."""

@@ -18,7 +18,7 @@ from lightning_eff.synthesis import (
     SyntheticDataWriter,
     TableSchema,
     TabularDataModule,
-    image_grid,
+    images_figure,
     loss_figure,
     signal_figure,
 )
@@ -108,7 +108,7 @@ def test_a_grid_has_a_row_for_each_class(tmp_path, channels):
 def test_images_in_minus_one_to_one_are_shown_from_black_to_white():
     x = torch.full((1, 1, 4, 4), -1.0)
     x[0, 0, 0, 0] = 1.0
-    (sheet,) = image_grid(x, torch.zeros(1), per_class=1).axes[0].get_images()
+    (sheet,) = images_figure(x, torch.zeros(1), per_class=1).axes[0].get_images()
     assert float(sheet.get_array().min()) == 0
     assert float(sheet.get_array().max()) == 1
 
@@ -146,16 +146,16 @@ def test_the_report_tells_everything_that_the_guarantee_needs(released):
 
 def test_the_report_is_written_as_text_markdown_and_json(released, tmp_path):
     report = released.privacy_report()
-    text, markdown = report.save(tmp_path / "r/report.txt").read_text(), report.save(tmp_path / "report.md").read_text()
-    for part in ("epsilon = 1 at delta = 1e-05", "Rests on", "Not covered", "signal to noise", "1,000"):
+    text, markdown = str(report), report.to_markdown()
+    for part in ("epsilon = 1 at delta = 1e-05", "rests on", "does not cover", "signal to noise", "1,000"):
         assert part in text
         assert part in markdown
-    plain = json.loads(report.save(tmp_path / "report.json").read_text())
+    assert {path.stem for path in report.write(tmp_path)} == {"privacy", "classes", "terms"}
+    assert (tmp_path / "privacy.md").read_text().startswith("> epsilon = 1 at delta = 1e-05\n")
+    plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert plain["epsilon"] == pytest.approx(1.0)
     assert [line["class"] for line in plain["classes"]] == [0, 1, 2]
     assert plain["history"][0]["sensitivity"] == 2.0
-    with pytest.raises(ValueError, match=r"ends in .json, .md or .txt"):
-        report.save(tmp_path / "report.pdf")
 
 
 def test_a_second_release_and_people_with_several_records_are_in_the_report():

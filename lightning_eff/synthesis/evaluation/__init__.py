@@ -4,7 +4,7 @@ from lightning_eff.synthesis.evaluation.classifiers import IMAGE_CLASSIFIERS, TA
 from lightning_eff.synthesis.evaluation.coordinates import classifier_inputs
 from lightning_eff.synthesis.evaluation.correlations import associations
 from lightning_eff.synthesis.evaluation.downstream import Downstream, TSTRScore, train_synthetic_test_real
-from lightning_eff.synthesis.evaluation.figures import plot_marginals, plot_nearest, plot_pairs
+from lightning_eff.synthesis.evaluation.figures import marginals_figure, nearest_figure, pairs_figure
 from lightning_eff.synthesis.evaluation.marginals import Cells, MarginalTV
 from lightning_eff.synthesis.evaluation.nearest import NearestRecords, nearest_records
 from lightning_eff.synthesis.evaluation.report import TableQuality, evaluate_table
@@ -22,9 +22,9 @@ __all__ = [
     "classifier_inputs",
     "evaluate_table",
     "make_classifier",
+    "marginals_figure",
+    "nearest_figure",
     "nearest_records",
-    "plot_marginals",
-    "plot_nearest",
-    "plot_pairs",
+    "pairs_figure",
     "train_synthetic_test_real",
 ]

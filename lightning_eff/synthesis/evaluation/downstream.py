@@ -18,7 +18,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_eff.reporting import Column, Table
+from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.reporting import progress as progress_bar
 from lightning_eff.synthesis.evaluation.classifiers import (
     MAJORITY,
@@ -35,8 +35,8 @@ Labelled = tuple[Any, Any]
 
 
 @dataclass(frozen=True)
-class Downstream:
-    """Scores of classifiers by what they were trained on.
+class Downstream(Report):
+    """Scores of classifiers by what they were trained on: table ``classifiers``.
 
     Attributes:
         scores: By name of the training data, classifier and score, one value a seed.
@@ -49,7 +49,7 @@ class Downstream:
         chosen = [classifier] if classifier else [name for name in self.scores[trained_on] if name != MAJORITY]
         return statistics.fmean(statistics.fmean(self.scores[trained_on][name][score]) for name in chosen)
 
-    def table(self) -> Table:
+    def tables(self) -> dict[str, Table]:
         """A row a classifier: each score trained on synthetic data and, where known, on real data; mean ± deviation."""
         sources = list(self.scores)
         short = {"roc_auc": "ROC-AUC", "average_precision": "avg. prec.", "f1": "F1", "accuracy": "accuracy"}
@@ -61,13 +61,14 @@ class Downstream:
         means: list[Any] = [f"{self.mean(score, trained_on=source):.3f}" for score in SCORES for source in sources]
         seeds = len(next(iter(self.scores[sources[0]].values()))["accuracy"])
         rows.append([f"mean of {len(rows) - (MAJORITY in self.scores[sources[0]])}", *means])
-        return Table(
+        table = Table(
             "Trained on synthetic data, tested on real records",
             [Column(columns[0]), *(Column(column, align="right") for column in columns[1:])],
             rows,
             f"{seeds} seed{'s' if seeds > 1 else ''} of the classifiers"
             + ("; mean ± standard deviation" * (seeds > 1)),
         )
+        return {"classifiers": table}
 
 
 def train_synthetic_test_real(

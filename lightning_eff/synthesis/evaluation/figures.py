@@ -21,7 +21,7 @@ _ACROSS = 3
 _NAMED = 8  # cells that get a name each; more would overlap
 
 
-def plot_marginals(cells: Cells, real: Tensor, synthetic: Tensor) -> Figure:
+def marginals_figure(cells: Cells, real: Tensor, synthetic: Tensor) -> Figure:
     """Share of rows in each cell of each column, real and synthetic.
 
     Args:
@@ -62,7 +62,7 @@ def plot_marginals(cells: Cells, real: Tensor, synthetic: Tensor) -> Figure:
     return figure
 
 
-def plot_pairs(names: tuple[str, ...], tv: Tensor, real: NDArray[Any], synthetic: NDArray[Any]) -> Figure:
+def pairs_figure(names: tuple[str, ...], tv: Tensor, real: NDArray[Any], synthetic: NDArray[Any]) -> Figure:
     """Total variation of every pair of columns, and what the synthetic table changes in their association.
 
     Args:
@@ -89,7 +89,7 @@ def plot_pairs(names: tuple[str, ...], tv: Tensor, real: NDArray[Any], synthetic
     return figure
 
 
-def plot_nearest(nearest: NearestRecords) -> Figure:
+def nearest_figure(nearest: NearestRecords) -> Figure:
     """Share of rows whose nearest record lies within a distance, for the three kinds of pairs."""
     figure, axes = new_figure(width=5.6, height=3.4)
     sides = (

@@ -7,20 +7,24 @@ rows: the mean over columns of |difference| / range for numbers and of 0 or 1 fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_eff.reporting import Column, Table
+from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.synthesis.evaluation.coordinates import gower_coordinates
 from lightning_eff.synthesis.tables.schema import Rows, TableSchema
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 @dataclass(frozen=True)
-class NearestRecords:
-    """Distances of synthetic rows to the nearest real ones, in [0, 1].
+class NearestRecords(Report):
+    """Distances of synthetic rows to the nearest real ones, in [0, 1]: table and figure ``nearest``.
 
     Attributes:
         to_train: To the nearest of the training records ``[M]``.
@@ -44,7 +48,7 @@ class NearestRecords:
         """Of :attr:`closer_to_train` where nothing was copied."""
         return 0.5 / float(np.sqrt(len(self.to_train)))
 
-    def table(self) -> Table:
+    def tables(self) -> dict[str, Table]:
         """Quantiles of the three distances, and exact copies."""
         sides = {
             "synthetic to training record": self.to_train,
@@ -55,7 +59,7 @@ class NearestRecords:
             [name, *np.quantile(d, (0.05, 0.5, 0.95)).tolist(), float((d == 0).mean())] for name, d in sides.items()
         ]
         columns = [Column(name, ".4f") for name in ("from ... to the nearest", "5 %", "median", "95 %")]
-        return Table(
+        table = Table(
             "Distance to the nearest record",
             [*columns, Column("identical", ".2%")],
             rows,
@@ -63,6 +67,13 @@ class NearestRecords:
             f"{self.compared:,} training records than to one of as many others; "
             f"50.0% ± {self.standard_error:.1%} if none was copied",
         )
+        return {"nearest": table}
+
+    def figures(self) -> dict[str, Figure]:
+        """Share of rows whose nearest record lies within a distance."""
+        from lightning_eff.synthesis.evaluation.figures import nearest_figure
+
+        return {"nearest": nearest_figure(self)}
 
 
 def nearest_records(

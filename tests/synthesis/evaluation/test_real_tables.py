@@ -78,7 +78,7 @@ def test_more_privacy_costs_quality():
 def test_the_examples_run(tmp_path):
     breast = run_python(REPOSITORY / "examples/breast_cancer_private_table.py", "--fast", cwd=tmp_path)
     assert "real records" in breast.stdout
-    assert (tmp_path / "runs/breast_cancer/quality.md").is_file()
+    assert (tmp_path / "runs/breast_cancer/columns.md").is_file()
     adult()
     out = run_python(REPOSITORY / "examples/adult_private_table.py", "--fast", "--data", str(FOLDER), cwd=tmp_path)
     assert "epsilon = 1 at delta = 1e-05" in out.stdout
@@ -86,7 +86,7 @@ def test_the_examples_run(tmp_path):
         "synthetic.csv",
         "privacy.json",
     }
-    assert (tmp_path / "runs/adult/not_private/quality.md").is_file()
+    assert (tmp_path / "runs/adult/not_private/columns.md").is_file()
 
 
 def test_the_peer_of_the_benchmark_has_features_of_unit_norm():
