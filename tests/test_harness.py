@@ -5,7 +5,7 @@ import json
 import harness
 import pytest
 import torch
-from harness import compare, one_thread
+from harness import Headline, best, compare, entry, one_thread
 
 from lightning_eff.reporting import Table
 
@@ -81,14 +81,45 @@ def test_arguments_out_of_range_are_refused(arguments, message):
         compare({"a": spin(1)}, **{"reference": "a", **arguments})
 
 
-def test_main_prints_tables_and_writes_them_to_one_file(tmp_path, capsys):
+def test_main_prints_tables_and_writes_them_with_headlines_to_one_file(tmp_path, capsys):
     out = tmp_path / "deep" / "out.json"
     harness.main(
-        lambda: [Table("First", ["a"], [[1]], "in seconds"), Table("Second", ["b"], [[2]])], ["--json", str(out)]
+        lambda: [Table("First", ["a"], [[1]], "in seconds"), Table("Second", ["b"], [[2]])],
+        lambda tables: [Headline("adding", *tables[0].rows[0], peer=3.0, peer_name="by hand", target=2)],
+        args=["--json", str(out)],
     )
     printed = capsys.readouterr().out
     assert harness.machine() in printed
     assert "First" in printed
-    first, second = json.loads(out.read_text())
+    written = json.loads(out.read_text())
+    first, second = written["tables"]
     assert first == {"title": "First", "caption": "in seconds", "records": [{"a": 1}]}
     assert second["records"] == [{"b": 2}]
+    (headline,) = written["headlines"]
+    assert Headline(**headline) == Headline("adding", 1, 3.0, "by hand", target=2)
+
+
+def test_short_measures_less_where_there_is_a_shorter_way(capsys):
+    long, less = (lambda name=name: [Table(name, ["a"], [[1]])] for name in ("Long", "Less"))
+    harness.main(long, short=less, args=["--short"])
+    harness.main(long, args=["--short"])
+    harness.main(long, short=less, args=[])
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line in ("Long", "Less")] == ["Less", "Long", "Long"]
+
+
+def test_numbers_are_looked_up_by_title_row_and_column():
+    tables = [Table("Time, small", ["batch", "who", "s"], [[1, "a", 5.0], [1, "b", 4.0], [8, "b", 3.0]])]
+    assert entry(tables, "Time", (1, "b"), "s") == 4
+    assert best(tables, "Time", [(1, "a"), (8, "b")], "s") == (3, "(8, 'b')")
+    assert best(tables, "Time", [1, 8], "s", most=True) == (5, "1")
+    for title, row, column in (("Space", 1, "s"), ("Time", 2, "s"), ("Time", 1, "ms")):
+        with pytest.raises(LookupError, match="expected a"):
+            entry(tables, title, row, column)
+
+
+def test_a_benchmark_that_cannot_run_here_leaves_with_its_own_status_and_the_reason(capsys):
+    with pytest.raises(SystemExit) as left:
+        harness.unavailable("no GPU here")
+    assert left.value.code == harness.UNAVAILABLE
+    assert capsys.readouterr().err == "no GPU here\n"

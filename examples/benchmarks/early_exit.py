@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import compare, machine, main, one_thread
+from harness import Headline, compare, entry, machine, main, one_thread
 from torch import Tensor
 
 from lightning_eff.early_exit import MultiExitNetwork, calibrate
@@ -23,6 +23,7 @@ from lightning_eff.early_exit.inference.leaving import select_from_all
 from lightning_eff.models import SmallResNet
 from lightning_eff.reporting import Column, Table
 
+TECHNIQUE = "Early exits"
 SHARES = (0.34, 0.30, 0.09)
 EXITS = ("layer1", "layer2", "layer3")
 SAMPLES = 2048
@@ -115,7 +116,7 @@ def engines(ours: MultiExitNetwork, peer: Any, images: Tensor, batch: int) -> di
     return contenders
 
 
-def inference(width: int, cases: dict[int, int]) -> Table:
+def inference(width: int, cases: dict[int, int], rounds: int = 7) -> Table:
     """Time every engine for batch sizes, each with so many samples."""
     ours, peer, images = networks(width)
     rows = []
@@ -126,14 +127,14 @@ def inference(width: int, cases: dict[int, int]) -> Table:
                 where = select_from_all(ours.rule, ours(part)).exit_index
             ideal = ours.costs.base / float(torch.tensor(ours.costs.totals())[where].mean())
             contenders = engines(ours, peer, part, batch)
-            timed = compare(contenders, reference="off", repeats=7, check=same_answers)
+            timed = compare(contenders, reference="off", repeats=rounds, check=same_answers)
             seconds = {row[0]: row[1] for row in timed.rows}
             for name in contenders:
                 faster, than_peer = (seconds[other] / seconds[name] for other in ("full network", "earlyon"))
                 rows.append((batch, name, seconds[name] / count * 1e6, faster, than_peer, faster / ideal))
     mflop = ours.costs.base / 1e6
     shares = ", ".join(f"{rate:.0%}" for rate in (where.bincount() / count).tolist())
-    caption = f"{machine()}; median CPU time of 7 interleaved rounds. Share of samples at each output: {shares}"
+    caption = f"{machine()}; median CPU time of {rounds} interleaved rounds. Share of samples at each output: {shares}"
     columns = [
         "batch",
         "engine",
@@ -170,5 +171,42 @@ def tables() -> list[Table]:
     return [inference(16, small), inference(64, large), calibration()]
 
 
+def short() -> list[Table]:
+    return [inference(16, {256: 1024, 64: 512, 1: 128}, 3), inference(64, {128: 256, 8: 128}, 3), calibration()]
+
+
+def headlines(tables: list[Table]) -> list[Headline]:
+    peer, small, large = "earlyon", "ResNet-18 of width 16", "ResNet-18 of width 64"
+
+    def us(title: str, batch: int, engine: str) -> float:
+        return entry(tables, title, (batch, engine), "us a sample")
+
+    def line(title: str, batch: int, engine: str, against: str, **aim: Any) -> Headline:
+        who = against if against != peer else f"{peer} 0.3.0"
+        work = f"{title}, batches of {batch}, a sample, {engine}"
+        return Headline(work, us(title, batch, engine), us(title, batch, against), who, "us", **aim)
+
+    def ideal(engine: str, aim: float) -> Headline:
+        ours, theirs = (entry(tables, large, (128, name), "of the FLOP ideal") for name in (engine, peer))
+        work = f"{large}, batches of 128: speed over what its FLOPs allow, {engine}"
+        return Headline(work, ours, theirs, f"{peer} 0.3.0", "", limit=aim, more_is_better=True)
+
+    return [
+        line(small, 256, "hooks", peer, target=1.4),
+        line(small, 64, "hooks", peer, target=1.3),
+        line(small, 1, "staged", peer, target=1.03),
+        line(large, 8, "stream", "full network", target=1.9),
+        ideal("hooks", 0.9),
+        ideal("stream", 0.95),
+        Headline(
+            "calibration of 8 exits on 50,000 samples, lagrangian",
+            entry(tables, "Calibration", "lagrangian", "median [s]"),
+            None,
+            "-",
+            limit=3,
+        ),
+    ]
+
+
 if __name__ == "__main__":
-    main(tables)
+    main(tables, headlines, short)

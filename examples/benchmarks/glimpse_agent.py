@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from gymnasium import spaces
-from harness import compare, main
+from harness import Headline, compare, entry, main
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.logger import Logger
@@ -33,6 +33,7 @@ from lightning_eff.glimpse.tasks import ClassificationTask
 from lightning_eff.glimpse.world import GlimpseWorld
 from lightning_eff.reporting import Column, Table
 
+TECHNIQUE = "Active visual exploration"
 ENVIRONMENTS = 64
 CAMERA = GlimpseConfig(image_size=64, num_glimpses=4, patch_size=8, grid=2)
 AGENT = AgentConfig(hidden=64, ent_coef="auto_0.1", replay=ReplayOptions(buffer_size=4096, batch_size=256))
@@ -101,7 +102,7 @@ def total_in_world(world: GlimpseWorld) -> Tensor:
     return torch.stack([world.step(torch.from_numpy(a)).reward for a in actions()]).sum(0).mean()  # type: ignore[arg-type]
 
 
-def worlds() -> Table:
+def worlds(repeats: int = 5) -> Table:
     dummy, batched, world = dummy_environments(new_world()), batched_environments(new_world()), new_world()
     contenders: dict[str, Callable[[], Any]] = {
         "SB3 DummyVecEnv": lambda: total_in_environments(dummy),
@@ -114,7 +115,7 @@ def worlds() -> Table:
         environment = BatchedWorld(new_world(), scenes())
         contenders["torchrl EnvBase, batched"] = lambda: total_in_torchrl(environment, actions())
     title = f"World: {ENVIRONMENTS} scenes of 64 x 64, {CAMERA.num_glimpses} glimpses of each"
-    return compare(contenders, reference="SB3 DummyVecEnv", title=title)
+    return compare(contenders, reference="SB3 DummyVecEnv", repeats=repeats, title=title)
 
 
 # one update
@@ -168,7 +169,7 @@ def check_update(agents: dict[str, Callable[[], tuple[GlimpseSAC, Callable[..., 
             assert distance < 0.01 * PAPER_AGENT.lr, f"{name}: parameters differ by {distance} on average"
 
 
-def updates() -> Table:
+def updates(repeats: int = 5) -> Table:
     agents: dict[str, Callable[[], tuple[GlimpseSAC, Callable[..., None]]]] = {
         "SB3 SAC.train, padded": lambda: (new_agent(padded=True), SAC.train),
         "SB3 SAC.train, packed by our extractor": lambda: (new_agent(), SAC.train),
@@ -180,7 +181,7 @@ def updates() -> Table:
     size = PAPER_AGENT.replay.batch_size
     contenders = {name: (lambda sac=sac, train=train: train(sac, 1, size)) for name, (sac, train) in made.items()}
     title = f"One update: {size} transitions, up to {PAPER_CAMERA.max_patches} tokens of width 768, hidden 256"
-    return compare(contenders, reference="SB3 SAC.train, padded", check=None, title=title)
+    return compare(contenders, reference="SB3 SAC.train, padded", repeats=repeats, check=None, title=title)
 
 
 # training
@@ -242,7 +243,7 @@ class Loop:
         self.episode()
 
 
-def trainings() -> Table:
+def trainings(repeats: int = 5) -> Table:
     dummy, batched = peer(dummy_environments(new_world())), peer(batched_environments(new_world()))
     contenders: dict[str, Callable[[], Any]] = {
         "SB3 learn, DummyVecEnv": lambda: learn(dummy),
@@ -258,7 +259,7 @@ def trainings() -> Table:
     title = (
         f"Training: {2 * CAMERA.num_glimpses} glimpses of each of {ENVIRONMENTS} scenes, an update of 256 after each"
     )
-    return compare(contenders, reference="SB3 learn, DummyVecEnv", check=None, title=title)
+    return compare(contenders, reference="SB3 learn, DummyVecEnv", repeats=repeats, check=None, title=title)
 
 
 # memory
@@ -281,5 +282,34 @@ def memory() -> Table:
     return Table("Memory: 14 glimpses of 4 patches of 16 x 16 x 3, latents of width 768", columns, rows)
 
 
+def tables(repeats: int = 5) -> list[Table]:
+    return [worlds(repeats), updates(repeats), trainings(repeats), memory()]
+
+
+def headlines(tables: list[Table]) -> list[Headline]:
+    cases = [
+        ("World", "GlimpseWorld", "SB3 DummyVecEnv", 10),
+        ("World", "GlimpseWorld", "torchrl EnvBase, batched", 1),
+        ("One update", "ours, fused", "SB3 SAC.train, padded", 2.5),
+        ("Training", "ours", "SB3 learn, DummyVecEnv", 2.5),
+        ("Training", "ours", "SB3 learn, GlimpseVecEnv", 1.6),
+        ("Training", "ours", "torchrl SACLoss, an extractor a critic", 2.2),
+    ]
+    lines = []
+    for title, ours, who, aim in cases:
+        work = next(table.title for table in tables if table.title.startswith(title))
+        mine, there = entry(tables, title, ours, "median [s]"), "torchrl" not in who or find_spec("torchrl")
+        theirs = entry(tables, title, who, "median [s]") if there else None
+        lines.append(Headline(work, mine, theirs, who if there else f"{who} (not installed)", target=aim))
+    held = [
+        entry(tables, "Memory", name, "kB a transition")
+        for name in ("GlimpseReplayBuffer, latents float32", "SB3 DictReplayBuffer")
+    ]
+    return [
+        *lines,
+        Headline("replay memory, a transition of the paper's size", *held, "SB3 DictReplayBuffer", "kB", target=6),
+    ]
+
+
 if __name__ == "__main__":
-    main(lambda: [worlds(), updates(), trainings(), memory()])
+    main(tables, headlines, lambda: tables(repeats=3))

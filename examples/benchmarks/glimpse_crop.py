@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from harness import compare, main
+from harness import Headline, compare, entry, main
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,6 +24,7 @@ from lightning_eff.glimpse.crop import take_glimpse
 from lightning_eff.glimpse.geometry import patch_boxes, views_of
 from lightning_eff.reporting import Column, Table
 
+TECHNIQUE = "Active visual exploration"
 SCENES = {
     "256 scenes of 64 x 64": (256, GlimpseConfig(64, patch_size=8)),
     "64 scenes of 224 x 224": (64, GlimpseConfig(224)),
@@ -116,5 +117,28 @@ def decoding(glimpses: int = 12) -> Table:
     return Table(f"ViT-B, {glimpses} glimpses of 32 x 32", columns, rows, "counted; a multiply-add is two operations")
 
 
+def tables() -> list[Table]:
+    return [*(table for title in SCENES for table in crops(title)), decoding()]
+
+
+def headlines(tables: list[Table]) -> list[Headline]:
+    small, large = "256 scenes of 64 x 64", "64 scenes of 224 x 224"
+    cases = [
+        (f"{small}, without antialiasing", "loop", 10),
+        (f"{small}, without antialiasing", "roi_align", None),
+        (f"{large}, without antialiasing", "loop", 5),
+        (f"{large}, without antialiasing", "roi_align", None),
+        (f"{large}, with antialiasing", "loop", 1),
+    ]
+    peers = {"loop": "torchvision resized_crop, a patch a call", "roi_align": "torchvision roi_align"}
+    lines = []
+    for title, who, aim in cases:
+        ours, theirs = (entry(tables, title, name, "median [s]") for name in ("ours", who))
+        lines.append(Headline(f"glimpses of {title}", ours, theirs, peers[who], target=aim))
+    last, always = (entry(tables, "ViT-B", when, "both [GFLOP]") for when in ("after the last", "after every glimpse"))
+    work = "one scene of 224 x 224 reconstructed from 12 glimpses, ViT-B, counted"
+    return [*lines, Headline(work, last, always, "decoding after every glimpse", "GFLOP", target=2.5)]
+
+
 if __name__ == "__main__":
-    main(lambda: [*(table for title in SCENES for table in crops(title)), decoding()])
+    main(tables, headlines)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from harness import compare, main
+from harness import Headline, compare, main
 from torch import Tensor
 
 from lightning_eff.glimpse.backbones import ElasticViT, Encoded, ImageDecoder, Seen
@@ -23,6 +23,7 @@ from lightning_eff.glimpse.tasks import ClassificationTask, ReconstructionTask
 from lightning_eff.glimpse.world import GlimpseWorld
 from lightning_eff.reporting import Table
 
+TECHNIQUE = "Active visual exploration"
 IMAGES, FIRST_STOP = 26, 2
 CONFIG = GlimpseConfig(224, num_glimpses=14)
 TINY = ViTSize(192, 12, 3)
@@ -114,5 +115,13 @@ def tables() -> list[Table]:
     return [stopping(images), decoding(images[:4])]
 
 
+def headlines(tables: list[Table]) -> list[Headline]:
+    lines = []
+    for table, aim in zip(tables, (1 / 0.6, None), strict=True):
+        (who, theirs, *_), (what, ours, *_) = table.rows
+        lines.append(Headline(f"{table.title}, {what}", ours, theirs, who, target=aim))
+    return lines
+
+
 if __name__ == "__main__":
-    main(tables)
+    main(tables, headlines)

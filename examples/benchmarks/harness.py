@@ -2,26 +2,63 @@
 
 Import it from a benchmark script beside it::
 
+    TECHNIQUE = "Shapley values"
+
     def tables():
         return [compare({"peer": ..., "ours": ...}, reference="peer", title="LeNet, layer 1")]
 
+    def headlines(tables):
+        ours, peer = (entry(tables, "LeNet", name, "median [s]") for name in ("ours", "peer"))
+        return [Headline("LeNet, layer 1", ours, peer, "peer 1.0", target=6)]
+
     if __name__ == "__main__":
-        main(tables)
+        main(tables, headlines)
+
+``run_all.py`` runs every script that names its ``TECHNIQUE`` and makes one table of their headlines.
 """
 
 import argparse
 import json
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from lightning_eff.reporting import Column, Table
+
+UNAVAILABLE = 77  # exit status of a benchmark that this machine cannot run, as in automake
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What a benchmark has to say: the same work by this package and by its strongest peer.
+
+    Args:
+        work: What is done, so that a reader can judge it.
+        ours: Seconds, megabytes or whatever ``unit`` says; ``None`` if it was not measured.
+        peer: The same of the peer; ``None`` if it was not measured.
+        peer_name: Who that is.
+        unit: Of both.
+        target: Least ratio that was aimed at, > 0; ``None`` without one.
+        limit: Most that ``ours`` was to be, or least where more is better; ``None`` without one.
+        more_is_better: Whether ``ours`` is good when it is large, as an accuracy is.
+    """
+
+    work: str
+    ours: float | None
+    peer: float | None
+    peer_name: str
+    unit: str = "s"
+    target: float | None = None
+    limit: float | None = None
+    more_is_better: bool = False
 
 
 def compare(
@@ -78,11 +115,15 @@ def compare(
 
 def machine() -> str:
     """Name processor, torch and the number of threads in use."""
+    return f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
+
+
+def processor() -> str:
+    """Name the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
-    return f"{processor}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 @contextmanager
@@ -96,19 +137,80 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def main(tables: Callable[[], list[Table]], args: list[str] | None = None) -> None:
-    """Print what ``tables`` measures; ``--json FILE`` writes all of it to one file as well."""
+def entry(tables: Sequence[Table], title: str, row: Any, column: str) -> float:
+    """Look a number up in the first table whose title begins with ``title``.
+
+    Args:
+        tables: Where to look.
+        title: Beginning of a title.
+        row: First value of the row, or a tuple of its first values.
+        column: Name of the column.
+
+    Raises:
+        LookupError: There is no such table, row or column.
+    """
+    table = next((table for table in tables if table.title.startswith(title)), None)
+    if table is None:
+        raise LookupError(f"expected a table whose title begins with {title!r}, got {[t.title for t in tables]}")
+    key = row if isinstance(row, tuple) else (row,)
+    found = next((values for values in table.rows if values[: len(key)] == key), None)
+    names = [column.name for column in table.columns]
+    if found is None or column not in names:
+        raise LookupError(f"{table.title}: expected a row {key} and a column {column!r}, got the columns {names}")
+    return found[names.index(column)]
+
+
+def best(
+    tables: Sequence[Table], title: str, rows: Sequence[Any], column: str, *, most: bool = False
+) -> tuple[float, str]:
+    """Return the least number (with ``most`` the largest) of some rows, and the name of its row."""
+    return (max if most else min)((entry(tables, title, row, column), str(row)) for row in rows)
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Leave, because this machine cannot run the benchmark; ``run_all.py`` tells the reason in its table."""
+    print(reason, file=sys.stderr)
+    raise SystemExit(UNAVAILABLE)
+
+
+def main(
+    tables: Callable[[], list[Table]],
+    headlines: Callable[[list[Table]], list[Headline]] = lambda tables: [],
+    short: Callable[[], list[Table]] | None = None,
+    args: list[str] | None = None,
+) -> None:
+    """Print what ``tables`` measures.
+
+    Args:
+        tables: Measures.
+        headlines: Picks headlines out of what was measured.
+        short: Measures what the headlines need and no more; by default there is no shorter way.
+        args: ``--short`` takes the shorter way, ``--json FILE`` writes all to one file as well; by default those of
+            the command line.
+    """
     parser = argparse.ArgumentParser()
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables to this file")
-    out: Path | None = parser.parse_args(args).json
+    add_arguments(parser)
+    options = parser.parse_args(args)
     print(machine())
-    measured = tables()
+    measured = (short or tables)() if options.short else tables()
     for table in measured:
         table.print()
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        documents = [{"title": t.title, "caption": t.caption, "records": json.loads(t.to_json())} for t in measured]
-        out.write_text(json.dumps(documents, indent=2) + "\n")
+    if options.json is not None:
+        write(options.json, measured, headlines(measured))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that every benchmark takes."""
+    parser.add_argument("--short", action="store_true", help="measure what the headlines need and no more")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write tables and headlines to this file")
+
+
+def write(path: Path, tables: Sequence[Table], headlines: Sequence[Headline]) -> None:
+    """Write ``{"tables": [{"title", "caption", "records"}], "headlines": [...]}``; the folder is made."""
+    documents = [{"title": t.title, "caption": t.caption, "records": json.loads(t.to_json())} for t in tables]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {"tables": documents, "headlines": [asdict(headline) for headline in headlines]}
+    path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def _check(check: Callable[[Any, Any], None], name: str, actual: Any, reference: str, expected: Any) -> None:

@@ -21,7 +21,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ import numpy as np
 import shapiq
 import torch
 from captum.attr import KernelShap, ShapleyValueSampling
-from harness import compare, machine, main, one_thread
+from harness import Headline, best, compare, entry, machine, main, one_thread
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image, write_png
 
@@ -54,6 +54,7 @@ from lightning_eff.shapley import (
 )
 from lightning_eff.shapley.table import coalitions_of
 
+TECHNIQUE = "Lidar line selection"
 GROUPS, SEEDS = 14, 20
 GOAL = 0.3
 
@@ -77,7 +78,7 @@ def four_frames() -> tuple[list[Frame], str]:
 # a and b: time.
 
 
-def masks() -> Table:
+def masks(repeats: int = 5) -> Table:
     """Sparse depth without some lines."""
     frame = street(0, 1)
     game = FrameGame(frame, range(64), Completion(PullPushCompletion()))
@@ -101,10 +102,10 @@ def masks() -> Table:
             "ours": lambda: [None, *(game.masked(row[None]) for row in shown)][-1],
         }
         title = "a. Sparse depth of 20 coalitions, 352 x 1216"
-        return compare(contenders, reference="bank of masks, read for a coalition", title=title)
+        return compare(contenders, reference="bank of masks, read for a coalition", repeats=repeats, title=title)
 
 
-def forwards() -> list[Table]:
+def forwards(repeats: int = 5) -> list[Table]:
     """The same number of forwards."""
     frame, model = street(0, 2), PullPushCompletion()
     frame = replace(frame, line_idx=torch.where(frame.line_idx < 46, frame.line_idx, 255))
@@ -135,6 +136,7 @@ def forwards() -> list[Table]:
     against = compare(
         {"captum ShapleyValueSampling": captum, "ours": ours, "bare network": lambda: bare(model, count)},
         reference="captum ShapleyValueSampling",
+        repeats=repeats,
         check=None,
         title=f"b. {count} forwards of pull-push, 176 x 608, 46 lines",
     )
@@ -145,7 +147,7 @@ def forwards() -> list[Table]:
         {"bare network": lambda: bare(light, 100), "ours": lambda: ours(light, 100)},
         reference="bare network",
         check=None,
-        repeats=3,
+        repeats=min(3, repeats),
         title="b. 100 forwards of LightDepthCompletionNet, 176 x 608, 46 lines",
     )
     return [against, overhead]
@@ -256,9 +258,8 @@ METHODS: dict[str, Method] = {
 }
 
 
-def errors(game: KnownGame, what: str) -> Table:
+def errors(game: KnownGame, what: str, budgets: Sequence[int] = (112, 224, 448, 896)) -> Table:
     """Median error of every method."""
-    budgets = [112, 224, 448, 896]
     rows = [
         [name, *(statistics.median(game.error(run(game, m, seed)) for seed in range(SEEDS)) for m in budgets)]
         for name, run in METHODS.items()
@@ -270,7 +271,7 @@ def errors(game: KnownGame, what: str) -> Table:
 # d: all lines.
 
 
-def all_lines(frames: list[Frame], what: str) -> Table:
+def all_lines(frames: list[Frame], what: str, seeds: int = 5, truth: int = 16_000) -> Table:
     """RMS error at 600 evaluations a frame."""
     game = LineGame(PullPushCompletion(), frames)
 
@@ -280,7 +281,7 @@ def all_lines(frames: list[Frame], what: str) -> Table:
             estimation.advance(frame)
         return estimation.result().values
 
-    reference = lines(16_000, 1_000)
+    reference = lines(truth, 1_000)
     plain = {"sampling": "kernel", "size_terms": 0}
     methods: dict[str, Callable[[int], Tensor]] = {
         "regression, shared coalitions": lambda seed: (
@@ -294,13 +295,15 @@ def all_lines(frames: list[Frame], what: str) -> Table:
         "lines": lambda seed: lines(600, seed),
     }
     found = {
-        name: statistics.median(float((run(seed) - reference).square().mean().sqrt()) for seed in range(5))
+        name: statistics.median(float((run(seed) - reference).square().mean().sqrt()) for seed in range(seeds))
         for name, run in methods.items()
     }
     first = next(iter(found.values()))
     rows = [[name, error, first / error] for name, error in found.items()]
     spread = float(reference.std(correction=0))
-    caption = f"{what}; {game.n_players} lines; standard deviation of the values {spread:.0f} mm; median of 5 seeds"
+    caption = (
+        f"{what}; {game.n_players} lines; standard deviation of the values {spread:.0f} mm; median of {seeds} seeds"
+    )
     columns = ["method", Column("RMS error [mm]", ".1f"), Column("smaller than the first [x]", ".1f")]
     return Table("d. Error on all lines, 600 evaluations a frame", columns, rows, caption)
 
@@ -373,16 +376,63 @@ def time_to_goal(game: KnownGame, frames: list[Frame], what: str) -> Table:
     return Table(f"e. Time until the error is {GOAL}, {GROUPS} groups of lines", columns, rows, what)
 
 
-def tables() -> list[Table]:
-    """Measure."""
-    found = [masks(), *forwards()]
+def tables(short: bool = False) -> list[Table]:
+    """Measure; ``short`` with fewer rounds and seeds, and errors at 224 evaluations alone."""
+    found = [masks(1), *forwards(1)] if short else [masks(), *forwards()]
     with one_thread():
         frames, what = four_frames()
         game = KnownGame(frames)
         what = f"{what}; {machine()}"
-        found += [errors(game, what), all_lines(frames, what), time_to_goal(game, frames, what)]
+        found.append(errors(game, what, [224]) if short else errors(game, what))
+        found.append(all_lines(frames, what, seeds=3, truth=6_000) if short else all_lines(frames, what))
+        found.append(time_to_goal(game, frames, what))
     return found
 
 
+def headlines(tables: list[Table]) -> list[Headline]:
+    def seconds(title: str, who: str) -> float:
+        return entry(tables, title, who, "median [s]")
+
+    captum, bare = "captum ShapleyValueSampling", "bare network"
+    light = "b. 100 forwards of LightDepthCompletionNet"
+    others = [name for name in METHODS if name.startswith(("published", "captum", "shapiq"))]
+    error, rival = best(tables, "c.", others, "224 evaluations")
+    published, lines = (row for row in next(table for table in tables if table.title.startswith("e.")).rows)
+    least = float(published[2].removeprefix("more than "))
+    return [
+        Headline(
+            tables[0].title[3:],
+            seconds("a.", "ours"),
+            *best(tables, "a.", ["bank of masks, held", "bank of masks, read for a coalition"], "median [s]"),
+            target=50,
+        ),
+        Headline(tables[1].title[3:], seconds("b.", "ours"), seconds("b.", captum), captum, target=3),
+        Headline(tables[2].title[3:], seconds(light, "ours"), seconds(light, bare), bare, target=0.952),
+        Headline(
+            f"error at 224 evaluations, {GROUPS} groups of lines, over the spread of the values",
+            entry(tables, "c.", "lines", "224 evaluations"),
+            error,
+            rival,
+            "",
+            limit=0.3,
+        ),
+        Headline(
+            "error on all lines, 600 evaluations a frame",
+            entry(tables, "d.", "lines", "RMS error [mm]"),
+            entry(tables, "d.", "regression, shared coalitions", "RMS error [mm]"),
+            "regression with coalitions that frames share",
+            "mm",
+            target=2,
+        ),
+        Headline(
+            f"time until that error is {GOAL}, {GROUPS} groups of lines",
+            float(lines[2]),
+            least,
+            f"published procedure{' (at least)' if published[2].startswith('more') else ''}",
+            target=30,
+        ),
+    ]
+
+
 if __name__ == "__main__":
-    main(tables)
+    main(tables, headlines, lambda: tables(short=True))

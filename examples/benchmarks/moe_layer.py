@@ -8,12 +8,12 @@ what the backward pass keeps, unequal loads, and growth with experts and tokens.
 Needs the extra ``bench``. Run: python examples/benchmarks/moe_layer.py          (about 3 minutes)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from harness import compare, main, one_thread
+from harness import Headline, compare, entry, main, one_thread
 from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -21,8 +21,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from lightning_eff.moe import DenseFFN, FineGrainedMoE
 from lightning_eff.reporting import Column, Table
 
+TECHNIQUE = "Mixtures of experts"
 WIDTH, HIDDEN, TOKENS, RATE = 256, 768, 2048, 8
 ROUNDS = 9
+PEERS = {"HF grouped": "transformers Mixtral, grouped_mm", "HF eager": "transformers Mixtral, eager"}
 
 
 def layer(
@@ -84,11 +86,11 @@ def check(ours: FineGrainedMoE, block: nn.Module, x: Tensor, grad: Tensor) -> No
         torch.testing.assert_close(step(ours, x, grad), step(block, x, grad), rtol=1e-3, atol=1e-5)
 
 
-def against_dense() -> Table:
+def against_dense(granularities: Sequence[int] = (1, 2, 4, 8, 16), rounds: int = ROUNDS) -> Table:
     dense, (x, grad) = DenseFFN(WIDTH, HIDDEN, "swiglu"), batch()
     names = ["ours", "ours, with losses", "ours, grouped", "HF grouped", "HF eager"]
     rows = []
-    for granularity in (1, 2, 4, 8, 16):
+    for granularity in granularities:
         ours = layer(granularity)
         with_losses, grouped = layer(granularity, aux=True), layer(granularity, backend="grouped")
         blocks = {name: mixtral(ours, kind) for name, kind in (("HF grouped", "grouped_mm"), ("HF eager", "eager"))}
@@ -96,14 +98,14 @@ def against_dense() -> Table:
             check(ours, block, x, grad)
         modules = {"dense": dense, "ours": ours, "ours, with losses": with_losses, "ours, grouped": grouped, **blocks}
         contenders = {name: partial(step, module, x, grad) for name, module in modules.items()}
-        least = seconds({**contenders, "dense again": contenders["dense"]})
+        least = seconds({**contenders, "dense again": contenders["dense"]}, rounds)
         base = min(least["dense"], least["dense again"])
         best = min(least["HF grouped"], least["HF eager"])
         rows.append([granularity, base, *(least[name] / base for name in names), least["ours"] / best])
     columns = ["G", Column("dense [s]", ".4f"), *(Column(f"{name} [x dense]", ".2f") for name in names)]
     columns.append(Column("ours [x best HF]", ".2f"))
     return Table(
-        "Layer against the dense network", columns, rows, f"least CPU seconds of {ROUNDS} rounds; lower is better"
+        "Layer against the dense network", columns, rows, f"least CPU seconds of {rounds} rounds; lower is better"
     )
 
 
@@ -179,5 +181,29 @@ def tables() -> list[Table]:
         return [against_dense(), kept_for_backward(), unequal_loads(), growth()]
 
 
+def short() -> list[Table]:
+    torch.manual_seed(0)
+    with one_thread():
+        return [against_dense((1, 4, 16), rounds=5), kept_for_backward()]
+
+
+def headlines(tables: list[Table]) -> list[Headline]:
+    title, lines = "Layer against the dense network", []
+    for granularity, slower, of_peer in ((1, 1.15, 1.03), (4, 1.22, 0.96), (16, 1.50, 0.62)):
+        dense = 1e3 * entry(tables, title, granularity, "dense [s]")
+        ours = dense * entry(tables, title, granularity, "ours [x dense]")
+        theirs = {kind: dense * entry(tables, title, granularity, f"{kind} [x dense]") for kind in PEERS}
+        kind = min(theirs, key=lambda name: theirs[name])
+        work = f"layer of experts, forward and backward, {TOKENS:,} tokens, granularity {granularity}"
+        lines.append(Headline(work, ours, theirs[kind], PEERS[kind], "ms", target=1 / of_peer))
+        lines.append(Headline(work, ours, dense, "dense network of as many FLOPs", "ms", target=1 / slower))
+    size = TOKENS * WIDTH * 4 / 1e6
+    for granularity in (1, 16):
+        held = [size * entry(tables, "Kept for", granularity, f"{name} [x tokens]") for name in ("ours", "dense")]
+        work = f"kept for the backward pass, granularity {granularity}"
+        lines.append(Headline(work, *held, "dense network of as many FLOPs", "MB", target=1))
+    return lines
+
+
 if __name__ == "__main__":
-    main(tables)
+    main(tables, headlines, short)

@@ -14,13 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import main
+from harness import Headline, entry, main, unavailable
 from moe_layer import layer, mixtral, step
 from torch import nn
 
 from lightning_eff.moe import DenseFFN
 from lightning_eff.reporting import Column, Table
 
+TECHNIQUE = "Mixtures of experts"
 WIDTH, TOKENS, ROUNDS = 1024, 16_384, 15
 
 
@@ -51,7 +52,7 @@ def kept(module: nn.Module, x: torch.Tensor) -> float:
 
 def tables() -> list[Table]:
     if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a GPU")
+        unavailable("no GPU here")
     torch.manual_seed(0)
     place = {"device": "cuda", "dtype": torch.bfloat16}
     x, grad = torch.randn(1, TOKENS, WIDTH, **place), torch.randn(1, TOKENS, WIDTH, **place)
@@ -80,5 +81,15 @@ def tables() -> list[Table]:
     ]
 
 
+def headlines(tables: list[Table]) -> list[Headline]:
+    title, lines = "Layer on a GPU", []
+    for granularity in (1, 4, 16):
+        dense = entry(tables, title, granularity, "dense [ms]")
+        ours, theirs = (dense * entry(tables, title, granularity, f"{who} [x dense]") for who in ("ours", "HF grouped"))
+        work = f"layer of experts on a GPU, bfloat16, {TOKENS:,} tokens, granularity {granularity}"
+        lines.append(Headline(work, ours, theirs, "transformers Mixtral, grouped_mm", "ms"))
+    return lines
+
+
 if __name__ == "__main__":
-    main(tables)
+    main(tables, headlines)

@@ -20,7 +20,7 @@ import torch
 import torch_pruning as tp
 import torchvision
 from cifar_networks import with_statistics
-from harness import compare, machine, main, one_thread
+from harness import Headline, compare, entry, machine, main, one_thread
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +33,7 @@ from lightning_eff.pruning.repair import Moments, Repair, collect_moments, repai
 from lightning_eff.reporting import Column, Table
 from lightning_eff.surgery import ChannelGraph, PruningPlan, Trial
 
+TECHNIQUE = "Random channel pruning"
 CANDIDATES, TOP_K, AMOUNT, TOLERANCE, MIN_RATIO = 30, 5, 0.5, 0.01, 0.1
 BATCH, RANKING, FULL, CALIBRATION = 64, 10, 50, 8  # samples a batch, and batches
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -170,10 +171,10 @@ def configurations() -> Table:
     return Table("Multiply-adds of one configuration", columns, rows, caption)
 
 
-def search() -> list[Table]:
+def search(full: int = FULL, parts: bool = True) -> list[Table]:
     """Whole searches: 30 candidates of half the multiply-adds."""
     reference, theirs, ours = Reference("resnet18"), Clock(), Clock()
-    model, graph, images = reference.model, reference.graph, torch.randn(BATCH * FULL, 3, 64, 64)
+    model, graph, images = reference.model, reference.graph, torch.randn(BATCH * full, 3, 64, 64)
     validation = [(x, _run(model, [(x, x)]).argmax(1)) for x in images.split(BATCH)]
     calibration = validation[:CALIBRATION]
     reference.assert_equal(calibration)
@@ -198,11 +199,12 @@ def search() -> list[Table]:
     scale = {"draws": len(draws) / 6, "fits and norms": CANDIDATES / 2, "validation": CANDIDATES / 2}
     theirs.update({name: theirs[name] * factor for name, factor in scale.items()})
     whole, total, scoring = sum(theirs.values()), ours.pop("all"), sum(ours.values())
-    ours.update(_parts(reference, calibration, configs))
+    if parts:
+        ours.update(_parts(reference, calibration, configs))
     bare, ours_bare = whole - theirs["validation"], total - scoring
     rows = [("all", whole, total, whole / total), ("without validation", bare, ours_bare, bare / ours_bare)]
     caption = (
-        f"ResNet-18, 64 x 64, {CANDIDATES} candidates of {AMOUNT:.0%} of the multiply-adds, {BATCH * FULL:,} images "
+        f"ResNet-18, 64 x 64, {CANDIDATES} candidates of {AMOUNT:.0%} of the multiply-adds, {BATCH * full:,} images "
         f"for validation; ours ranks on {BATCH * RANKING} and judges {TOP_K} on all. The reference is measured on 2 "
         f"candidates and 6 draws and scaled to {CANDIDATES} and to the {len(draws)} draws that find them; {machine()}"
     )
@@ -295,5 +297,31 @@ def tables() -> list[Table]:
         return [configurations(), *search(), criteria(), solves()]
 
 
+def headlines(tables: list[Table]) -> list[Headline]:
+    by_hand = "torch-pruning, rejection by hand"
+    lines = []
+    for name in ("resnet18", "resnet50"):
+        theirs = 1e3 * entry(tables, "Multiply-adds", name, "torch-pruning: copy, cut, count [ms]")
+        ours = entry(tables, "Multiply-adds", name, "closed form [us]")
+        lines.append(Headline(f"configuration of {name}, counted", ours, theirs, "torch-pruning", "us", target=1e4))
+    for part, aim in (("all", None), ("without validation", 20)):
+        seconds = (entry(tables, "Random search", part, f"{who} [s]") for who in ("lightning_eff", "reference"))
+        work = f"search of {CANDIDATES} candidates, ResNet-18, {part}"
+        lines.append(Headline(work, *seconds, f"{by_hand}, scaled from two candidates", target=aim))
+    divergence = next(table for table in tables if table.title.startswith("Importance"))
+    exact, second, _, spearman, _ = divergence.rows[0]
+    work = "importance of 224 channels by KL, second order"
+    return [
+        *lines,
+        Headline(work, second, exact, "exact KL, of this package", target=15),
+        Headline(f"{work}: median rank correlation", spearman, 1.0, "exact KL", "", limit=0.9, more_is_better=True),
+    ]
+
+
+def short() -> list[Table]:
+    with one_thread():
+        return [configurations(), *search(full=2 * RANKING, parts=False), criteria()]
+
+
 if __name__ == "__main__":
-    main(tables)
+    main(tables, headlines, short)

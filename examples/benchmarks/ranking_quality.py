@@ -1,7 +1,7 @@
 """How good are rankings before and after fine-tuning? Shapley values, greedy removal, leave-one-out, L1 norm, chance.
 
 Channels are ranked on validation images; accuracies are on test images, mean over networks trained from several seeds
-(for chance also over ten drawings each). Fine-tuning is the same short run for every ranking.
+(for chance also over ten drawings each). Fine-tuning is the same short run for every ranking; --short is LeNet without.
 
 Run: python examples/benchmarks/ranking_quality.py          (about 6 minutes; Fashion-MNIST needed)
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import lightning as L
 import torch
-from harness import machine, main
+from harness import Headline, best, entry, machine, main
 from torch import Tensor
 
 from lightning_eff.data import DigitsDataModule, FashionMNISTDataModule
@@ -28,6 +28,7 @@ from lightning_eff.shapley import (
 )
 from lightning_eff.surgery import ChannelGraph, PruningPlan, apply_plan
 
+TECHNIQUE = "Shapley channel pruning"
 SEEDS = 3
 
 
@@ -83,7 +84,9 @@ def _scores(
     }
 
 
-def _experiment(title: str, network: str, data: L.LightningDataModule, keep: dict[str, int], steps: int) -> Table:
+def _experiment(
+    title: str, network: str, data: L.LightningDataModule, keep: dict[str, int], steps: int, tuned: int = 3
+) -> Table:
     results: dict[str, list[tuple[float, float]]] = {}
     dense = []
     for seed in range(SEEDS):
@@ -102,7 +105,7 @@ def _experiment(title: str, network: str, data: L.LightningDataModule, keep: dic
                 small = copy.deepcopy(model)
                 apply_plan(small, PruningPlan.from_scores(graph, scores, keep), x[:2], graph=graph)
                 before = _accuracy(small, *test)
-                if number < 3:
+                if number < tuned:
                     torch.manual_seed(0)
                     _fit(small, data, 200)
                     pairs.append((before, _accuracy(small, *test)))
@@ -126,19 +129,19 @@ def _experiment(title: str, network: str, data: L.LightningDataModule, keep: dic
     )
 
 
-def tables() -> list[Table]:
-    """Prune LeNet on Fashion-MNIST and one layer at a time a small CNN on the digits."""
+LENET = "LeNet 10-20-100 to 8-9-36 on Fashion-MNIST"
+
+
+def lenet(tuned: int = 3) -> list[Table]:
+    """Prune LeNet on Fashion-MNIST."""
     warnings.filterwarnings("ignore")
     fashion = FashionMNISTDataModule(train_size=20_000, val_size=1024, test_size=5_000)
-    out = [
-        _experiment(
-            "LeNet 10-20-100 to 8-9-36 on Fashion-MNIST",
-            "LeNet",
-            fashion,
-            {"net.c1.0": 8, "net.c3.0": 9, "net.c5": 36},
-            600,
-        )
-    ]
+    return [_experiment(LENET, "LeNet", fashion, {"net.c1.0": 8, "net.c3.0": 9, "net.c5": 36}, 600, tuned)]
+
+
+def tables() -> list[Table]:
+    """Prune LeNet, and one layer at a time a small CNN on the digits."""
+    out = lenet()
     for layer in (1, 2, 3, 4):
         size = 16 if layer < 3 else 32
         name = f"net.layers.conv{layer}"
@@ -150,5 +153,13 @@ def tables() -> list[Table]:
     return out
 
 
+def headlines(tables: list[Table]) -> list[Headline]:
+    rivals = ["greedy removal", "leave-one-out", "L1 norm", "chance"]
+    column = "before fine-tuning"
+    ours = entry(tables, LENET, "Shapley, full", column)
+    theirs, who = best(tables, LENET, rivals, column, most=True)
+    return [Headline(f"test accuracy, {LENET}, {column}", ours, theirs, who, unit="", more_is_better=True)]
+
+
 if __name__ == "__main__":
-    main(tables)
+    main(tables, headlines, lambda: lenet(tuned=0))

@@ -6,6 +6,8 @@ puts the weights back, as the authors' code does; captum's ``ShapleyValueSamplin
 
 Needs the extra ``bench`` and Fashion-MNIST. Run: python examples/benchmarks/shapley_channels.py     (about 25 minutes)
 or some cases: python examples/benchmarks/shapley_channels.py lenet exact
+With --short larger blocks of channels are the players of VGG-16 and ResNet-18, so that there are fewer coalitions, and
+the other cases are timed once.
 """
 
 import statistics
@@ -18,7 +20,7 @@ from functools import cache
 import torch
 from captum.attr import ShapleyValueSampling
 from cifar_networks import VGG16, cifar_resnet18, with_statistics
-from harness import compare, machine, main, one_thread
+from harness import Headline, best, compare, entry, machine, main, one_thread
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +31,7 @@ from lightning_eff.reporting import Column, Table
 from lightning_eff.shapley import ExactShapley, PermutationShapley
 from lightning_eff.surgery import ChannelGraph
 
+TECHNIQUE = "Shapley channel pruning"
 Estimate = Callable[[], Tensor]
 ERROR = 0.02  # relative squared error that counts as good enough
 
@@ -142,35 +145,35 @@ def _fashion() -> tuple[nn.Module, Tensor, Tensor]:
     return model.eval(), x, y
 
 
-def lenet() -> list[Table]:
+def lenet(repeats: int = 3) -> list[Table]:
     """B1 and B2."""
     model, x, y = _fashion()
     return [
-        _walks(f"LeNet layer {number}: {n} channels, 512 images, 10 walks", [layer], official=True, repeats=3)
+        _walks(f"LeNet layer {number}: {n} channels, 512 images, 10 walks", [layer], official=True, repeats=repeats)
         for number, name, n in ((1, "c1.0", 10), (2, "c3.0", 20))
         for layer in [Layer(model, name, x, y, walks=10)]
     ]
 
 
-def vgg() -> list[Table]:
+def vgg(block: int = 2) -> list[Table]:
     """B3."""
     torch.manual_seed(0)
     images, labels = torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,))
     model = with_statistics(VGG16(), images)
     names = [f"features.{i}" for i, layer in enumerate(model.features) if isinstance(layer, nn.Conv2d)] + ["fc"]
-    title = "VGG-16, all 14 layers: blocks of 2 channels, 16 images, 1 walk"
-    layers = [Layer(model, name, images, labels, block=2) for name in names]
+    title = f"VGG-16, all 14 layers: blocks of {block} channels, 16 images, 1 walk"
+    layers = [Layer(model, name, images, labels, block=block) for name in names]
     return [_walks(title, layers, official=False, repeats=1)]
 
 
-def resnet() -> list[Table]:
+def resnet(block: int = 1) -> list[Table]:
     """B4."""
     torch.manual_seed(0)
     images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
     model = with_statistics(cifar_resnet18(), images)
     names = [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3, 4) for block in (0, 1)]
-    title = "ResNet-18, the 8 inner convolutions: 8 images, 1 walk"
-    layers = [Layer(model, name, images, labels) for name in names]
+    title = f"ResNet-18, the 8 inner convolutions: blocks of {block} channel(s), 8 images, 1 walk"
+    layers = [Layer(model, name, images, labels, block=block) for name in names]
     return [_walks(title, layers, official=False, repeats=1)]
 
 
@@ -200,7 +203,7 @@ def exact() -> list[Table]:
     return [Table("Exact values of LeNet layer 2: 20 channels, 256 images", columns, rows, machine())]
 
 
-def until_precise() -> list[Table]:
+def until_precise(repeats: int = 3) -> list[Table]:
     """B8: each with the fewest walks whose median error over 20 seeds is small enough."""
     layer, truth, _ = _truth(1)
 
@@ -226,7 +229,7 @@ def until_precise() -> list[Table]:
         ):
             walks, error = next((w, e) for w in steps for e in [_median_error(trial, w, truth)] if e <= ERROR)
             seconds = []
-            for seed in range(3):
+            for seed in range(repeats):
                 begin = time.process_time()
                 estimate(walks, seed)
                 seconds.append(time.process_time() - begin)
@@ -251,7 +254,31 @@ def _median_error(estimate: Callable[[int, int], Tensor], walks: int, truth: Ten
 
 CASES = {"lenet": lenet, "vgg": vgg, "resnet": resnet, "exact": exact, "until_precise": until_precise}
 
+
+def short() -> list[Table]:
+    return [*lenet(repeats=1), *vgg(block=8), *resnet(block=8), *exact(), *until_precise(repeats=1)]
+
+
+def headlines(tables: list[Table]) -> list[Headline]:
+    captum, ours = "captum ShapleyValueSampling", "lightning_eff"
+    lines = []
+    for table in tables:
+        aims = {"LeNet layer 1": 6, "LeNet layer 2: 20": 100, "VGG-16": 5, "ResNet-18": 3.5}
+        for aim in (aim for start, aim in aims.items() if table.title.startswith(start)):
+            seconds = [entry([table], table.title, name, "median [s]") for name in (ours, captum)]
+            lines.append(Headline(f"{table.title}, the same coalitions", *seconds, captum, target=aim))
+        if table.title.startswith("Exact"):
+            seconds, _ = best([table], "Exact", [row[0] for row in table.rows[:-1]], "CPU seconds")
+            lines.append(
+                Headline(table.title, seconds, table.rows[-1][2], "official-style loop, extrapolated", limit=12)
+            )
+        if table.title.startswith("LeNet layer 2, 256 images, until"):
+            theirs, mine = (row[3] for row in table.rows)
+            lines.append(Headline(table.title, mine, theirs, captum, target=300))
+    return lines
+
+
 if __name__ == "__main__":
     chosen = [argument for argument in sys.argv[1:] if argument in CASES] or list(CASES)
     others = [argument for argument in sys.argv[1:] if argument not in CASES]
-    main(lambda: [table for case in chosen for table in CASES[case]()], others)
+    main(lambda: [table for case in chosen for table in CASES[case]()], headlines, short, others)

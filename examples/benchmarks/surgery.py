@@ -13,11 +13,13 @@ import time
 import torch
 import torch_pruning as tp
 import torchvision
-from harness import compare, machine, main, one_thread
+from harness import Headline, compare, entry, machine, main, one_thread
 from torch import Tensor, nn
 
 from lightning_eff.reporting import Column, Table
 from lightning_eff.surgery import ChannelGraph, PruningPlan, apply_plan
+
+TECHNIQUE = "Cutting channels"
 
 
 def _cut(name: str) -> Table:
@@ -90,5 +92,20 @@ def tables() -> list[Table]:
         return [_cut("resnet50"), _cut("densenet121"), _cut("mobilenet_v2"), _count()]
 
 
+def headlines(tables: list[Table]) -> list[Headline]:
+    lines = []
+    for name, aim in (("resnet50", 3), ("densenet121", 20), ("mobilenet_v2", None)):
+        title = f"Cut half of every layer of {name}"
+        theirs = entry(tables, title, "torch-pruning", "median [s]")
+        for ours in ("traced anew", "traced once before"):
+            seconds = entry(tables, title, f"lightning_eff, {ours}", "median [s]")
+            goal = aim if ours == "traced once before" else None
+            lines.append(Headline(f"{title}, {ours}", seconds, theirs, "torch-pruning, traces every copy", target=goal))
+    title = "Multiply-adds of one configuration"
+    theirs = 1e3 * entry(tables, title, "resnet50", "torch-pruning: copy, prune, count [ms]")
+    ours = entry(tables, title, "resnet50", "closed form, one of 10,000 [us]")
+    return [*lines, Headline(f"{title}, ResNet-50", ours, theirs, "torch-pruning", unit="us", target=1e4)]
+
+
 if __name__ == "__main__":
-    main(tables)
+    main(tables, headlines)
