@@ -40,11 +40,11 @@ from lightning_eff.early_exit.training.schedules import Schedule
 class EarlyExitModule(PhasedModule):
     """A backbone with early exits, trained on batches ``(inputs, labels)``.
 
-    Logs ``train/loss``, ``train/loss_exit{k}``, ``train/loss_final`` and ``phase``. Validation and test log ``loss``,
-    every output alone (``accuracy_exit{k}``, ``accuracy_final``), early exit at the current thresholds (``accuracy``,
-    ``cost``, ``exit_rate{k}``, ``exit_rate_final``), and the best of all thresholds: ``accuracy@25`` within 25 % of
-    the plain backbone's cost, ``accuracy@max``, and ``auc``, behind ``val/`` or ``test/``. While a phase trains the
-    backbone alone, validation logs only ``loss`` and ``accuracy_final``.
+    Logs ``train/loss``, ``train/loss_exit{k}``, ``train/loss_final`` and ``early_exit/phase``. Validation and test log
+    ``loss``, every output alone (``accuracy_exit{k}``, ``accuracy_final``), early exit at the current thresholds
+    (``accuracy``, ``cost``, ``exit_rate{k}``, ``exit_rate_final``), and the best of all thresholds: ``accuracy@25``
+    within 25 % of the plain backbone's cost, ``accuracy@max``, and ``auc``, behind ``val/`` or ``test/``. While a phase
+    trains the backbone alone, validation logs only ``loss`` and ``accuracy_final``.
 
     A subclass may override ``configure_optimizers``, which is called again when a phase begins; ``phase`` tells which.
 
@@ -213,7 +213,7 @@ class EarlyExitModule(PhasedModule):
         self._watch(each)
         size = batch_size(inputs)
         self.log_dict({f"train/loss_{name}": value.detach() for name, value in each.items()}, batch_size=size)
-        shown: dict[str, Any] = {"train/loss": loss.detach(), "phase": float(self.phase_index)}
+        shown: dict[str, Any] = {"train/loss": loss.detach(), "early_exit/phase": float(self.phase_index)}
         self.log_dict(shown, batch_size=size, prog_bar=True)
         return loss
 

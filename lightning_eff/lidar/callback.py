@@ -31,9 +31,9 @@ class LidarSaSCallback(Callback):
     """Which lidar lines the network in training should keep, at the end of a fit and every few epochs.
 
     The module is called as a network, `module(rgb, sparse)`, or as `forward` says. Its modes, weights, buffers and the
-    random generators are left as they were. Logs `sas/max_se`, `sas/v_empty`, `sas/v_full`, `sas/forwards`,
-    `sas/rank_stability` (against the selection before) and `sas/rmse/region/k16` and so on, on the calibration frames
-    themselves; they stand in `trainer.callback_metrics` too. To measure a selection on other frames take
+    random generators are left as they were. Logs `lidar/max_se`, `lidar/v_empty`, `lidar/v_full`, `lidar/forwards`,
+    `lidar/rank_stability` (against the selection before) and `lidar/rmse/region/k16` and so on, on the calibration
+    frames themselves; they stand in `trainer.callback_metrics` too. To measure a selection on other frames take
     :class:`~lightning_eff.lidar.selector.LidarSaSSelector`.
 
     Args:
@@ -144,12 +144,12 @@ class LidarSaSCallback(Callback):
                 measured[frame.id] = study.measure(frame, contestants)
         found = self.evaluation = study.evaluation("calibration", contestants, measured)
         logged = {
-            "sas/max_se": now.max_se,
-            "sas/v_empty": result.error_empty,
-            "sas/v_full": result.error_full,
-            "sas/forwards": float(result.forwards),
-            **({} if now.stability is None else {"sas/rank_stability": now.stability}),
-            **{f"sas/{name}": value for name, value in found.logged().items()},
+            "lidar/max_se": now.max_se,
+            "lidar/v_empty": result.error_empty,
+            "lidar/v_full": result.error_full,
+            "lidar/forwards": float(result.forwards),
+            **({} if now.stability is None else {"lidar/rank_stability": now.stability}),
+            **{f"lidar/{name}": value for name, value in found.logged().items()},
         }
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=trainer.global_step)

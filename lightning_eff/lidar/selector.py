@@ -46,10 +46,10 @@ _CHECKPOINT = "lidar_lines"
 class LidarSaSSelector(LightningModule):
     """Which lines of a lidar to keep, so that a network's completed depth stays good.
 
-    Logs, all behind `sas/`: `max_se`, the largest standard error of a line's value; `rank_stability`, the overlap of
-    the selection with that of the round before; `forwards` and `forwards_per_sec`; at the end of the fit `v_empty` and
-    `v_full` (the errors without any line and with all), `proxy_corr` and `phi_line_07` and so on; by tests
-    `test/rmse/region/k16` and so on. `global_step` counts batches. A fit measures nothing on validation data:
+    Logs, behind `lidar/`: `max_se`, the largest standard error of a line's value; `rank_stability`, the overlap of the
+    selection with that of the round before; `forwards` and `forwards_per_second`; at the end of the fit `v_empty` and
+    `v_full` (the errors without any line and with all), `proxy_correlation` and `phi_line_07` and so on; validation and
+    test log `val/rmse/region/k16` and so on. `global_step` counts batches. A fit measures nothing on validation data:
     `limit_val_batches=0` saves reading them.
 
     A model handed over as an object is not written into the checkpoint's hyperparameters, only its weights are:
@@ -243,15 +243,15 @@ class LidarSaSSelector(LightningModule):
         except ValueError:  # too few coalitions so far
             if last:
                 raise
-            self._log_to_all({"sas/max_se": _UNKNOWN})
+            self._log_to_all({"lidar/max_se": _UNKNOWN})
             return
-        self.log("sas/max_se", min(now.max_se, _UNKNOWN), on_step=True, prog_bar=True, logger=False)
+        self.log("lidar/max_se", min(now.max_se, _UNKNOWN), on_step=True, prog_bar=True, logger=False)
         self._log_to_all(
             {
-                "sas/max_se": min(now.max_se, _UNKNOWN),
-                "sas/rank_stability": 0.0 if now.stability is None else now.stability,
-                "sas/forwards": float(now.forwards),
-                "sas/forwards_per_sec": (now.forwards - before) / max(1e-9, time.perf_counter() - self._clock),
+                "lidar/max_se": min(now.max_se, _UNKNOWN),
+                "lidar/rank_stability": 0.0 if now.stability is None else now.stability,
+                "lidar/forwards": float(now.forwards),
+                "lidar/forwards_per_second": (now.forwards - before) / max(1e-9, time.perf_counter() - self._clock),
             }
         )
         if last:
@@ -277,11 +277,11 @@ class LidarSaSSelector(LightningModule):
         result = self.study.finish(reader.frames)
         self._finished, self._other_choice = True, False
         self.trainer.should_stop = True
-        values = {f"sas/phi_line_{line:02d}": float(v) for line, v in zip(result.lines, result.values, strict=True)}
-        values |= {"sas/v_empty": result.error_empty, "sas/v_full": result.error_full}
+        values = {f"lidar/phi_line_{line:02d}": float(v) for line, v in zip(result.lines, result.values, strict=True)}
+        values |= {"lidar/v_empty": result.error_empty, "lidar/v_full": result.error_full}
         correlation = result.settings["proxy_correlation"]
         if correlation is not None:
-            values["sas/proxy_corr"] = correlation
+            values["lidar/proxy_correlation"] = correlation
         self._log_to_all(values)
         if self.trainer.is_global_zero:
             if self.dirpath is not None:
@@ -358,7 +358,7 @@ class LidarSaSSelector(LightningModule):
         if pixels.unassigned:
             found.notes.append(f"{100 * pixels.share_unassigned:.1f} % of the pixels belong to no line.")
         self.evaluations[stage] = found
-        self.log_dict({f"sas/{stage}/{name}": value for name, value in found.logged().items()}, sync_dist=True)
+        self.log_dict({f"{stage}/{name}": value for name, value in found.logged().items()}, sync_dist=True)
         if self.trainer.is_global_zero:
             if self.dirpath is not None:
                 found.write(self.dirpath / stage)

@@ -285,7 +285,7 @@ class MoEScalingModule(LightningModule):
             values[f"train/aux_{name}"] = aux.detach()
         means = self._mean_of_processes(torch.stack([value.float() for value in values.values()]))
         self.log_dict(dict(zip(values, means.unbind(), strict=True)))
-        self.log_dict({"tokens": float(self.tokens_seen), "flops": float(self.flops_seen)})
+        self.log_dict({"train/tokens": float(self.tokens_seen), "train/flops": float(self.flops_seen)})
 
     def _evaluate(self, batch: Any, stage: str) -> None:
         inputs, targets = self.split_batch(batch)

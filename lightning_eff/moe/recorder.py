@@ -26,7 +26,7 @@ class RunRecorder(Callback):
     since its learning rate has not come down; resumed, it leaves the one it would have left. A row of the same name is
     replaced. Seconds are those of training and validation, without those lost when a run was killed.
 
-    With a law it logs, at the end, ``law/predicted_loss`` and ``law/gap``: measured loss minus predicted.
+    With a law it logs, at the end, ``moe/predicted_loss`` and ``moe/loss_gap``: measured loss minus predicted.
 
     Args:
         path: CSV file; made if there is none, together with its folder.
@@ -103,7 +103,7 @@ class RunRecorder(Callback):
         row = self._row(trainer, _module(pl_module))
         if self.law is not None:
             predicted = self.law(row["n_total"], row["n_tokens"], row["granularity"])
-            values = {"law/predicted_loss": predicted, "law/gap": row["loss"] - predicted}
+            values = {"moe/predicted_loss": predicted, "moe/loss_gap": row["loss"] - predicted}
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)

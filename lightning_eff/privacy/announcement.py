@@ -37,8 +37,9 @@ def banner(
     return "\n".join(
         (
             f"Private training: {plan}.",
-            f"  C = {settings['dp/max_grad_norm']:g} ({settings['dp/clipping']}); {trainable:,} coordinates, {kept:,} "
-            f"kept, {active:,} trained in the first step; {sampling}; noise from {noise}.",
+            f"  C = {settings['privacy/max_grad_norm']:g} ({settings['privacy/clipping']}); "
+            f"{trainable:,} coordinates, {kept:,} kept, {active:,} trained in the first step; {sampling}; "
+            f"noise from {noise}.",
             "  Neighbours: one example more or less. Not covered: logged training metrics, and choices made on private "
             "validation data.",
         )
@@ -48,12 +49,12 @@ def banner(
 def hyperparameters(plan: PrivacyPlan, max_grad_norm: float, clipping: str) -> dict[str, Any]:
     """What loggers are told beside the module's own hyperparameters."""
     return {
-        "dp/noise_multiplier": plan.noise_multiplier,
-        "dp/max_grad_norm": max_grad_norm,
-        "dp/clipping": clipping,
-        "dp/delta": plan.delta,
-        "dp/accountant": plan.accountant,
-        "dp/sample_rate": plan.sample_rate,
+        "privacy/noise_multiplier": plan.noise_multiplier,
+        "privacy/max_grad_norm": max_grad_norm,
+        "privacy/clipping": clipping,
+        "privacy/delta": plan.delta,
+        "privacy/accountant": plan.accountant,
+        "privacy/sample_rate": plan.sample_rate,
     }
 
 

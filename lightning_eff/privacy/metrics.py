@@ -64,7 +64,7 @@ def log_step(
         ledger: With the step.
         plan: The plan it belongs to.
         every: Steps between two that the other values are logged at; ``None`` is the Trainer's.
-        others: Values by name, without ``dp/``.
+        others: Values by name, without ``privacy/``.
     """
     trainer = module.trainer
     if trainer.barebones:
@@ -72,14 +72,14 @@ def log_step(
     exact_in = steps_to_exact(trainer, every or trainer.log_every_n_steps)  # type: ignore[attr-defined]
     epsilon = _rounded_up(spent.after_step(ledger, plan, exact_in))
     # infinity is what it is without noise, and what a logger may take
-    module.log("dp/epsilon", epsilon, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
-    if exact_in == 0 or "dp/sample_rate" not in trainer.callback_metrics:
+    module.log("privacy/epsilon", epsilon, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+    if exact_in == 0 or "privacy/sample_rate" not in trainer.callback_metrics:
         for name, value in {
             **others,
             "noise_multiplier": plan.noise_multiplier,
             "sample_rate": plan.sample_rate,
         }.items():
-            module.log(f"dp/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+            module.log(f"privacy/{name}", value, on_step=True, on_epoch=False, batch_size=1)
 
 
 def _rounded_up(epsilon: float) -> Tensor:

@@ -60,9 +60,13 @@ class StructuredPruningCallback(Callback):
         verbose: print progress and the report.
 
     After ``fit``: ``report`` (tables and figure) and ``plan`` (kept channels of the original network).
+    Logs after every step ``pruning/macs`` (of one sample) and ``pruning/params`` of the network that is left,
+    ``pruning/macs_ratio`` and ``pruning/params_ratio`` (parts of the dense network's), ``pruning/value_before`` and
+    ``pruning/value_after``.
+
     """
 
-    technique = "prune"  # prefix of logged names
+    technique = "prune"  # what plans and files say of where they come from
 
     def __init__(
         self,
@@ -388,7 +392,7 @@ class StructuredPruningCallback(Callback):
 
     def _log(self, pl_module: LightningModule) -> None:
         pl_module.log_dict(
-            {f"{self.technique}/{name}": value for name, value in self._record.quantities().items()},
+            {f"pruning/{name}": value for name, value in self._record.quantities().items()},
             on_step=False,
             on_epoch=True,
             sync_dist=True,

@@ -71,9 +71,9 @@ class DPNTKGenerator(DataFreeModule):
     epochs, other generators and any number of samples cost no privacy.
 
     Logs ``train/mmd2`` (squared discrepancy), ``train/mmd2_cross`` (without the constant norm of the target),
-    ``train/lr``, ``val/mmd2`` where that was allowed, and once ``release/epsilon``, ``release/sigma``,
-    ``release/noise_norm``, ``release/signal_norm_est`` (norms of the class means, root mean square over classes) and
-    ``release/seconds``.
+    ``train/lr``, ``val/mmd2`` where that was allowed, and once ``synthesis/epsilon``, ``synthesis/sigma``,
+    ``synthesis/noise_norm``, ``synthesis/signal_norm`` (norms of the class means, root mean square over classes) and
+    ``synthesis/release_seconds``.
 
     Args:
         epsilon: > 0; infinity (``.inf`` in YAML) adds no noise, for comparison.
@@ -449,15 +449,15 @@ class DPNTKGenerator(DataFreeModule):
     def _log_release(self) -> None:
         assert self.embedding is not None
         values = {
-            "release/epsilon": self.ledger.epsilon(),
-            "release/sigma": self.embedding.meta["sigma"],
-            "release/noise_norm": float(noise_norms(self.embedding).square().mean().sqrt()),
-            "release/signal_norm_est": float(
+            "synthesis/epsilon": self.ledger.epsilon(),
+            "synthesis/sigma": self.embedding.meta["sigma"],
+            "synthesis/noise_norm": float(noise_norms(self.embedding).square().mean().sqrt()),
+            "synthesis/signal_norm": float(
                 (signal_norms(self.embedding) / self.embedding.counts).square().mean() ** 0.5
             ),
         }
         if self._release_seconds is not None:
-            values["release/seconds"] = self._release_seconds
+            values["synthesis/release_seconds"] = self._release_seconds
         for logger in self.loggers:
             logger.log_metrics(values, step=0)
 

@@ -119,7 +119,7 @@ def test_the_learning_rate_of_every_phase_is_monitored(tmp_path: Path) -> None:
     logged = (Path(logger.log_dir) / "metrics.csv").read_text()
     assert "lr-SGD" in logged
     assert "lr-AdamW" in logged
-    assert "phase" in logged
+    assert "early_exit/phase" in logged
 
 
 def test_one_batch_of_everything_runs() -> None:

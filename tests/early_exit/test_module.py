@@ -300,11 +300,11 @@ def test_names_that_are_logged_in_each_phase() -> None:
     for regime, late in (("mixed", "final"), ("disjoint", "exit1")):
         names = Names()
         trainer(names, max_epochs=2).fit(module(regime=regime), data())
-        assert names.at[0] == {"train/loss", "train/loss_final", "phase", "val/loss", "val/accuracy_final"}
+        assert names.at[0] == {"train/loss", "train/loss_final", "early_exit/phase", "val/loss", "val/accuracy_final"}
         in_val = {"loss", "accuracy", "cost", "auc", "exit_rate0", "exit_rate1", "exit_rate_final"}
         in_val |= {"accuracy_exit0", "accuracy_exit1", "accuracy_final"}
         in_val |= {f"accuracy@{budget}" for budget in ("25", "50", "75", "100", "max")}
-        assert names.at[1] >= {f"val/{name}" for name in in_val} | {f"train/loss_{late}", "train/loss_exit0", "phase"}
+        assert names.at[1] >= {f"val/{name}" for name in in_val} | {f"train/loss_{late}", "train/loss_exit0", "early_exit/phase"}
         assert names.at[1] - names.at[0] >= {f"val/{name}" for name in in_val - {"loss", "accuracy_final"}}
 
 

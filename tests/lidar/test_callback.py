@@ -65,10 +65,10 @@ def test_lines_are_selected_at_the_end_of_a_fit() -> None:
     torch.testing.assert_close(select.result.values, values(), rtol=1e-5, atol=0)
     assert select.result.selected == {3: [0, 2, 5], 2: [0, 3]}
     logged = run.callback_metrics
-    assert float(logged["sas/v_full"]) == pytest.approx(select.result.error_full)
+    assert float(logged["lidar/v_full"]) == pytest.approx(select.result.error_full)
     assert select.evaluation is not None
     best = select.evaluation.row("region", 2).errors["rmse"]
-    assert float(logged["sas/rmse/region/k2"]) == pytest.approx(best)
+    assert float(logged["lidar/rmse/region/k2"]) == pytest.approx(best)
 
 
 def test_training_ends_with_the_same_bits_as_without_it() -> None:
@@ -98,7 +98,7 @@ def test_lines_are_selected_every_few_epochs_and_not_twice_in_the_last(tmp_path:
     )
     _, run = train(select, max_epochs=4)
     assert made == [1, 3]
-    assert float(run.callback_metrics["sas/rank_stability"]) == 1.0
+    assert float(run.callback_metrics["lidar/rank_stability"]) == 1.0
     assert {"lines.json", "errors.md", "errors.png", "values.png"} <= {p.name for p in (tmp_path / "epoch=1").iterdir()}
 
 

@@ -119,7 +119,7 @@ def test_a_second_fit_begins_anew() -> None:
 
 
 def test_early_stopping_ends_a_fit_whose_values_are_sure_enough() -> None:
-    stop = EarlyStopping("sas/max_se", stopping_threshold=1.0)
+    stop = EarlyStopping("lidar/max_se", stopping_threshold=1.0)
     made = selector(estimation=EstimationOptions(budget=60, rounds=3))
     run = fitted(made, None, stop, max_epochs=3)
     assert run.current_epoch < 3  # a game that adds up has no error
@@ -131,10 +131,10 @@ def test_what_happens_is_logged_behind_sas() -> None:
     made = selector()
     run = fitted(made)
     logged = run.callback_metrics
-    assert {"sas/max_se", "sas/rank_stability", "sas/forwards", "sas/forwards_per_sec", "sas/v_empty"} <= set(logged)
-    assert float(logged["sas/phi_line_02"]) == pytest.approx(float(values()[2]), rel=1e-5)
-    assert float(logged["sas/rank_stability"]) == 1.0
-    assert float(logged["sas/forwards"]) == made.result.forwards == 4 * 40
+    assert {"lidar/max_se", "lidar/rank_stability", "lidar/forwards", "lidar/forwards_per_second", "lidar/v_empty"} <= set(logged)
+    assert float(logged["lidar/phi_line_02"]) == pytest.approx(float(values()[2]), rel=1e-5)
+    assert float(logged["lidar/rank_stability"]) == 1.0
+    assert float(logged["lidar/forwards"]) == made.result.forwards == 4 * 40
 
 
 def test_the_network_is_left_as_it_was() -> None:
@@ -330,7 +330,7 @@ def test_a_test_measures_every_selection_beside_the_others() -> None:
     assert found.row("loo", 3).lines == [0, 2, 3]
     assert found.row("no lidar").errors["mae"] == pytest.approx(EMPTY)
     assert found.row("all lines").errors["points"] == SEEN
-    logged = run.callback_metrics["sas/test/rmse/region/k2"]
+    logged = run.callback_metrics["test/rmse/region/k2"]
     assert float(logged) == pytest.approx(found.row("region", 2).errors["rmse"], rel=1e-6)
     assert found.row("random", 2).spread > 0  # type: ignore[operator]
     assert found.row("greedy", 2).forwards == 4 * (6 + 5 + 4)

@@ -378,10 +378,10 @@ def test_callbacks_are_reached_from_yaml(tmp_path: Path, monkeypatch: pytest.Mon
     trained = cli.main(["fit", "--config", "run.yaml", "--trainer.val_check_interval=3"])
     assert Path("loads/expert_loads.png").is_file()
     assert "mine" in Path("runs.csv").read_text()
-    logged = {name for name in trained.trainer.callback_metrics if name.startswith(("moe/", "law/"))}
+    logged = {name for name in trained.trainer.callback_metrics if name.startswith("moe/")}
     assert logged == {
         *("moe/load_max_over_mean", "moe/load_cv", "moe/dead_experts", "moe/router_entropy", "moe/dropped_fraction"),
-        *("law/predicted_loss", "law/gap"),
+        *("moe/predicted_loss", "moe/loss_gap"),
     }
 
 

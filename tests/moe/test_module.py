@@ -211,7 +211,7 @@ def test_logged_values_are_those_of_the_paper_trail() -> None:
     watch, model = Watch(), module(moe={**MOE, "balance": {"weight": 0.0, "z_weight": 0.0}}, loss_window=3)
     trainer(callbacks=[watch], log_every_n_steps=2).fit(model, loader(batches(5)))
     assert watch.logged[0] == {}
-    assert set(watch.logged[1]) == {"train/loss", "train/loss_smoothed", "tokens", "flops"}
+    assert set(watch.logged[1]) == {"train/loss", "train/loss_smoothed", "train/tokens", "train/flops"}
     assert watch.logged[1]["train/loss"].item() == pytest.approx(watch.loss[1])
     assert watch.logged[1]["train/loss_smoothed"].item() == pytest.approx(sum(watch.loss[:2]) / 2)
     assert watch.logged[3]["train/loss_smoothed"].item() == pytest.approx(sum(watch.loss[1:4]) / 3)

@@ -155,9 +155,9 @@ def test_law_is_compared_with_the_run(text: str, tmp_path: Path) -> None:
     )
     (row,) = rows(tmp_path / "runs.csv")
     predicted = law(net.model.n_total, STEPS * 4 * 16, 2)
-    assert trainer.callback_metrics["law/predicted_loss"].item() == pytest.approx(predicted)
-    assert trainer.callback_metrics["law/gap"].item() == pytest.approx(float(row["loss"]) - predicted, abs=1e-6)
-    logged = [line["law/gap"] for line in rows(Path(logger.log_dir) / "metrics.csv") if line.get("law/gap")]
+    assert trainer.callback_metrics["moe/predicted_loss"].item() == pytest.approx(predicted)
+    assert trainer.callback_metrics["moe/loss_gap"].item() == pytest.approx(float(row["loss"]) - predicted, abs=1e-6)
+    logged = [line["moe/loss_gap"] for line in rows(Path(logger.log_dir) / "metrics.csv") if line.get("moe/loss_gap")]
     assert float(logged[-1]) == pytest.approx(float(row["loss"]) - predicted, abs=1e-6)
 
 

@@ -80,11 +80,11 @@ def test_loggers_get_the_settings_beside_the_modules_own(tmp_path):
     written = (tmp_path / "lightning_logs/version_0/hparams.yaml").read_text()
     for line in (
         "depth: 3",
-        "dp/max_grad_norm: 0.25",
-        "dp/clipping: automatic",
-        "dp/noise_multiplier: 1.0",
-        "dp/delta: 1.0e-05",
-        "dp/accountant: rdp",
+        "privacy/max_grad_norm: 0.25",
+        "privacy/clipping: automatic",
+        "privacy/noise_multiplier: 1.0",
+        "privacy/delta: 1.0e-05",
+        "privacy/accountant: rdp",
     ):
         assert line in written.splitlines()
 

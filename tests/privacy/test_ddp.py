@@ -224,7 +224,7 @@ if __name__ == "__main__":
     trainer.fit(Classifier(), DataLoader(dataset(), batch_size=4))
     assert strategy.ledger is ledger
     assert [(event.label, event.steps) for event in ledger.history] == [("release", 1), ("training", 5)]
-    assert abs(trainer.callback_metrics["dp/epsilon"] - strategy.epsilon) < 1e-5
+    assert abs(trainer.callback_metrics["privacy/epsilon"] - strategy.epsilon) < 1e-5
     print("came back")
 """,
         tmp_path,

@@ -194,5 +194,5 @@ def test_what_is_private_already_or_belongs_to_validation_may_be_gone_by(tmp_pat
         def val_dataloader(self):
             return DataLoader(dataset(8, seed=1), batch_size=8)
 
-    callbacks = [EarlyStopping("val_loss"), ModelCheckpoint(tmp_path, monitor="dp/epsilon")]
+    callbacks = [EarlyStopping("val_loss"), ModelCheckpoint(tmp_path, monitor="privacy/epsilon")]
     assert private(fit(Validated(), callbacks=callbacks, trainer={"enable_checkpointing": True})[1])

@@ -81,14 +81,14 @@ def test_epsilon_and_learning_rate_are_logged(tmp_path):
     )
     rows = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
     columns = rows[0].split(",")
-    spent = [row.split(",")[columns.index("dp/epsilon")] for row in rows[1:]]
+    spent = [row.split(",")[columns.index("privacy/epsilon")] for row in rows[1:]]
     values = [float(value) for value in spent if value]
     assert values == sorted(values)
     assert values[-1] == pytest.approx(trainer.strategy.epsilon, rel=1e-5)
     assert any(name.startswith("lr-") for name in columns)
-    assert trainer.callback_metrics["dp/drop_rate"] == 0
-    assert trainer.callback_metrics["dp/active_coordinates"] == 6 * 9 + 3 * 7
-    assert trainer.progress_bar_metrics["dp/epsilon"] == pytest.approx(trainer.strategy.epsilon, rel=1e-5)
+    assert trainer.callback_metrics["privacy/drop_rate"] == 0
+    assert trainer.callback_metrics["privacy/active_coordinates"] == 6 * 9 + 3 * 7
+    assert trainer.progress_bar_metrics["privacy/epsilon"] == pytest.approx(trainer.strategy.epsilon, rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
@@ -294,7 +294,7 @@ def test_the_loader_may_be_loaded_anew_in_every_epoch():
 
 
 def test_the_best_checkpoint_may_be_chosen_by_epsilon(tmp_path):
-    checkpoint = ModelCheckpoint(tmp_path, monitor="dp/epsilon", mode="min")
+    checkpoint = ModelCheckpoint(tmp_path, monitor="privacy/epsilon", mode="min")
     fit(callbacks=[checkpoint], trainer={"enable_checkpointing": True, "max_epochs": 2})
     assert torch.load(checkpoint.best_model_path, weights_only=True)["global_step"] == 5
 
@@ -308,7 +308,7 @@ def test_memory_and_devices_are_the_trainers():
 
 def test_epsilon_of_the_last_step_is_logged_where_a_fit_ends_within_an_epoch():
     trainer = fit(trainer={"max_steps": 3})[1]
-    assert trainer.callback_metrics["dp/epsilon"] == pytest.approx(trainer.strategy.epsilon, rel=1e-5)
+    assert trainer.callback_metrics["privacy/epsilon"] == pytest.approx(trainer.strategy.epsilon, rel=1e-5)
     assert trainer.strategy.ledger.steps == 3
 
 

@@ -22,8 +22,8 @@ class Shown(L.Callback):
 
     def on_train_batch_end(self, trainer, *args):
         for metrics in (trainer.progress_bar_metrics, trainer.callback_metrics):
-            self.seen.append((float(metrics["dp/epsilon"]), trainer.strategy.epsilon))
-        self.active.append(float(trainer.callback_metrics["dp/drop_rate"]))
+            self.seen.append((float(metrics["privacy/epsilon"]), trainer.strategy.epsilon))
+        self.active.append(float(trainer.callback_metrics["privacy/drop_rate"]))
 
 
 def test_every_step_has_an_epsilon_that_is_not_too_small_and_not_far_too_large():
@@ -36,7 +36,7 @@ def test_every_step_has_an_epsilon_that_is_not_too_small_and_not_far_too_large()
 
 def test_the_file_name_of_a_checkpoint_tells_what_was_spent(tmp_path):
     checkpoint = ModelCheckpoint(
-        tmp_path, "{step}-{dp/epsilon:.4f}", auto_insert_metric_name=False, every_n_train_steps=13, save_top_k=-1
+        tmp_path, "{step}-{privacy/epsilon:.4f}", auto_insert_metric_name=False, every_n_train_steps=13, save_top_k=-1
     )
     fit(callbacks=[checkpoint], trainer={"enable_checkpointing": True, "max_epochs": 8, "log_every_n_steps": 50})
     files = list(tmp_path.glob("*.ckpt"))

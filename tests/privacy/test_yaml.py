@@ -64,13 +64,13 @@ def test_flags_in_the_shell_override_the_yaml():
     )
     strategy = trained.trainer.strategy
     assert strategy.ledger.steps == 3
-    assert trained.trainer.callback_metrics["dp/drop_rate"] == pytest.approx(0.9, abs=1e-3)  # of whole units
+    assert trained.trainer.callback_metrics["privacy/drop_rate"] == pytest.approx(0.9, abs=1e-3)  # of whole units
 
 
 @pytest.mark.slow
 def test_the_example_learns_within_its_budget():
     trained = cli.main(["fit", "--config", EXAMPLE, "--trainer.enable_progress_bar=false"])
-    assert trained.trainer.callback_metrics["dp/epsilon"] == pytest.approx(3.0, rel=2e-3)
+    assert trained.trainer.callback_metrics["privacy/epsilon"] == pytest.approx(3.0, rel=2e-3)
     assert trained.trainer.callback_metrics["val/accuracy"] > 0.8
 
 

@@ -490,12 +490,12 @@ def test_spawned_processes_are_refused_with_the_way_out() -> None:
         trainer(Magnitude(0.5, **QUIET), strategy="ddp_fork", devices=2).fit(Net(), TRAIN, VAL)
 
 
-def test_logged_names_begin_with_the_technique(tmp_path: Path) -> None:
+def test_logged_names_begin_with_the_room(tmp_path: Path) -> None:
     logger = pl.loggers.CSVLogger(tmp_path)
     fit(Magnitude(0.5, **QUIET), max_epochs=1, logger=logger)
     columns = set((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(","))
     names = ("macs", "params", "macs_ratio", "params_ratio", "value_before", "value_after")
-    assert {f"prune/{name}" for name in names} <= columns
+    assert {f"pruning/{name}" for name in names} <= columns
 
 
 def test_steps_that_never_came_are_told() -> None:

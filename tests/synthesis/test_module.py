@@ -314,8 +314,8 @@ def test_everything_that_is_promised_is_logged(tmp_path):
     run.fit(module := small(), datamodule=CountedData(records()))
     assert {"train/mmd2", "train/mmd2_cross", "train/lr"} <= run.callback_metrics.keys()
     text = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
-    for name in ("epsilon", "sigma", "noise_norm", "signal_norm_est", "seconds"):
-        assert f"release/{name}" in text.splitlines()[0]
+    for name in ("epsilon", "sigma", "noise_norm", "signal_norm", "release_seconds"):
+        assert f"synthesis/{name}" in text.splitlines()[0]
     constant = run.callback_metrics["train/mmd2"] - run.callback_metrics["train/mmd2_cross"]
     means = module.embedding.flatten() / module.embedding.counts[:, None]
     assert float(constant) == pytest.approx(float(means.square().sum(1).mean()), rel=1e-4)

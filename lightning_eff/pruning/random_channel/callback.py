@@ -108,6 +108,9 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         plan: path of a plan to follow instead of searching.
         dirpath: where candidates (``candidates.csv``), figures, plan, report and the final weights are written. A
             search that was interrupted goes on from what lies in ``scores/`` until the step is done.
+    Also logs ``pruning/best_score``, ``pruning/median_score`` and ``pruning/dense_score`` (of ``search.monitor``, or
+    the loss), ``pruning/reconstruction_error`` and ``pruning/candidates_per_second`` of a search.
+
         seed: of everything random; the global generators are never touched.
         verbose: print progress and the report.
 
@@ -295,7 +298,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
     def _log(self, pl_module: LightningModule) -> None:
         super()._log(pl_module)
         if self.search is not None:
-            values = {f"{self.technique}/{name}": value for name, value in self.search.quantities().items()}
+            values = {f"pruning/{name}": value for name, value in self.search.quantities().items()}
             pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
 
     def state_dict(self) -> dict[str, Any]:
