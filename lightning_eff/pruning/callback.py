@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.batch import SplitBatch, take
 from lightning_eff.pruning.allocation import Dense
 from lightning_eff.pruning.decision import Counts, Decision, best_channels
@@ -85,6 +86,7 @@ class StructuredPruningCallback(Callback):
         verbose: bool = True,
     ) -> None:
         check_amount(amount)
+        check_whole("seed", seed, 0)
         if isinstance(amount, float) and allocation.target == "channels" and amount > allocation.max_ratio:
             raise ValueError(f"amount {amount} (fraction removed) is above allocation.max_ratio {allocation.max_ratio}")
         if plan is not None and schedule.steps != 1:

@@ -13,6 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch.utils.data import DataLoader
 
+from lightning_eff.arguments import check_choice, check_number, check_whole
+
 
 def check_choices(settings: Any) -> None:
     """Raise ValueError where a field of a settings object that is a Literal, or None, holds anything else."""
@@ -22,9 +24,7 @@ def check_choices(settings: Any) -> None:
         if not literals or not all(part in literals or part is type(None) for part in parts):
             continue
         choices = [choice for part in literals for choice in get_args(part)] + [None] * (len(parts) > len(literals))
-        if getattr(settings, name) not in choices:
-            told = ", ".join(map(repr, choices))
-            raise ValueError(f"{name} must be one of {told}, got {getattr(settings, name)!r}")
+        check_choice(name, getattr(settings, name), choices)
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class Allocation:
     def __post_init__(self) -> None:
         """Check choices and ranges."""
         check_choices(self)
-        if not (self.min_keep >= 1 and float(self.min_keep).is_integer()) and not 0 < self.min_keep < 1:
-            raise ValueError(f"min_keep must be a count >= 1 or a fraction in (0, 1), got {self.min_keep}")
-        if not 0 < self.max_ratio <= 1:
-            raise ValueError(f"max_ratio must lie in (0, 1], got {self.max_ratio}")
-        if self.round_to is not None and self.round_to < 1:
-            raise ValueError(f"round_to must be >= 1 or None, got {self.round_to}")
+        number = isinstance(self.min_keep, int | float) and not isinstance(self.min_keep, bool)
+        if not number or not (0 < self.min_keep < 1 or (self.min_keep >= 1 and float(self.min_keep).is_integer())):
+            raise ValueError(f"min_keep must be a count >= 1 or a fraction in (0, 1), got {self.min_keep!r}")
+        check_number("max_ratio", self.max_ratio, above=0, most=1)
+        if self.round_to is not None:
+            check_whole("round_to", self.round_to)
 
     def floor(self, size: int, current: int) -> int:
         """Fewest channels that a group of ``size`` channels, ``current`` of them left, may keep."""
@@ -119,8 +119,7 @@ class Schedule:
         """Check choices and ranges."""
         check_choices(self)
         for name, least in (("start", 0), ("steps", 1), ("every_n_epochs", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+            check_whole(name, getattr(self, name), least)
 
     def epoch(self, step: int) -> int:
         """Epoch before which step ``step`` (from 0) runs."""
@@ -154,8 +153,7 @@ class Calibration:
     def __post_init__(self) -> None:
         """Check choices and ranges."""
         check_choices(self)
-        if self.samples < 1:
-            raise ValueError(f"calibration samples must be >= 1, got {self.samples}")
+        check_whole("calibration samples", self.samples)
 
 
 def check_amount(amount: float | dict[str, int | float]) -> None:
@@ -170,5 +168,12 @@ def check_amount(amount: float | dict[str, int | float]) -> None:
                     f"amount[{layer!r}] must be a number of channels kept (int >= 1) or a fraction kept (float in "
                     f"(0, 1]), got {kept!r}"
                 )
-    elif not 0 <= amount < 1:
-        raise ValueError(f"amount must lie in [0, 1) (fraction removed), got {amount}")
+    elif isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < 1:
+        raise ValueError(f"amount must lie in [0, 1) (fraction removed), got {amount!r}")
+
+
+def is_count_or_share(batches: object) -> bool:
+    """Whether this says how many batches: a whole number of at least 1, or a share of them in (0, 1]."""
+    if isinstance(batches, bool) or not isinstance(batches, int | float):
+        return False
+    return batches >= 1 if isinstance(batches, int) else 0 < batches <= 1

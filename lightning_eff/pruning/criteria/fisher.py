@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.batch import SplitBatch, batch_size, call_model
 from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.pruning.borrowing import borrowed
@@ -59,8 +60,8 @@ class KLFisher:
     def __post_init__(self) -> None:
         """Check choice and range."""
         check_choices(self)
-        if self.backwards is not None and self.backwards < 1:
-            raise ValueError(f"backwards must be >= 1 or None, got {self.backwards}")
+        if self.backwards is not None:
+            check_whole("backwards", self.backwards)
 
     def __call__(
         self, model: nn.Module, graph: ChannelGraph, batches: Sequence[Any], loss_fn: Any = None

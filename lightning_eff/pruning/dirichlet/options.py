@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from lightning_eff.pruning.settings import check_choices
+from lightning_eff.arguments import check_number, check_whole
+from lightning_eff.pruning.settings import check_choices, is_count_or_share
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,11 @@ class Prior:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _check_above_zero(self, "alpha0")
-        _check_least(self, weight=0, anneal_epochs=0)
+        check_number("alpha0", self.alpha0, above=0)
+        check_number("weight", self.weight, least=0)
+        check_number("anneal_epochs", self.anneal_epochs, least=0)
         if self.dataset_size is not None:
-            _check_least(self, dataset_size=1)
+            check_whole("dataset_size", self.dataset_size)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Draws:
     def __post_init__(self) -> None:
         """Check choices and ranges."""
         check_choices(self)
-        _check_least(self, number=1)
+        check_whole("number", self.number)
 
 
 @dataclass(frozen=True)
@@ -109,22 +111,12 @@ class DirichletOptions:
     def __post_init__(self) -> None:
         """Check choices and ranges."""
         check_choices(self)
-        _check_above_zero(self, "lr")
-        _check_least(self, epochs=1)
+        check_number("lr", self.lr, above=0)
+        check_number("init", self.init)
+        check_whole("epochs", self.epochs)
         most = self.max_batches
-        if most is not None and not (most >= 1 if isinstance(most, int) else 0 < most <= 1):
+        if most is not None and not is_count_or_share(most):
             raise ValueError(f"max_batches must be an int >= 1, a fraction in (0, 1] or None, got {most!r}")
-
-
-def _check_above_zero(settings: Any, name: str) -> None:
-    if not getattr(settings, name) > 0:
-        raise ValueError(f"{name} must be > 0, got {getattr(settings, name)}")
-
-
-def _check_least(settings: Any, **least: float) -> None:
-    for name, bound in least.items():
-        if not getattr(settings, name) >= bound:
-            raise ValueError(f"{name} must be >= {bound}, got {getattr(settings, name)}")
 
 
 _BEFORE_NORM = Gate(site="producer", train_bn=True)

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.batch import SplitBatch
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.callback import StructuredPruningCallback
@@ -27,7 +28,7 @@ from lightning_eff.pruning.random_channel.sampling import sample_configs
 from lightning_eff.pruning.random_channel.search import Processes, SearchResult, random_search
 from lightning_eff.pruning.repair import Repair
 from lightning_eff.pruning.report import Scores
-from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule, check_choices
+from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule, check_choices, is_count_or_share
 from lightning_eff.pruning.trainer_data import NO_VALIDATION, TrainerData, silent_loggers
 from lightning_eff.pruning.training_loss import LossFunction, check_training_step, scoring_autocast, training_loss
 from lightning_eff.pruning.validation import LossScore, ValidationScore
@@ -69,18 +70,14 @@ class Search:
         check_choices(self)
         if isinstance(self.sampler, str) and self.sampler not in ("power", "rejection", "uniform"):
             raise ValueError(
-                f"sampler must be 'power', 'rejection', 'uniform' or a list of configurations, got {self.sampler!r}"
+                f"sampler must be one of power, rejection, uniform, or a list of configurations, got {self.sampler!r}"
             )
         for name, least in (("candidates", 1), ("top_k", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if not 0 < self.min_ratio < 1:
-            raise ValueError(f"min_ratio must lie in (0, 1), got {self.min_ratio}")
-        if not self.tolerance > 0:
-            raise ValueError(f"tolerance must be > 0, got {self.tolerance}")
-        most = self.score_batches
-        if not (most >= 1 if isinstance(most, int) else 0 < most <= 1):
-            raise ValueError(f"score_batches must be an int >= 1 or a fraction in (0, 1], got {most!r}")
+            check_whole(name, getattr(self, name), least)
+        check_number("min_ratio", self.min_ratio, above=0, below=1)
+        check_number("tolerance", self.tolerance, above=0)
+        if not is_count_or_share(self.score_batches):
+            raise ValueError(f"score_batches must be an int >= 1 or a fraction in (0, 1], got {self.score_batches!r}")
         if self.monitor is None and self.mode == "max":
             raise ValueError(
                 'mode="max" needs monitor, the name of what is best when large: the loss is best when small'

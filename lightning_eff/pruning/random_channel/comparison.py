@@ -20,6 +20,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_choice
 from lightning_eff.batch import SplitBatch
 from lightning_eff.pruning.criteria import Criterion, Random, check_needs, importance, resolve_criterion
 from lightning_eff.pruning.random_channel.bench import Bench, ScoreFunction, judged, take_moments
@@ -293,8 +294,7 @@ def compare_criteria(
     )
     if not named or not len(configs):
         raise ValueError(f"expected criteria and configurations, got {len(named)} and {len(configs)}")
-    if mode not in ("max", "min"):
-        raise ValueError(f"mode must be one of 'max', 'min', got {mode!r}")
+    check_choice("mode", mode, ("max", "min"))
     for criterion in named.values():
         check_needs(criterion, batches, loss_fn)
     dense_score = judged(model, score_fn)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.pruning.random_channel.candidates import Candidate, Candidates, Mode
 from lightning_eff.reporting import HIGHLIGHT, KEPT, REFERENCE, REMOVED, SERIES, new_figure
 
@@ -92,8 +93,7 @@ def ratio_figure(found: Candidates, count: int = 10) -> Figure:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-    if count < 1:
-        raise ValueError(f"count must be >= 1, got {count}")
+    check_whole("count", count)
     first = found.stages[0]
     top = [c for c in found.top(count, first) if not math.isnan(c.score)]
     names = list(found.sizes)

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.pruning.allocation import Dense, uniform_counts
 from lightning_eff.pruning.settings import Allocation, check_amount
 from lightning_eff.surgery import BudgetError, ChannelGraph
@@ -118,17 +119,14 @@ def config_of(graph: ChannelGraph, row: Tensor) -> dict[str, int]:
 
 def _check(n: int, amount: float, target: str, sampler: Sampler, min_ratio: float, tolerance: float) -> None:
     check_amount(amount)
-    if n < 1:
-        raise ValueError(f"the number of candidates must be >= 1, got {n}")
+    check_whole("the number of candidates", n)
     for name, value, known in (("target", target, Target), ("sampler", sampler, SamplerName)):
-        if isinstance(value, str) and value not in get_args(known):
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {value!r}")
+        if isinstance(value, str):
+            check_choice(name, value, get_args(known))
     if not isinstance(sampler, str) and not len(sampler):
         raise ValueError("the list of configurations is empty")
-    if not 0 < min_ratio < 1:
-        raise ValueError(f"min_ratio must lie in (0, 1), got {min_ratio}")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be > 0, got {tolerance}")
+    check_number("min_ratio", min_ratio, above=0, below=1)
+    check_number("tolerance", tolerance, above=0)
 
 
 @dataclass(frozen=True)

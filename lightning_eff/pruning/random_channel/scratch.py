@@ -27,6 +27,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_choice, check_whole
 from lightning_eff.batch import SplitBatch, take
 from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.pruning.memory import digest
@@ -189,11 +190,10 @@ def _check(
 ) -> None:
     if (amount is None) == (configs is None):
         raise ValueError("pass either amount, a fraction to remove, or configs, rows of sample_configs")
-    if mode not in ("max", "min"):
-        raise ValueError(f"mode must be one of 'max', 'min', got {mode!r}")
+    check_choice("mode", mode, ("max", "min"))
     for name, value, least in (("n", n, 1), ("warm_epochs", warm_epochs, 1), ("eta", eta, 2)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be >= {least}, got {value}")
+        if value is not None:
+            check_whole(name, value, least)
     if not monitor:
         raise ValueError("monitor must be the name of a logged quantity, got ''")
     if trainer_kwargs and "max_epochs" in trainer_kwargs:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_choice, check_whole
 from lightning_eff.batch import SplitBatch
 from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.pruning.criteria import Criterion, check_needs, importance
@@ -214,19 +215,15 @@ def _check(
 ) -> None:
     if (amount is None) == (configs is None):
         raise ValueError("pass either amount, a fraction to remove, or configs, rows of sample_configs")
-    if n < 1 or (configs is not None and not len(configs)):
-        raise ValueError(f"the number of candidates must be >= 1, got {n if configs is None else 0}")
+    check_whole("the number of candidates", n if configs is None else len(configs))
     for name, value, known in (
         ("mode", mode, ("max", "min")),
         ("recalibrate", recalibrate, ("auto", "always", "never")),
         ("on_error", on_error, ("raise", "skip")),
     ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-    if top_k < 0:
-        raise ValueError(f"top_k must be >= 0, got {top_k}")
-    if not 0 <= processes.rank < processes.world_size:
-        raise ValueError(f"rank must lie in 0..{processes.world_size - 1}, got {processes.rank}")
+        check_choice(name, value, known)
+    check_whole("top_k", top_k, 0)
+    check_whole("rank", processes.rank, 0, processes.world_size - 1)
 
 
 class _Judge:

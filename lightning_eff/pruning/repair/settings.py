@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.pruning.settings import check_choices
 
 
@@ -41,10 +42,7 @@ class Repair:
     def __post_init__(self) -> None:
         """Check choices and ranges."""
         check_choices(self)
-        if not 0 <= self.ridge <= 1:
-            raise ValueError(f"ridge must lie in [0, 1], got {self.ridge}")
+        check_number("ridge", self.ridge, least=0, most=1)
         for name, least in (("positions", 1), ("samples", 1), ("bn_samples", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if not self.max_memory_mb > 0:
-            raise ValueError(f"max_memory_mb must be > 0, got {self.max_memory_mb}")
+            check_whole(name, getattr(self, name), least)
+        check_number("max_memory_mb", self.max_memory_mb, above=0)

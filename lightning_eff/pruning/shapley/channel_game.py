@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.batch import batch_size, call_model, take
 from lightning_eff.pruning.memory import fingerprint
 from lightning_eff.pruning.samples import Samples
@@ -63,10 +64,9 @@ class GameOptions:
     def __post_init__(self) -> None:
         """Check choices and ranges."""
         check_choices(self)
-        if self.groups is not None and self.groups < 1:
-            raise ValueError(f"groups must be >= 1 or None, got {self.groups}")
-        if self.max_memory_mb < 0:
-            raise ValueError(f"max_memory_mb must be >= 0, got {self.max_memory_mb}")
+        if self.groups is not None:
+            check_whole("groups", self.groups)
+        check_number("max_memory_mb", self.max_memory_mb, least=0)
 
 
 class ChannelGame:

@@ -196,5 +196,5 @@ def test_network_that_folds_its_batch_is_told_what_to_use() -> None:
 
 @pytest.mark.parametrize("backwards", [0, -1])
 def test_fewer_than_one_pass_is_refused(backwards: int) -> None:
-    with pytest.raises(ValueError, match=f"backwards must be >= 1 or None, got {backwards}"):
+    with pytest.raises(ValueError, match=f"backwards must be a whole number >= 1, got {backwards}"):
         KLFisher(backwards=backwards)

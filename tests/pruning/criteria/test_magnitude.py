@@ -178,5 +178,5 @@ def test_random_scores_follow_the_seed_and_lie_between_zero_and_one() -> None:
 
 @pytest.mark.parametrize("kind", [L1, GeometricMedian, NormScale])
 def test_unknown_reduction_is_refused_with_the_choices(kind: type) -> None:
-    with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', 'max', 'first', got 'median'"):
+    with pytest.raises(ValueError, match="reduction must be one of mean, sum, max, first, got 'median'"):
         kind(reduction="median")

@@ -67,7 +67,7 @@ def test_ratios_of_the_best_and_of_the_uniform_candidate_are_lines() -> None:
 
 
 def test_no_candidate_asked_for_is_told() -> None:
-    with pytest.raises(ValueError, match="count must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="count must be a whole number >= 1, got 0"):
         ratio_figure(found(), 0)
 
 

@@ -296,10 +296,10 @@ def test_scores_that_are_no_numbers_are_told() -> None:
     ("options", "error", "message"),
     [
         ({"amount": None}, ValueError, "either amount, a fraction to remove, or configs"),
-        ({"n": 0}, ValueError, "n must be >= 1, got 0"),
-        ({"warm_epochs": 0}, ValueError, "warm_epochs must be >= 1, got 0"),
-        ({"eta": 1}, ValueError, "eta must be >= 2, got 1"),
-        ({"mode": "best"}, ValueError, "mode must be one of 'max', 'min', got 'best'"),
+        ({"n": 0}, ValueError, "n must be a whole number >= 1, got 0"),
+        ({"warm_epochs": 0}, ValueError, "warm_epochs must be a whole number >= 1, got 0"),
+        ({"eta": 1}, ValueError, "eta must be a whole number >= 2, got 1"),
+        ({"mode": "best"}, ValueError, "mode must be one of max, min, got 'best'"),
         ({"monitor": ""}, ValueError, "monitor must be the name of a logged quantity"),
         ({"trainer_kwargs": {"max_epochs": 3}}, ValueError, "must not set max_epochs: pass warm_epochs"),
         (

@@ -331,11 +331,13 @@ def test_no_sample_is_an_error(update: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"update": "grams"}, "update must be one of 'auto', 'gram', 'sequential', 'channel', 'none', got 'grams'"),
+        ({"update": "grams"}, "update must be one of auto, gram, sequential, channel, none, got 'grams'"),
         ({"ridge": -1e-3}, r"ridge must lie in \[0, 1\], got -0.001"),
-        ({"positions": 0}, "positions must be >= 1, got 0"),
-        ({"samples": 0}, "samples must be >= 1, got 0"),
-        ({"bn_samples": -1}, "bn_samples must be >= 0, got -1"),
+        ({"positions": 0}, "positions must be a whole number >= 1, got 0"),
+        ({"samples": 0}, "samples must be a whole number >= 1, got 0"),
+        ({"bn_samples": -1}, "bn_samples must be a whole number >= 0, got -1"),
+        ({"positions": 2.5}, "positions must be a whole number >= 1, got 2.5"),
+        ({"max_memory_mb": float("nan")}, "max_memory_mb must be > 0, got nan"),
         ({"max_memory_mb": 0}, "max_memory_mb must be > 0, got 0"),
     ],
 )

@@ -278,7 +278,21 @@ def test_plain_torch_model_without_a_trainer() -> None:
 
 
 def test_bad_game_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="groups must be >= 1"):
+    with pytest.raises(ValueError, match="groups must be a whole number >= 1"):
         GameOptions(groups=0)
     with pytest.raises(ValueError, match="max_memory_mb"):
         GameOptions(max_memory_mb=-1)
+
+
+def test_a_layer_that_carries_no_signal_is_ranked_by_weight_norm() -> None:
+    model = Net(width=6)
+    norms = model.body[0].weight.detach().flatten(1).norm(dim=1)
+    callback = ShapleyPruningCallback(
+        {"body.0": 3}, estimator=LeaveOneOut(), value=lambda outputs, target: torch.zeros(len(target)),
+        calibration=Calibration(samples=64), verbose=False,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"body\.0: .*no signal"):
+        trainer(callback, max_epochs=1).fit(model, TRAIN, VAL)
+    scores, kept = callback._record.scores["body.0"]
+    assert scores.values.count_nonzero() == 0
+    assert sorted(kept) == sorted(norms.topk(3).indices.tolist())

@@ -271,7 +271,7 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_options_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="groups must be >= 1 or None, got 0"):
+    with pytest.raises(ValueError, match="groups must be a whole number >= 1, got 0"):
         GameOptions(groups=0)
     with pytest.raises(ValueError, match="max_memory_mb must be >= 0, got -1"):
         GameOptions(max_memory_mb=-1)
