@@ -23,12 +23,15 @@ from lightning_eff.moe import (
     load_law,
 )
 from lightning_eff.moe.scaling import ScalingLaw
-from lightning_eff.moe.scaling.figures import draw_frontier, draw_granularity, draw_isoflops, draw_overhead
+from lightning_eff.moe.scaling.figures import frontier_figure, isoflops_figure, overhead_figure
 from lightning_eff.reporting import Column, Table, save_figure
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0, help="of the resampled fits")
+    parser.add_argument("--out", type=Path, default=Path("runs/compute_plan"), help="folder of results")
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--flops", type=float, help="training budget (default 1e20)")
     asked.add_argument("--n-active", type=float, help="active parameters: tells the tokens they are the optimum for")
@@ -37,7 +40,6 @@ def parse() -> argparse.Namespace:
     what.add_argument("--runs", type=Path, help="fit a law to these runs")
     parser.add_argument("--baseline", help="law to compare with; default: dense networks, for the published laws")
     parser.add_argument("--granularity", type=int, help="hold it; default: the best")
-    parser.add_argument("--out", type=Path, default=Path("runs/compute_plan"), help="folder for tables and figures")
     return parser.parse_args()
 
 
@@ -49,19 +51,18 @@ def savings(planner: ComputePlanner, flops: float, baseline: ScalingLaw | None) 
     return Table(f"FLOPs for the loss of the best plan at {flops:.3g}", ["with", Column("times", ".2f")], rows)
 
 
-def fit(runs: Path, out: Path) -> FitResult:
-    result = fit_scaling_law(runs)
-    result.table().print()
+def fit(runs: Path, out: Path, bootstrap: int, seed: int) -> FitResult:
+    result = fit_scaling_law(runs, bootstrap=bootstrap, seed=seed)
+    result.print()
     result.save(out / "fit.json")
-    result.plot(out / "fit.png")
-    save_figure(draw_granularity(result), out / "granularity.png")
+    result.write(out)
     return result
 
 
 def main() -> None:
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
-    result = fit(args.runs, args.out) if args.runs else None
+    result = fit(args.runs, args.out, 20 if args.fast else 200, args.seed) if args.runs else None
     # losses of other data than that of the law cannot be compared
     compared = args.baseline or ("dense" if not args.runs and args.law in ("moe16", "moe64") else None)
     baseline = load_law(compared) if compared else None
@@ -75,7 +76,7 @@ def main() -> None:
     built = planner.realise(plan)
     print(f"\nOptimum\n{plan}\n\nAs a network that can be built\n{built}\n")
     plans = PlanTable([plan, built], "Plan and network")
-    plans.save(args.out / "plan.json")
+    plans.table().save(args.out / "plan.json")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the plan's warning said holds for what follows
@@ -86,19 +87,19 @@ def main() -> None:
             Table("Resampled fits", ["", Column("10 %", ".4g"), Column("90 %", ".4g")], rows).print()
         for name, table in tables.items():
             print(table, end="\n\n")
-            table.save(args.out / f"{name}.csv")
-            table.save(args.out / f"{name}.md")
+            table.table().save(args.out / f"{name}.csv")
+            table.table().save(args.out / f"{name}.md")
         if baseline or isinstance(planner.law, FineGrainedMoELaw):
             savings(planner, plan.flops, baseline).print()
         span = plan.flops / 1e3, plan.flops * 1e3
         laws = result.laws() if result else ()
         figures = {
-            "frontier": draw_frontier(planner, *span, baseline=baseline, laws=laws, mark=plan),
-            "isoflops": draw_isoflops(planner, [plan.flops / 100, plan.flops / 10, plan.flops, plan.flops * 10]),
+            "frontier": frontier_figure(planner, *span, baseline=baseline, laws=laws, mark=plan),
+            "isoflops": isoflops_figure(planner, [plan.flops / 100, plan.flops / 10, plan.flops, plan.flops * 10]),
         }
         if isinstance(planner.law, FineGrainedMoELaw):
             others = [1, 4] if baseline is None else [baseline, 1, 4]
-            figures["overhead"] = draw_overhead(planner, *span, others)
+            figures["overhead"] = overhead_figure(planner, *span, others)
     for name, figure in figures.items():
         print(save_figure(figure, args.out / f"{name}.png"))
 

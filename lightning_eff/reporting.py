@@ -48,13 +48,29 @@ class Column:
 
     Args:
         name: Heading.
-        format: Python format spec for the numbers in it, e.g. ``".3f"``, ``","`` or ``".1%"``.
+        format: Python format spec for the numbers in it, e.g. ``".3f"``, ``","`` or ``".1%"``, or a function such as
+            :func:`human` that makes text of one; CSV and JSON hold the numbers themselves.
         align: ``None`` puts columns of numbers to the right and all others to the left.
     """
 
     name: str
-    format: str = ""
+    format: str | Callable[[float], str] = ""
     align: Literal["left", "right", "center"] | None = None
+
+    def text(self, value: Any) -> str:
+        """Return a value of the column as readers see it; ``-`` for ``None``.
+
+        Raises:
+            ValueError: A number does not take the format.
+        """
+        if value is None:
+            return "-"
+        if not _is_number(value):
+            return str(value)
+        try:
+            return self.format(value) if callable(self.format) else format(value, self.format)
+        except ValueError as error:
+            raise ValueError(f"expected numbers that take the format of {self}, got {value!r}") from error
 
 
 class Table:
@@ -83,7 +99,7 @@ class Table:
             if len(row) != len(names):
                 raise ValueError(f"expected one value for each of the columns {names}, got the row {row}")
         self._cells = [
-            [_cell(value, column) for value, column in zip(row, self.columns, strict=True)] for row in self.rows
+            [column.text(value) for value, column in zip(row, self.columns, strict=True)] for row in self.rows
         ]
 
     def print(self, console: Console | None = None) -> None:
@@ -255,15 +271,6 @@ def _is_number(value: Any) -> bool:
 def _plain(value: Any) -> Any:
     # Python's own number for a zero-dimensional tensor or a NumPy scalar
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
-
-
-def _cell(value: Any, column: Column) -> str:
-    if value is None:
-        return "-"
-    try:
-        return format(value, column.format) if _is_number(value) else str(value)
-    except ValueError as error:
-        raise ValueError(f"expected numbers that take the format of {column}, got {value!r}") from error
 
 
 def _jsonable(value: Any) -> Any:

@@ -97,6 +97,12 @@ def test_json_stays_valid_with_nan_and_infinity():
     assert json.loads(text, parse_constant=pytest.fail) == [{"a": None, "b": None, "c": True}]
 
 
+def test_a_function_makes_text_of_numbers_and_files_keep_the_numbers():
+    table = Table("", [Column("MACs", human)], [(1_814_073_344,), (None,)])
+    assert [line.strip() for line in str(table).splitlines()] == ["MACs", "──────", "1.81 G", "-"]
+    assert json.loads(table.to_json()) == [{"MACs": 1_814_073_344}, {"MACs": None}]
+
+
 @pytest.mark.parametrize("suffix", [".md", ".csv", ".json", ".txt"])
 def test_save_writes_what_the_suffix_names(table, tmp_path, suffix):
     path = table.save(tmp_path / "new" / f"layers{suffix}")

@@ -14,9 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from lightning_eff.moe.balance import forget_loads, update_balance_biases
 from lightning_eff.moe.config import check_count
 from lightning_eff.moe.layer import FineGrainedMoE
-from lightning_eff.moe.load_history import LoadHistory, draw_loads
+from lightning_eff.moe.load_history import LoadHistory
 from lightning_eff.moe.metrics import load_measures
-from lightning_eff.reporting import save_figure
 from lightning_eff.surgery.state import untouched_generators
 
 
@@ -38,7 +37,8 @@ class ExpertLoadMonitor(Callback):
 
     Args:
         every_n_steps: Optimizer steps between two logs, >= 1.
-        dirpath: Folder for ``expert_loads.csv`` and ``expert_loads.png`` at the end of the fit; None writes nothing.
+        dirpath: Folder for the tables ``expert_layers`` and ``expert_loads`` and ``expert_loads.png`` at the end of the
+            fit; None writes nothing.
 
     Attributes:
         history: Loads of all windows; after at most 200 of them, neighbours are one.
@@ -105,8 +105,7 @@ class ExpertLoadMonitor(Callback):
         if trainer.global_step > self._logged_at:
             self._log(trainer, _stepped(trainer) - 1)  # the last batch has been counted by now
         if self.dirpath is not None and len(self.history) and trainer.is_global_zero:
-            self.history.table().save(self.dirpath / "expert_loads.csv")
-            save_figure(draw_loads(self.history), self.dirpath / "expert_loads.png")
+            self.history.write(self.dirpath)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""

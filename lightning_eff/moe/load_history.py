@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_eff.reporting import KEPT, REFERENCE, REMOVED, SERIES, Column, Table, new_figure
+from lightning_eff.reporting import KEPT, REFERENCE, REMOVED, SERIES, Column, Report, Table, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,8 +17,10 @@ _MOST_WINDOWS = 200  # more cannot be told apart in the figure, and checkpoints 
 _MOST_LINES = 8  # layers with a line of their own
 
 
-class LoadHistory:
+class LoadHistory(Report):
     """Loads in windows of steps; when there are too many windows, neighbours become one.
+
+    Tables: ``expert_layers``, ``expert_loads`` with a row a window and expert. Figure: ``expert_loads``.
 
     Args:
         sizes: Number of experts of each layer, by the layer's name.
@@ -28,6 +30,8 @@ class LoadHistory:
         chosen: Tokens that chose each expert [windows, experts of all layers], int64.
         computed: Tokens that each expert computed, as ``chosen``.
     """
+
+    data_tables = frozenset({"expert_loads"})
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self.sizes = dict(sizes)
@@ -49,8 +53,27 @@ class LoadHistory:
         """Split loads of all experts [..., experts] by layer."""
         return dict(zip(self.sizes, torch.split(loads, list(self.sizes.values()), dim=-1), strict=True))
 
-    def table(self) -> Table:
-        """A row for each window, layer and expert."""
+    def tables(self) -> dict[str, Table]:
+        """A row for each layer, over all windows; a row for each window, layer and expert."""
+        return {"expert_layers": self._by_layer(), "expert_loads": self._by_window()}
+
+    def figures(self) -> dict[str, Figure]:
+        """Loads of every expert over time; none of an empty history."""
+        return {"expert_loads": loads_figure(self)} if len(self) else {}
+
+    def _by_layer(self) -> Table:
+        loads = zip(*(self.layers(counts.sum(0)).items() for counts in (self.chosen, self.computed)), strict=True)
+        rows = []
+        for (name, chosen), (_, computed) in loads:
+            relative, tokens = relative_load(chosen), int(chosen.sum())
+            lost = 1 - int(computed.sum()) / tokens if tokens else None
+            rows.append((name, len(chosen), tokens, relative.max(), relative.min(), int((chosen == 0).sum()), lost))
+        shares = [Column("busiest over mean", ".2f"), Column("idlest over mean", ".2f")]
+        columns = ["layer", "experts", Column("tokens chosen", ","), *shares, "never chosen", Column("dropped", ".1%")]
+        steps = f" of steps up to {self.steps[-1]:,}" if self.steps else ""
+        return Table("Loads of experts by layer", columns, rows, f"Training batches{steps}.")
+
+    def _by_window(self) -> Table:
         rows = []
         chosen, computed = self.layers(self.chosen), self.layers(self.computed)
         for window, step in enumerate(self.steps):
@@ -92,7 +115,7 @@ def relative_load(load: Tensor) -> Tensor:
     return load / load.mean(-1, keepdim=True)
 
 
-def draw_loads(history: LoadHistory, title: str = "") -> Figure:
+def loads_figure(history: LoadHistory, title: str = "") -> Figure:
     """Draw the loads of every expert of every layer over time, and above them the busiest expert of each layer.
 
     Args:

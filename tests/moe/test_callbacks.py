@@ -20,7 +20,7 @@ from lightning_eff.data import ByteTextDataModule
 from lightning_eff.data.loading import ResumableLoader
 from lightning_eff.moe import FineGrainedMoE, MoEScalingModule, total_aux_loss
 from lightning_eff.moe.callbacks import BalanceBiasUpdater, ExpertLoadMonitor
-from lightning_eff.moe.load_history import LoadHistory, draw_loads
+from lightning_eff.moe.load_history import LoadHistory, loads_figure
 
 D = 8
 
@@ -268,7 +268,7 @@ def test_many_windows_become_fewer_and_no_token_is_lost() -> None:
 def test_heat_map_shows_loads_over_their_mean_and_marks_the_idle() -> None:
     history = LoadHistory({"a": 4, "b": 2})
     history.add(10, torch.tensor([4, 2, 2, 0, 5, 5]), torch.tensor([4, 2, 2, 0, 5, 5]))
-    figure = draw_loads(history)
+    figure = loads_figure(history)
     image = figure.axes[1].collections[0].get_array().reshape(6)
     assert image.mask.tolist() == [False, False, False, True, False, False]
     assert image.compressed().tolist() == [1, 0, 0, 0, 0]  # powers of two
@@ -277,7 +277,7 @@ def test_heat_map_shows_loads_over_their_mean_and_marks_the_idle() -> None:
 
 def test_empty_history_is_not_drawn() -> None:
     with pytest.raises(ValueError, match="no step has been recorded"):
-        draw_loads(LoadHistory({"a": 4}))
+        loads_figure(LoadHistory({"a": 4}))
 
 
 def test_balance_bias_moves_after_every_optimizer_step() -> None:

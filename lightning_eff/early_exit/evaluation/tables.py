@@ -39,10 +39,7 @@ def compare_table(runs: Runs, budgets: Sequence[float] = BUDGETS, rule: Rule = "
 def to_latex(table: Table) -> str:
     r"""Return a ``tabular`` with the table's heading and cells, title and caption as comments; needs no package."""
     header = [column.name for column in table.columns]
-    rows = [
-        ["-" if value is None else _formatted(value, column) for value, column in zip(row, table.columns, strict=True)]
-        for row in table.rows
-    ]
+    rows = [[column.text(value) for value, column in zip(row, table.columns, strict=True)] for row in table.rows]
     left = [column.align == "left" or (column.align is None and not column.format) for column in table.columns]
     lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (header, *rows)]
     comments = [f"% {text}" for text in (table.title, table.caption) if text]
@@ -67,10 +64,6 @@ def _mean_std(accuracies: Sequence[float]) -> str | None:
         return None
     mean = 100 * statistics.fmean(accuracies)
     return f"{mean:.2f}" if len(accuracies) == 1 else f"{mean:.2f} ± {100 * statistics.stdev(accuracies):.2f}"
-
-
-def _formatted(value: object, column: Column) -> str:
-    return format(value, column.format) if isinstance(value, int | float) else str(value)
 
 
 def _escaped(text: str) -> str:

@@ -27,7 +27,7 @@ _LAWS_DRAWN = 60  # resampled laws a band of optima is taken from: each needs a 
 _BAND_POINTS = 15
 
 
-def draw_fit(fit: FitResult, ci: float = 0.8) -> Figure:
+def fit_figure(fit: FitResult, ci: float = 0.8) -> Figure:
     """Predicted against measured losses, coloured by granularity, and what is left between them.
 
     Args:
@@ -67,7 +67,15 @@ def draw_fit(fit: FitResult, ci: float = 0.8) -> Figure:
     return figure
 
 
-def draw_granularity(fit: FitResult) -> Figure:
+def tells_granularity(fit: FitResult) -> bool:
+    """Whether :func:`granularity_figure` has something to show: two runs differ in granularity and in nothing else."""
+    if not isinstance(fit.law, FineGrainedMoELaw):
+        return False
+    pairs = np.stack([fit.runs.n_total, fit.runs.n_tokens])
+    return np.unique(np.vstack([pairs, _granularities(fit)]), axis=1).shape[1] > np.unique(pairs, axis=1).shape[1]
+
+
+def granularity_figure(fit: FitResult) -> Figure:
     """What granularity does: the part of the loss that depends on it, a line for each size and number of tokens.
 
     Raises:
@@ -112,7 +120,7 @@ def draw_granularity(fit: FitResult) -> Figure:
     return figure
 
 
-def draw_frontier(
+def frontier_figure(
     planner: ComputePlanner,
     f_min: float,
     f_max: float,
@@ -173,7 +181,7 @@ def draw_frontier(
     return figure
 
 
-def draw_overhead(
+def overhead_figure(
     planner: ComputePlanner, f_min: float, f_max: float, baselines: Sequence[ScalingLaw | float]
 ) -> Figure:
     """How many times the FLOPs baselines need for the loss of the optimum, over the budget.
@@ -203,7 +211,7 @@ def draw_overhead(
     return figure
 
 
-def draw_isoflops(
+def isoflops_figure(
     planner: ComputePlanner, budgets: Sequence[float], granularity: float | None = None, span: float = 8.0
 ) -> Figure:
     """Loss over active parameters at constant budgets, with the optimum of each.

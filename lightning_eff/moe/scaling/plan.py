@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_eff.moe.scaling.sizes import DecoderShape
-from lightning_eff.reporting import Column, Table
+from lightning_eff.reporting import Column, Report, Table
 
 #: How numbers of a plan are written for a reader, by column.
 _TEXT = {
@@ -90,8 +90,8 @@ class Plan:
         return "\n".join(lines)
 
 
-class PlanTable(Sequence[Plan]):
-    """Plans side by side.
+class PlanTable(Sequence[Plan], Report):
+    """Plans side by side: table ``plans``.
 
     Args:
         plans: the rows.
@@ -123,23 +123,14 @@ class PlanTable(Sequence[Plan]):
         """One column of numbers, [rows]."""
         return np.array([getattr(plan, name) for plan in self.plans], dtype=np.float64)
 
-    def table(self, *, numbers: bool = False) -> Table:
-        """As a table to read (4.37B, 2.95e+18), or with plain numbers."""
-        columns = self.COLUMNS + (("penalty",) if any(plan.penalty for plan in self.plans) else ())
-        rows = [
-            [getattr(plan, name) if numbers else readable(name, getattr(plan, name)) for name in columns]
-            for plan in self.plans
-        ]
+    def tables(self) -> dict[str, Table]:
+        """The plans, a row each."""
+        names = self.COLUMNS + (("penalty",) if any(plan.penalty for plan in self.plans) else ())
+        columns = [Column(name, partial(readable, name)) for name in names]
+        rows = [[getattr(plan, name) for name in names] for plan in self.plans]
         worst = max((plan.extrapolation or 1 for plan in self.plans), default=1)
         caption = "" if worst <= 1 else f"Budgets up to {worst:,.3g} times outside of the runs the law was fitted to."
-        return Table(self.title, [Column(name, align="right") for name in columns], rows, caption)
-
-    def save(self, path: str | Path) -> Path:
-        """Write numbers as ``.csv`` or ``.json``, a table to read as ``.md`` or ``.txt``."""
-        return self.table(numbers=Path(path).suffix in (".csv", ".json")).save(path)
-
-    def __str__(self) -> str:
-        return str(self.table())
+        return {"plans": Table(self.title, columns, rows, caption)}
 
 
 def readable(name: str, value: float) -> str:

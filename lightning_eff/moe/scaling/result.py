@@ -15,11 +15,10 @@ from lightning_eff.documents import parsed, reading, write_text
 from lightning_eff.moe.scaling.laws import ScalingLaw, law_from_dict
 from lightning_eff.moe.scaling.objective import Objective
 from lightning_eff.moe.scaling.runs import Runs
+from lightning_eff.reporting import Column, Report, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from lightning_eff.reporting import Table
 
 Floats = NDArray[np.float64]
 _VERSION = 1
@@ -52,8 +51,8 @@ class Prediction(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class FitResult:
-    """A fitted law, by :func:`fit_scaling_law`.
+class FitResult(Report):
+    """A fitted law, by :func:`fit_scaling_law`: table ``coefficients``, figures ``fit`` and ``granularity``.
 
     Args:
         law: the law; ``law(n_total, n_tokens, granularity)`` predicts.
@@ -134,10 +133,19 @@ class FitResult:
         low, high = np.percentile(every, _edges(ci), axis=0)
         return Prediction(loss, low, high)
 
-    def table(self, ci: float = 0.8) -> Table:
+    def tables(self) -> dict[str, Table]:
         """Coefficients with intervals."""
-        from lightning_eff.reporting import Column, Table
+        return {"coefficients": self.coefficients()}
 
+    def figures(self) -> dict[str, Figure]:
+        """Predicted against measured losses, and losses over granularity where the runs differ in it."""
+        from lightning_eff.moe.scaling.figures import fit_figure, granularity_figure, tells_granularity
+
+        granularity = {"granularity": granularity_figure(self)} if tells_granularity(self) else {}
+        return {"fit": fit_figure(self), **granularity}
+
+    def coefficients(self, ci: float = 0.8) -> Table:
+        """Coefficients with the interval that holds this share of the resampled fits, in (0, 1)."""
         low, high = _edges(ci)
         intervals = self.intervals(ci)
         rows = [
@@ -156,20 +164,6 @@ class FitResult:
             *(f"Mind: {note}." for note in self.notes),
         ]
         return Table(f"Scaling law, {self.law.to_dict()['law']}", columns, rows, "\n".join(caption))
-
-    def summary(self) -> str:
-        """The table as text."""
-        return str(self.table())
-
-    def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw predicted against measured losses; write it if a path is given."""
-        from lightning_eff.moe.scaling.figures import draw_fit
-        from lightning_eff.reporting import save_figure
-
-        figure = draw_fit(self)
-        if path is not None:
-            save_figure(figure, path)
-        return figure
 
     def save(self, path: str | Path) -> Path:
         """Write everything as JSON; folders are made. :func:`load_law` reads the law alone from it."""

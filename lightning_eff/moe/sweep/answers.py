@@ -7,15 +7,13 @@ from typing import Literal
 
 import numpy as np
 
-from lightning_eff.moe.scaling.figures import draw_granularity
 from lightning_eff.moe.scaling.fitting import fit_scaling_law
-from lightning_eff.moe.scaling.laws import FineGrainedMoELaw, load_law
+from lightning_eff.moe.scaling.laws import load_law
 from lightning_eff.moe.scaling.plan import PlanTable
 from lightning_eff.moe.scaling.planner import ComputePlanner
 from lightning_eff.moe.scaling.result import FitResult
 from lightning_eff.moe.scaling.runs import Runs, read_runs
 from lightning_eff.moe.sweep.points import RUNS_FILE
-from lightning_eff.reporting import save_figure
 
 
 def fit_sweep(
@@ -29,7 +27,7 @@ def fit_sweep(
     best: bool = True,
     out: str | Path | None = None,
 ) -> FitResult:
-    """Fit a law to runs, print it, and write ``fit.json``, ``fit.png`` and ``granularity.png``.
+    """Fit a law to runs, print it, and write ``fit.json``, the table ``coefficients`` and figures.
 
     Args:
         runs: CSV file of runs, or the folder of a sweep.
@@ -54,11 +52,9 @@ def fit_sweep(
     if best:
         read = _best(read)
     result = fit_scaling_law(read, law, fixed=fixed, bootstrap=bootstrap)
-    result.table().print()
+    result.print()
     folder = path.parent if out is None else Path(out)
-    written = [result.save(folder / "fit.json"), save_figure(result.plot(), folder / "fit.png")]
-    if isinstance(result.law, FineGrainedMoELaw):
-        written.append(save_figure(draw_granularity(result), folder / "granularity.png"))
+    written = [result.save(folder / "fit.json"), *result.write(folder)]
     print("Written:", ", ".join(map(str, written)))
     return result
 
@@ -94,7 +90,7 @@ def plan_budget(
     print(compared)
     table = PlanTable([plan, built, *compared], compared.title)
     if out is not None:
-        print("Written:", table.save(out))
+        print("Written:", table.table().save(out))
     return table
 
 

@@ -6,6 +6,7 @@ import copy
 import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -122,9 +123,9 @@ def make_sweep(
 def sweep_table(runs: Sequence[SweepRun]) -> Table:
     """Table of the runs of a sweep, with numbers to read."""
     plain = ("run_name", "granularity", "expansion_rate", "d_model", "n_layers", "steps", "lr", "seed")
-    rows = [[run.row[name] if name in plain else readable(name, run.row[name]) for name in _COLUMNS] for run in runs]
+    rows = [[run.row[name] for name in _COLUMNS] for run in runs]
     total = sum(run.row["flops"] for run in runs)
-    columns = [Column(name, align=None if name in plain else "right") for name in _COLUMNS]
+    columns = [Column(name, "" if name in plain else partial(readable, name)) for name in _COLUMNS]
     return Table(f"{len(runs)} runs, {total:.2e} FLOPs in all", columns, rows)
 
 

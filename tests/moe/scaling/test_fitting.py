@@ -197,7 +197,7 @@ def test_free_c_that_runs_do_not_tell_is_warned_about() -> None:
     with pytest.warns(UserWarning, match="c cannot be told from zero"):
         fit = fit_scaling_law(paper_runs(noise=3e-3), bootstrap=60)
     assert not fit.identifiable
-    assert "Mind: c cannot" in fit.summary()
+    assert "Mind: c cannot" in str(fit)
     low, high = fit.predict(1e9, 2e10, 4)[1:]
     assert high - low < 0.03  # predictions are told well nonetheless
 
@@ -318,7 +318,7 @@ def test_fit_survives_its_file(tmp_path) -> None:
     fit = fit_scaling_law(paper_runs(noise=3e-3), fixed=HELD, bootstrap=20)
     path = fit.save(tmp_path / "some" / "fit.json")
     again = FitResult.load(path)
-    assert again.summary() == fit.summary()
+    assert str(again) == str(fit)
     assert load_law(path) == fit.law == again.law
     assert again.predict(1e9, 2e10, 4) == fit.predict(1e9, 2e10, 4)
     np.testing.assert_array_equal(again.runs.flops, fit.runs.flops)
@@ -329,7 +329,7 @@ def test_fit_survives_its_file(tmp_path) -> None:
 
 def test_summary_tells_estimates_intervals_and_what_was_held() -> None:
     fit = fit_scaling_law(paper_runs(noise=3e-3), fixed=HELD, bootstrap=20)
-    lines = fit.summary().splitlines()
+    lines = str(fit).splitlines()
     assert lines[1].split() == ["parameter", "estimate", "10", "%", "90", "%"]
     assert lines[-2].split() == ["c", "0.472", "-", "-", "fixed"]
     assert lines[3].endswith("fitted")
