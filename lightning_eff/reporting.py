@@ -227,7 +227,8 @@ class Report(ABC):
         from rich.text import Text
 
         console = console or get_console()
-        for number, part in enumerate([*self.preface(), *self._read()]):
+        parts: list[str | Table] = [*self.preface(), *self._read()]
+        for number, part in enumerate(parts):
             if number:
                 console.print()
             if isinstance(part, Table):
@@ -325,6 +326,18 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> Path:
     with rc_context(_STYLE), whole_file(path) as beside:
         figure.savefig(beside, dpi=dpi, format=path.suffix[1:])
     return path
+
+
+def results_folder(dirpath: str | Path | None, trainer: Any, room: str) -> Path:
+    """Return where a callback that is there to write puts its files; to be called in all processes at once.
+
+    Args:
+        dirpath: what the user gave; None for the folder ``room`` where the trainer's logger writes, or in its
+            ``default_root_dir`` where there is no logger.
+        trainer: of the run.
+        room: name of the technique.
+    """
+    return Path(trainer.log_dir or trainer.default_root_dir) / room if dirpath is None else Path(dirpath)
 
 
 class Progress:

@@ -69,7 +69,14 @@ class LoadHistory(Report):
             lost = 1 - int(computed.sum()) / tokens if tokens else None
             rows.append((name, len(chosen), tokens, relative.max(), relative.min(), int((chosen == 0).sum()), lost))
         shares = [Column("busiest over mean", ".2f"), Column("idlest over mean", ".2f")]
-        columns = ["layer", "experts", Column("tokens chosen", ","), *shares, "never chosen", Column("dropped", ".1%")]
+        columns: list[str | Column] = [
+            "layer",
+            "experts",
+            Column("tokens chosen", ","),
+            *shares,
+            "never chosen",
+            Column("dropped", ".1%"),
+        ]
         steps = f" of steps up to {self.steps[-1]:,}" if self.steps else ""
         return Table("Loads of experts by layer", columns, rows, f"Training batches{steps}.")
 

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_eff.privacy.batches import number_of_examples, some_examples
 from lightning_eff.privacy.engine import PerSampleEngine
+from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.surgery.state import Generators, untouched_generators
 
 # exchanges of half of the examples, each with other random numbers
@@ -31,8 +32,8 @@ _ENOUGH = 8
 
 
 @dataclass(frozen=True)
-class IsolationReport:
-    """What the comparison found.
+class IsolationReport(Report):
+    """What the comparison found, in a sentence; files hold the table ``isolation``, a row an example.
 
     Args:
         inside: norm of each example's gradient inside of the batch.
@@ -42,6 +43,8 @@ class IsolationReport:
         random: the step gives something else every time, also with the same random numbers, so nothing can be told.
         exchanged: the step draws random numbers, so that the neighbours of an example were exchanged, not left out.
     """
+
+    data_tables = frozenset({"isolation"})
 
     inside: tuple[float, ...]
     alone: tuple[float, ...]
@@ -80,7 +83,22 @@ class IsolationReport:
         ]
         return not (self.random or self.exchanged) and bool(ratios) and all(abs(r - 1) <= 0.05 for r in ratios)
 
-    def __str__(self) -> str:
+    def preface(self) -> list[str]:
+        """Return the outcome and its reason in a sentence."""
+        return [self._outcome()]
+
+    def tables(self) -> dict[str, Table]:
+        """Return both norms of each example's gradient and how they differ."""
+        other = "norm again" if self.random else "norm among others" if self.exchanged else "norm alone"
+        columns = ["example", Column("norm in the batch", ".4g"), Column(other, ".4g"), Column("difference", ".2g")]
+        rows = enumerate(zip(self.inside, self.alone, self.differences, strict=True))
+        caption = (
+            f"difference: relative to the larger norm; up to {self.tolerance:g} is rounding. The sums over examples "
+            f"differ by {self.sum_difference:.2g}."
+        )
+        return {"isolation": Table("Gradients of examples", columns, [(n, *row) for n, row in rows], caption)}
+
+    def _outcome(self) -> str:
         if self.random:
             return (
                 "the training step gives another gradient every time it runs, also where the random generators of "

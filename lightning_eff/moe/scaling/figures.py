@@ -72,7 +72,7 @@ def tells_granularity(fit: FitResult) -> bool:
     if not isinstance(fit.law, FineGrainedMoELaw):
         return False
     pairs = np.stack([fit.runs.n_total, fit.runs.n_tokens])
-    return np.unique(np.vstack([pairs, _granularities(fit)]), axis=1).shape[1] > np.unique(pairs, axis=1).shape[1]
+    return len(np.unique(np.vstack([pairs, _granularities(fit)]), axis=1).T) > len(np.unique(pairs, axis=1).T)
 
 
 def granularity_figure(fit: FitResult) -> Figure:
