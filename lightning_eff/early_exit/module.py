@@ -23,6 +23,7 @@ from lightning_eff.early_exit.inference.policies import Policy, ScoreFunction
 from lightning_eff.early_exit.network import MultiExitNetwork
 from lightning_eff.early_exit.options import NetworkOptions
 from lightning_eff.early_exit.training.checkpoint import (
+    KEY,
     load_phases,
     names_not_held,
     plain_hyperparameters,
@@ -35,8 +36,10 @@ from lightning_eff.early_exit.training.metrics import ExitMetrics, only_with_hea
 from lightning_eff.early_exit.training.phased_module import PhasedModule
 from lightning_eff.early_exit.training.phases import OptimizerCallable, Phase, phases_from
 from lightning_eff.early_exit.training.schedules import Schedule
+from lightning_eff.surgery.structure import prunable
 
 
+@prunable
 class EarlyExitModule(PhasedModule):
     """A backbone with early exits, trained on batches ``(inputs, labels)``.
 
@@ -372,6 +375,12 @@ class EarlyExitModule(PhasedModule):
                 "load_from_checkpoint; this module has the default"
             )
         return loaded
+
+    def build_for_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the exits where they were: a checkpoint of a network that lost channels has shapes for their heads."""
+        structure = checkpoint.get(KEY, {}).get("structure")
+        if structure is not None:
+            self.network.build_from(structure)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the phase and where the exits are."""

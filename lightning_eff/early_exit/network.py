@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_eff.batch import SplitBatch, batch_size, call_model
 from lightning_eff.early_exit.attaching.attachment import Engine, attach, given_inputs, hooks_from_dict
@@ -25,6 +26,7 @@ from lightning_eff.early_exit.attaching.heads import Head, HeadBuilder, head_fro
 from lightning_eff.early_exit.attaching.placement import Exits, named_exits, number_of_exits
 from lightning_eff.early_exit.attaching.probe import probe, samples
 from lightning_eff.early_exit.attaching.self_check import SelfCheck, check_exits
+from lightning_eff.early_exit.attaching.sizes import Sizes
 from lightning_eff.early_exit.calibration import Calibration
 from lightning_eff.early_exit.inference.evaluation_mode import Evaluation
 from lightning_eff.early_exit.inference.hooks import Collect, Compact, LastExit, Tape, place, running
@@ -107,7 +109,7 @@ class MultiExitNetwork(nn.Module):
         self.compact_min_fraction = compact_min_fraction
         self.exits: tuple[str, ...] = ()
         self.checked: SelfCheck | None = None
-        self.tape = Tape()
+        self.tape = Tape(self.heads)
         self.output_of = output_fn or feature_of
         self._asked, self._head, self._clone_features = exits, head_from(head), clone_features
         self._heads_by_name = exits if isinstance(exits, dict) else {}
@@ -115,6 +117,8 @@ class MultiExitNetwork(nn.Module):
         self._structure: dict[str, Any] = {}
         self._handles: list[Any] = []
         self._costs: ExitCosts | None = None
+        self._costs_of = self._stages_of = Sizes()
+        self._example: Any = None  # zeros: operations are counted anew on them once channels have been removed
         self._stages: Any = None
         self._evaluation = Evaluation(self)
         self.register_buffer("score_thresholds", torch.full((self.num_exits,), math.inf, dtype=torch.float32))
@@ -180,7 +184,7 @@ class MultiExitNetwork(nn.Module):
     def structure(self) -> dict[str, Any]:
         """Return where the exits are and what they read, plain Python, for checkpoints."""
         self._need_built()
-        costs = None if self._costs is None else self._costs.to_dict()
+        costs = None if self._costs is None else self.costs.to_dict()
         return {**self._structure, "num_classes": self.num_classes, "costs": costs}
 
     def build_from(self, structure: dict[str, Any]) -> MultiExitNetwork:
@@ -203,6 +207,7 @@ class MultiExitNetwork(nn.Module):
         if not self.built:
             self._attach({key: structure[key] for key in ("exits", "hooks", "inputs", "engine")})
             self._costs = None if structure["costs"] is None else ExitCosts.from_dict(structure["costs"])
+            self._costs_of = Sizes()  # those that the weights will have, which are loaded afterwards
         return self
 
     def remove(self) -> nn.Module:
@@ -210,7 +215,7 @@ class MultiExitNetwork(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles, self._structure, self._stages, self.exits = [], {}, None, ()
-        self.heads = nn.ModuleList()
+        self.heads = self.tape.heads = nn.ModuleList()
         return self.backbone
 
     def summary(self) -> str:
@@ -218,7 +223,7 @@ class MultiExitNetwork(nn.Module):
         self._need_built()
         told = [f"{one['name']} {tuple(one['shape'])}" for one in self._structure["exits"]]
         if self._costs is not None:
-            told = [f"{one} at {share:.0%}" for one, share in zip(told, self._costs.fractions(), strict=False)]
+            told = [f"{one} at {share:.0%}" for one, share in zip(told, self.costs.fractions(), strict=False)]
         weights = human(sum(p.numel() for p in self.heads.parameters()), "parameters")
         why = f" (with hooks {self.checked.problem})" if self.checked is not None and self.checked.problem else ""
         return f"{self.num_exits} exits: {', '.join(told)} of the cost; heads {weights}; engine {self.engine}{why}"
@@ -262,26 +267,50 @@ class MultiExitNetwork(nn.Module):
 
     @property
     def costs(self) -> ExitCosts:
-        """What each output costs, as last measured.
+        """What each output costs, as last measured; measured anew where channels were removed since.
 
         Raises:
-            ValueError: nothing was measured.
+            ValueError: nothing was measured, or channels were removed and no example is known.
         """
         if self._costs is None:
             raise ValueError("no costs are known: call build, or measure_costs with an example, or set costs")
+        if self._costs.unit != "given" and not torch.compiler.is_compiling() and self._costs_of.changed(self):
+            self.measure_costs(self._example_here(), "latency" if self._costs.unit == "s" else "flops")
         return self._costs
 
     @costs.setter
     def costs(self, costs: ExitCosts) -> None:
         if len(costs.heads) != self.num_exits or len(costs.backbone) != self.num_outputs:
             raise ValueError(f"expected costs of {self.num_exits} heads, got {costs}")
-        self._costs = costs
+        self._costs, self._costs_of = costs, Sizes(self)
 
     def measure_costs(self, example_input: Any, kind: Literal["flops", "latency"] = "flops") -> ExitCosts:
         """Measure and keep what each output costs; see :func:`exit_costs`."""
         self._need_built()
-        self._costs = exit_costs(self, example_input, kind)
-        return self._costs
+        self.costs = costs = exit_costs(self, example_input, kind)
+        self._example = None
+        self.keep_shapes(example_input)
+        return costs
+
+    def keep_shapes(self, example_input: Any) -> None:
+        """Note what inputs look like, not what is in them, to measure costs anew when channels are removed."""
+        if self._example is not None or torch.compiler.is_compiling():
+            return
+        few = samples(example_input, 2) if batch_size(example_input) > 2 else example_input
+        self._example = pytree.tree_map(lambda one: torch.zeros_like(one) if isinstance(one, Tensor) else one, few)
+
+    def _example_here(self) -> Any:
+        """The example on the device and in the precision that the network has now."""
+        if self._example is None:
+            raise ValueError("channels were removed since costs were measured: call measure_costs with an example")
+        like = next((p for p in self.parameters() if p.is_floating_point()), torch.zeros(()))
+
+        def here(one: Any) -> Any:
+            return (
+                one.to(like.device, like.dtype if one.is_floating_point() else None) if isinstance(one, Tensor) else one
+            )
+
+        return pytree.tree_map(here, self._example)
 
     def self_check(self, example_input: Any) -> SelfCheck:
         """Let some samples of a small batch leave inside of the backbone's forward and compare the others."""
@@ -371,10 +400,11 @@ class MultiExitNetwork(nn.Module):
     def stages(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         """Return the backbone cut at the exits for inputs like these; it is cut on first use and for other shapes."""
         args, kwargs = inputs
-        if self._stages is None or not self._stages.fit(args, kwargs):
+        if self._stages_of.changed(self) or self._stages is None or not self._stages.fit(args, kwargs):
             from lightning_eff.early_exit.inference.stages import cut_stages
 
             self._stages = cut_stages(self.backbone, self.exits, args, kwargs)
+            self._stages_of = Sizes(self)
         return self._stages
 
     # Parts of the above
@@ -463,6 +493,11 @@ class MultiExitNetwork(nn.Module):
             if moved is not None and moved.dtype != torch.float32:
                 self._buffers[name] = buffer.to(moved.device)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load as any module; costs that came with the file are of the shapes that are there now."""
+        self._costs_of.changed(self)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made again on use."""

@@ -18,7 +18,8 @@ class Accuracy:
     """Share of right predictions of each sample, in [0, 1].
 
     Args:
-        output: where the logits are when the model returns a dict (key) or a tuple (number); None for a tensor.
+        output: where the logits are when the model returns a dict (key) or a tuple or list (number); None for a tensor,
+            or for a list of logits of equal shape, as of a network with early exits, which count equally.
     """
 
     def __init__(self, output: str | int | None = None) -> None:
@@ -26,6 +27,8 @@ class Accuracy:
 
     def __call__(self, outputs: Any, target: Tensor) -> Tensor:
         """Logits ``[B, K, ...]`` and labels ``[B, ...]`` -> ``[B]``."""
+        if self.output is None and equal_outputs(outputs):
+            return torch.stack([self(logits, target) for logits in outputs]).mean(0)
         logits = _logits(outputs, self.output)
         if logits.ndim < 2 or logits.select(1, 0).shape != target.shape:
             raise ValueError(
@@ -39,7 +42,7 @@ class NegativeLoss:
     """Minus the cross-entropy of each sample, in nats.
 
     Args:
-        output: where the logits are when the model returns a dict (key) or a tuple (number); None for a tensor.
+        output: where the logits are, as of :class:`Accuracy`.
     """
 
     def __init__(self, output: str | int | None = None) -> None:
@@ -47,8 +50,17 @@ class NegativeLoss:
 
     def __call__(self, outputs: Any, target: Tensor) -> Tensor:
         """Logits ``[B, K, ...]`` and labels ``[B, ...]`` -> ``[B]``."""
+        if self.output is None and equal_outputs(outputs):
+            return torch.stack([self(logits, target) for logits in outputs]).mean(0)
         loss = F.cross_entropy(_logits(outputs, self.output).float(), target, reduction="none")
         return -loss.double().reshape(len(loss), -1).mean(1)
+
+
+def equal_outputs(outputs: Any) -> bool:
+    """Whether a network returns a list of tensors of one shape: several answers to the same question."""
+    if not isinstance(outputs, list) or not outputs:
+        return False
+    return all(isinstance(one, Tensor) and one.shape == outputs[0].shape for one in outputs)
 
 
 def _logits(outputs: Any, output: str | int | None) -> Tensor:

@@ -33,6 +33,7 @@ def trace_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
 
     if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise PruningGraphError("the model has lazy parameters without a shape: run one forward pass first")
+    _refuse_readers_elsewhere(model)
     root = getattr(model, "_orig_mod", model)
     graph = tp.DependencyGraph()
     try:
@@ -60,6 +61,20 @@ def trace_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
     groups = [_group(items, graph, paths, tied) for items in raw]
     first = {path: order[module] for module, path in paths.items() if isinstance(module, nn.Module)}
     return sorted(groups, key=lambda group: first[group.name])
+
+
+def _refuse_readers_elsewhere(model: nn.Module) -> None:
+    """Raise where a hook hands what a layer makes to modules that are no part of the model: they would not be cut."""
+    own = set(model.modules())
+    for path, module in model.named_modules():
+        for hook in module._forward_hooks.values():
+            strangers = [reader for reader in getattr(hook, "readers", ()) if reader not in own]
+            if strangers:
+                raise PruningGraphError(
+                    f"what {path or 'the model'!r} makes is also read by a {type(strangers[0]).__name__} outside of "
+                    f"this {type(model).__name__} (an early exit): removing channels would leave it behind. Prune the "
+                    "network that holds both (a callback: leave layers.submodule empty), or take the exits off first"
+                )
 
 
 @contextmanager

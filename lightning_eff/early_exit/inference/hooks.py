@@ -43,10 +43,15 @@ _CURRENT: ContextVar[Run | None] = ContextVar("early_exit_run", default=None)
 
 
 class Tape:
-    """What joins the hooks of one network; copied along with it."""
+    """What joins the hooks of one network; copied along with it.
 
-    def __init__(self) -> None:
+    Args:
+        heads: of the network, by exit.
+    """
+
+    def __init__(self, heads: nn.ModuleList | None = None) -> None:
         self.run: Run | None = None  # while compiling
+        self.heads = heads
 
 
 class running:
@@ -91,6 +96,12 @@ class ExitHook:
         """Forward hook."""
         run = _current(self.tape)
         return None if run is None else run.at_exit(self, output)
+
+    @property
+    def readers(self) -> tuple[nn.Module, ...]:
+        """What reads the layer besides the layers behind it; whoever removes channels asks hooks for it."""
+        heads = self.tape.heads
+        return () if heads is None else (heads[self.index],)
 
     def feature(self, output: Any) -> Tensor:
         """Feature of the layer with the batch first."""

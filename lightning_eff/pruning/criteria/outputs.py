@@ -11,12 +11,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_eff.pruning.values import equal_outputs
+
 OutputKind = Literal["softmax", "gaussian"]
 
 
 def select(outputs: Any, kind: OutputKind, key: str | int | None) -> Tensor:
-    """Take the outputs that count; ValueError where they cannot be what ``kind`` says."""
+    """Take the outputs that count; ValueError where they cannot be what ``kind`` says.
+
+    Those of a list of equal shape, as a network with early exits has them, become positions ``[..., E]``.
+    """
     found = outputs if key is None else outputs[key]
+    if equal_outputs(found):
+        found = torch.stack(found, -1)
     if not isinstance(found, Tensor):
         keys = f" with {sorted(map(str, found))}" if isinstance(found, Mapping) else ""
         raise ValueError(
