@@ -4,7 +4,6 @@ import ast
 import json
 import sys
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 import run_all
@@ -20,8 +19,9 @@ with open({log!r}, "a") as file:
 {before}
 line = dict(work="adding", ours=0.5, peer=3.0, peer_name="by hand 1.0", unit="s", target=5, limit=None,
             more_is_better=False)
+further = [dict(line, work="subtracting", ours=2.0, aside=True)] if {further} else []
 with open(sys.argv[2], "w") as file:
-    json.dump(dict(tables=[dict(title="t", caption="", records=[])], headlines=[line]), file)
+    json.dump(dict(tables=[dict(title="t", caption="", records=[])], headlines=[line, *further]), file)
 """
 
 
@@ -34,9 +34,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write(folder, name, technique="Adding", before=""):
+def write(folder, name, technique="Adding", before="", further=False):
     log = str(folder / "log.txt")
-    (folder / f"{name}.py").write_text(dedent(SCRIPT).format(name=name, technique=technique, log=log, before=before))
+    (folder / f"{name}.py").write_text(SCRIPT.format(**locals()))
 
 
 def ran(folder):
@@ -74,12 +74,25 @@ def test_one_row_a_headline_with_ratio_aim_and_verdict(folder):
     assert row == ["Adding", "adding", "500 ms", "3 s", "by hand 1.0", "6x", "≥ 5x", "yes", "`sums.py`"]
     text = (folder / "results.md").read_text()
     assert text.startswith("abacus, 2 cores, desk, Python 3.11; torch 1.0,")
-    assert "Of 1 aims 1 are met" in text
+    assert "Aims met: 1 of 1, with all further cases 1 of 1." in text
+    assert "Further cases" not in text
     assert "| `sums.py` | ok " in text
     (kept,) = json.loads((folder / "results.json").read_text())["benchmarks"].values()
     assert kept["tables"] == [{"title": "t", "caption": "", "records": []}]
     assert len(kept["load"]) == 2
     assert 0 <= kept["cpu_seconds"] < 60
+
+
+def test_further_cases_stand_apart_and_their_aims_are_counted(folder):
+    write(folder, "sums", further=True)
+    run_all.main([], folder)
+    text = (folder / "results.md").read_text()
+    table, further = text.split("**Further cases**")
+    assert "| adding " in table
+    assert "subtracting" not in table
+    assert "Aims met: 1 of 1, with all further cases 1 of 2." in table
+    assert "| subtracting |  2 s |  3 s | by hand 1.0 |" in further
+    assert "| no  |" in further
 
 
 def test_a_missing_peer_a_missing_machine_and_a_crash_are_rows_that_say_why(folder, capsys):

@@ -300,7 +300,9 @@ def headlines(tables: list[Table]) -> list[Headline]:
         work = next(table.title for table in tables if table.title.startswith(title))
         mine, there = entry(tables, title, ours, "median [s]"), "torchrl" not in who or find_spec("torchrl")
         theirs = entry(tables, title, who, "median [s]") if there else None
-        lines.append(Headline(work, mine, theirs, who if there else f"{who} (not installed)", target=aim))
+        name = who if there else f"{who} (not installed)"
+        aside = who == "SB3 learn, DummyVecEnv"
+        lines.append(Headline(work, mine, theirs, name, target=aim, aside=aside))
     held = [
         entry(tables, "Memory", name, "kB a transition")
         for name in ("GlimpseReplayBuffer, latents float32", "SB3 DictReplayBuffer")

@@ -134,10 +134,11 @@ def headlines(tables: list[Table]) -> list[Headline]:
     lines = []
     for title, who, aim in cases:
         ours, theirs = (entry(tables, title, name, "median [s]") for name in ("ours", who))
-        lines.append(Headline(f"glimpses of {title}", ours, theirs, peers[who], target=aim))
+        aside = (title, who) not in {cases[0][:2], cases[-1][:2]}
+        lines.append(Headline(f"glimpses of {title}", ours, theirs, peers[who], target=aim, aside=aside))
     last, always = (entry(tables, "ViT-B", when, "both [GFLOP]") for when in ("after the last", "after every glimpse"))
     work = "one scene of 224 x 224 reconstructed from 12 glimpses, ViT-B, counted"
-    return [*lines, Headline(work, last, always, "decoding after every glimpse", "GFLOP", target=2.5)]
+    return [*lines, Headline(work, last, always, "decoding after every glimpse", "GFLOP", target=2.5, aside=True)]
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def headlines(tables: list[Table]) -> list[Headline]:
     lines = []
     for table, aim in zip(tables, (1 / 0.6, None), strict=True):
         (who, theirs, *_), (what, ours, *_) = table.rows
-        lines.append(Headline(f"{table.title}, {what}", ours, theirs, who, target=aim))
+        lines.append(Headline(f"{table.title}, {what}", ours, theirs, who, target=aim, aside=aim is None))
     return lines
 
 

@@ -49,6 +49,7 @@ class Headline:
         target: Least ratio that was aimed at, > 0; ``None`` without one.
         limit: Most that ``ours`` was to be, or least where more is better; ``None`` without one.
         more_is_better: Whether ``ours`` is good when it is large, as an accuracy is.
+        aside: Whether it stands behind the others: a further case of what another line says.
     """
 
     work: str
@@ -59,6 +60,7 @@ class Headline:
     target: float | None = None
     limit: float | None = None
     more_is_better: bool = False
+    aside: bool = False
 
 
 def compare(

@@ -407,7 +407,7 @@ def headlines(tables: list[Table]) -> list[Headline]:
             target=50,
         ),
         Headline(tables[1].title[3:], seconds("b.", "ours"), seconds("b.", captum), captum, target=3),
-        Headline(tables[2].title[3:], seconds(light, "ours"), seconds(light, bare), bare, target=0.952),
+        Headline(tables[2].title[3:], seconds(light, "ours"), seconds(light, bare), bare, target=0.952, aside=True),
         Headline(
             f"error at 224 evaluations, {GROUPS} groups of lines, over the spread of the values",
             entry(tables, "c.", "lines", "224 evaluations"),
@@ -423,6 +423,7 @@ def headlines(tables: list[Table]) -> list[Headline]:
             "regression with coalitions that frames share",
             "mm",
             target=2,
+            aside=True,
         ),
         Headline(
             f"time until that error is {GOAL}, {GROUPS} groups of lines",

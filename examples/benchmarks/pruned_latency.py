@@ -65,6 +65,7 @@ def headlines(tables: list[Table]) -> list[Headline]:
             *(entry(tables, title, (name, batch), column) for column in ("cut [ms]", "dense [ms]")),
             "the whole network",
             unit="ms",
+            aside=name != "resnet18",
         )
         for name, batch, *_ in tables[0].rows
     ]

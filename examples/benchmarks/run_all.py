@@ -47,6 +47,7 @@ PEERS = (
     "backpack-for-pytorch", "captum", "chinchilla", "earlyon", "opacus", "scipy", "shapiq", "stable-baselines3",
     "torch-pruning", "torchrl", "transformers",
 )  # fmt: skip
+SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 Entry = dict[str, Any]  # what is kept of one benchmark
 
 
@@ -160,41 +161,54 @@ def run(
 
 
 def markdown(where: dict[str, str], found: dict[str, Entry]) -> str:
-    """Everything as it is to stand in a README: the machine, the headlines, and how busy the machine was."""
+    """Everything as it is to stand in a README: the machine, the headlines, further cases, how busy the machine was."""
     versions = ", ".join(f"{name} {where[name]}" for name in (*VERSIONS, *PEERS) if where[name] != "not installed")
     place = f"{where['processor']}, {where['cores']} cores, {where['system']}, Python {where['python']}"
-    return "\n".join([f"{place}; {versions}.\n", headline_table(found).to_markdown(), run_table(found).to_markdown()])
+    tables = headline_table(found), further_table(found), run_table(found)
+    return "\n".join([f"{place}; {versions}.\n", *(table.to_markdown() for table in tables if table.rows)])
 
 
 def headline_table(found: dict[str, Entry]) -> Table:
     """One row a headline; benchmarks that could not run say why."""
+    lines = [Headline(**fields) for entry in found.values() for fields in entry["headlines"]]
+    here = [line for line in lines if not line.aside]
+    aims = [f"{sum(verdicts)} of {len(verdicts)}" for verdicts in (_verdicts(here), _verdicts(lines))]
+    short = not all(entry["full"] for entry in found.values())
+    caption = (
+        "The same work on one thread, CPU time, results compared before anything is timed. `better by` is peer / ours, "
+        f"or ours / peer where more is better: above 1x ours is better. Aims met: {aims[0]}, with all further cases "
+        f"{aims[1]}. `python examples/benchmarks/run_all.py{'' if short else ' --full'}` makes this table, "
+        f"`python examples/benchmarks/SCRIPT{' --short' if short else ''}` measures its rows."
+    )
+    return _table("Benchmarks", found, False, caption)
+
+
+def further_table(found: dict[str, Entry]) -> Table:
+    """Headlines that stand behind the others."""
+    return _table("Further cases", found, True, "")
+
+
+def _table(title: str, found: dict[str, Entry], aside: bool, caption: str) -> Table:
     rows: list[list[Any]] = []
-    last = None
     for name, entry in sorted(found.items(), key=lambda item: (item[1]["technique"], item[0])):
         script, technique = f"`{name}.py`", entry["technique"]
-        if entry["status"] != "ok":
+        if entry["status"] != "ok" and not aside:
             rows.append([technique, entry["reason"], *[None] * 6, script])
-        for fields in entry["headlines"]:
-            line = Headline(**fields)
-            rows.append(
-                [technique, line.work, _amount(line.ours, line.unit), _amount(line.peer, line.unit),
-                 line.peer_name, _times(ratio(line)), _target(line), _yes_or_no(met(line)), script]
-            )  # fmt: skip
+        for line in (Headline(**fields) for fields in entry["headlines"]):
+            if line.aside == aside:
+                verdict = {True: "yes", False: "no", None: None}[met(line)]
+                ours, peer = (_amount(value, line.unit) for value in (line.ours, line.peer))
+                rows.append(
+                    [technique, line.work, ours, peer, line.peer_name, _times(ratio(line)), _aim(line), verdict, script]
+                )
+    last = None
     for row in rows:  # the name once for all rows of a technique
         row[0], last = "" if row[0] == last else row[0], row[0]
     columns = [
         "technique", "work", Column("ours", align="right"), Column("peer", align="right"), "which peer",
         Column("better by", align="right"), Column("aim", align="right"), "met", "script",
     ]  # fmt: skip
-    verdicts = [row[7] for row in rows]
-    caption = (
-        "The same work on one thread, CPU time unless a unit says otherwise, results compared before anything is "
-        "timed. `better by` is peer / ours, or ours / peer where more is better: above 1 ours is better. "
-        f"Of {verdicts.count('yes') + verdicts.count('no')} aims {verdicts.count('yes')} are met. "
-        f"`python examples/benchmarks/run_all.py{'' if _short(found) else ' --full'}` makes this table, "
-        f"`python examples/benchmarks/SCRIPT{' --short' if _short(found) else ''}` measures its rows."
-    )
-    return Table("Benchmarks", columns, rows, caption)
+    return Table(title, columns, rows, caption)
 
 
 def run_table(found: dict[str, Entry]) -> Table:
@@ -232,7 +246,11 @@ def met(line: Headline) -> bool | None:
     return all(verdicts) if verdicts else None
 
 
-def _target(line: Headline) -> str | None:
+def _verdicts(lines: Iterable[Headline]) -> list[bool]:
+    return [verdict for verdict in map(met, lines) if verdict is not None]
+
+
+def _aim(line: Headline) -> str | None:
     parts = [] if line.target is None else [f"≥ {_times(line.target)}"]
     if line.limit is not None:
         parts.append(f"{'≥' if line.more_is_better else '≤'} {_amount(line.limit, line.unit)}")
@@ -246,18 +264,12 @@ def _times(value: float | None) -> str | None:
 def _amount(value: float | None, unit: str) -> str | None:
     if value is None:
         return None
-    if unit == "s" and 0 < value < 1:
-        value, unit = (1e3 * value, "ms") if value >= 1e-3 else (1e6 * value, "us")
+    if unit in SECONDS:
+        value *= SECONDS[unit]
+        unit = next((unit for unit, size in SECONDS.items() if value >= size), "us")
+        value /= SECONDS[unit]
     digits = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return f"{digits} {unit}".strip()
-
-
-def _yes_or_no(verdict: bool | None) -> str | None:
-    return None if verdict is None else "yes" if verdict else "no"
-
-
-def _short(found: dict[str, Entry]) -> bool:
-    return not all(entry["full"] for entry in found.values())
 
 
 def _cpu() -> float:

@@ -266,11 +266,14 @@ def headlines(tables: list[Table]) -> list[Headline]:
         aims = {"LeNet layer 1": 6, "LeNet layer 2: 20": 100, "VGG-16": 5, "ResNet-18": 3.5}
         for aim in (aim for start, aim in aims.items() if table.title.startswith(start)):
             seconds = [entry([table], table.title, name, "median [s]") for name in (ours, captum)]
-            lines.append(Headline(f"{table.title}, the same coalitions", *seconds, captum, target=aim))
+            aside = table.title.startswith(("LeNet layer 1", "ResNet-18"))
+            lines.append(Headline(f"{table.title}, the same coalitions", *seconds, captum, target=aim, aside=aside))
         if table.title.startswith("Exact"):
             seconds, _ = best([table], "Exact", [row[0] for row in table.rows[:-1]], "CPU seconds")
             lines.append(
-                Headline(table.title, seconds, table.rows[-1][2], "official-style loop, extrapolated", limit=12)
+                Headline(
+                    table.title, seconds, table.rows[-1][2], "official-style loop, extrapolated", limit=12, aside=True
+                )
             )
         if table.title.startswith("LeNet layer 2, 256 images, until"):
             theirs, mine = (row[3] for row in table.rows)

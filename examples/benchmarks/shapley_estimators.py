@@ -218,12 +218,12 @@ def headlines(tables: list[Table]) -> list[Headline]:
             worst.append((theirs / mine, mine, theirs, who, table.title.rsplit(": ", 1)[1]))
         _, mine, theirs, who, game = min(worst)
         work = f"squared error, {each} evaluations a player, the game of three with the least gain: {game}"
-        lines.append(Headline(work, mine, theirs, who, unit="", target=2 if peers == [official] else 1))
+        aim = 2 if peers == [official] else 1
+        lines.append(Headline(work, mine, theirs, who, unit="", target=aim, aside=at > 0))
     for table, aim in zip((t for t in tables if t.title.startswith("Overhead")), (5, 50), strict=True):
         theirs, mine = (row[1] for row in table.rows)
-        lines.append(
-            Headline(table.title.replace("Overhead: ", "estimating: "), mine, theirs, table.rows[0][0], target=aim)
-        )
+        work = table.title.replace("Overhead: ", "estimating: ")
+        lines.append(Headline(work, mine, theirs, table.rows[0][0], target=aim, aside=aim == 50))
     return lines
 
 
