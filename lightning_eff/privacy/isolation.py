@@ -90,13 +90,20 @@ class IsolationReport(Report):
     def tables(self) -> dict[str, Table]:
         """Return both norms of each example's gradient and how they differ."""
         other = "norm again" if self.random else "norm among others" if self.exchanged else "norm alone"
-        columns = ["example", Column("norm in the batch", ".4g"), Column(other, ".4g"), Column("difference", ".2g")]
+        norms = [Column("norm in the batch", ".4g"), Column(other, ".4g")]
         rows = enumerate(zip(self.inside, self.alone, self.differences, strict=True))
         caption = (
             f"difference: relative to the larger norm; up to {self.tolerance:g} is rounding. The sums over examples "
             f"differ by {self.sum_difference:.2g}."
         )
-        return {"isolation": Table("Gradients of examples", columns, [(n, *row) for n, row in rows], caption)}
+        return {
+            "isolation": Table(
+                "Gradients of examples",
+                ["example", *norms, Column("difference", ".2g")],
+                [(n, *row) for n, row in rows],
+                caption,
+            )
+        }
 
     def _outcome(self) -> str:
         if self.random:
