@@ -5,8 +5,8 @@ random first; then the agent learns what raises the probability of the right dig
 same backbone is asked with glimpses of policies that do not learn, of one that knows where the digit is, and with early
 stops. Another network is trained on one even view of as many pixels, which no camera of this size can take.
 
-Run: python examples/digits_adaglimpse.py           (three seeds)
-     python examples/digits_adaglimpse.py --fast    (few batches, to see that it works)
+Run: python examples/digits_adaglimpse.py          (three seeds)
+     python examples/digits_adaglimpse.py --fast   (one seed, few batches, to see that it works)
 """
 
 from __future__ import annotations
@@ -28,20 +28,16 @@ from lightning_eff.glimpse import (
     CanvasBackbone,
     ClassificationTask,
     GlimpseConfig,
+    GlimpseReport,
     Oracle,
     PolicyCurve,
     ReplayOptions,
     TrainingPlan,
     UniformLowRes,
-    coverage_figure,
     curve_figure,
     evaluate_policies,
-    exploration_figure,
     make_policy,
     policy_table,
-    save_animation,
-    scale_figure,
-    steps_figure,
     stopping_curve,
 )
 from lightning_eff.models import SmallCNN
@@ -52,7 +48,7 @@ THRESHOLDS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 def build(
-    seed: int, pretrain: int, agent_alone: int, turns: int
+    seed: int, pretrain: int, agent_alone: int, turns: int, fast: bool = False
 ) -> tuple[AdaGlimpseModule, CanvasDataModule, L.Trainer]:
     """Module, data and trainer; epochs of 21 batches for each part of training."""
     L.seed_everything(seed)
@@ -87,7 +83,8 @@ def build(
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    return model, CanvasDataModule("digits", canvas=SCENE, batch_size=64, val_size=0, test_size=500), trainer
+    sizes = {"train_size": 256 if fast else None, "test_size": 64 if fast else 500}
+    return model, CanvasDataModule("digits", canvas=SCENE, batch_size=64, val_size=0, **sizes), trainer
 
 
 def measure(model: AdaGlimpseModule, data: CanvasDataModule, everything: bool) -> list[PolicyCurve]:
@@ -119,42 +116,36 @@ def one_even_view(data: CanvasDataModule, config: GlimpseConfig, epochs: int) ->
     return float(torch.cat(right).float().mean())
 
 
-def draw(model: AdaGlimpseModule, data: CanvasDataModule, curves: list[PolicyCurve], even: float, folder: Path) -> None:
-    """Write figures, an animation, trajectories, and what stopping early gives."""
+def draw(model: AdaGlimpseModule, data: CanvasDataModule, curves: list[PolicyCurve], even: float, out: Path) -> None:
+    """Write trajectories, what stopping early gives, and the curves of all policies."""
     images, target = (torch.cat(part) for part in zip(*data.test_dataloader(), strict=True))
     seen = model.explore(images, target=target, predictions="all", scored=True)
-    seen.save(folder / "trajectories.jsonl")
+    seen.save(out / "trajectories.jsonl")
     stops = stopping_curve(seen, model.task, images, target, THRESHOLDS)
     rows = [(threshold, percent, accuracy) for threshold, percent, accuracy in stops]
     columns = [Column("threshold", ".2f"), Column("pixel %", ".2f"), Column("accuracy", ".3f")]
     stopping = Table("The agent stops when the backbone is that sure", columns, rows)
     stopping.print()
-    stopping.save(folder / "stopping.csv")
+    stopping.save(out / "stopping.csv")
     points = {"one even view": (model.glimpse.pixel_percent(model.glimpse.num_glimpses), even)}
-    for name, figure in {
-        "exploration": exploration_figure(images, seen, target),
-        "steps": steps_figure(images, seen, 0, target),
-        "curves": curve_figure(curves, stopping=stops, references=points),
-        "coverage": coverage_figure(seen),
-        "scales": scale_figure(seen),
-    }.items():
-        save_figure(figure, folder / f"{name}.png")
-    save_animation(images, seen, folder / "exploration.gif", target=target)
+    save_figure(curve_figure(curves, stopping=stops, references=points), out / "policies.png")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/digits_adaglimpse"), help="folder of results")
+    parser.add_argument("--seeds", type=int, help="how many, from --seed on (default 3)")
     parser.add_argument("--epochs", type=int, nargs=3, default=[43, 7, 17], help="pretraining, agent alone, in turns")
-    parser.add_argument("--fast", action="store_true")
-    parser.add_argument("--dirpath", type=Path, default=Path("runs/digits_adaglimpse"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    seeds, epochs = (args.seeds[:1], [3, 1, 1]) if args.fast else (args.seeds, args.epochs)
+    seeds = range(args.seed, args.seed + (args.seeds or (1 if args.fast else 3)))
+    epochs = [1, 1, 1] if args.fast else args.epochs
     curves: list[PolicyCurve] = []
     rows = []
     for seed in seeds:
-        model, data, trainer = build(seed, *epochs)
+        model, data, trainer = build(seed, *epochs, fast=args.fast)
         start = time.process_time()
         trainer.fit(model, data)
         print(f"seed {seed}: trained for {time.process_time() - start:.0f} CPU s")
@@ -167,12 +158,14 @@ def main() -> None:
             "spread of the second glimpse's (y, x, zoom) over images:", [f"{one:.2f}" for one in second.std(0).tolist()]
         )
     columns = ["seed", "policy", *(Column(f"accuracy@{t}", ".3f") for t in range(1, model.glimpse.num_glimpses + 1))]
-    Table("By seed", columns, rows).save(args.dirpath / "seeds.csv")
-    even = one_even_view(data, model.glimpse, 2 if args.fast else 40)
+    Table("By seed", columns, rows).save(args.out / "seeds.csv")
+    even = one_even_view(data, model.glimpse, 1 if args.fast else 40)
     height, width = UniformLowRes(model.glimpse).size
     print(f"a network for one even view of {height} x {width} pixels, as many as all glimpses have: {even:.3f}")
-    draw(model, data, curves, even, args.dirpath)
-    print(f"tables, figures, trajectories: {args.dirpath}")
+    draw(model, data, curves, even, args.out)
+    pictures = GlimpseReport(args.out)  # of the last agent: where it looks, how far it zooms
+    L.Trainer(accelerator="cpu", callbacks=[pictures], logger=False).test(model, data, verbose=False)
+    print(f"tables, figures, trajectories: {args.out}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ fragments of others: a small transformer reads the glimpses and is trained first
 
 Run: python examples/fashion_adaglimpse.py                          (three seeds)
      python examples/fashion_adaglimpse.py --task classification
-     python examples/fashion_adaglimpse.py --fast                   (few batches, to see that it works)
+     python examples/fashion_adaglimpse.py --fast                   (one seed, few batches, to see that it works)
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from lightning_eff.glimpse import (
     ClassificationTask,
     GlimpseBackbone,
     GlimpseConfig,
+    GlimpseReport,
     Oracle,
     PolicyCurve,
     ReconstructionTask,
@@ -37,15 +38,10 @@ from lightning_eff.glimpse import (
     RewardOptions,
     TrainingPlan,
     UniformLowRes,
-    coverage_figure,
     curve_figure,
     evaluate_policies,
-    exploration_figure,
     make_policy,
     policy_table,
-    save_animation,
-    scale_figure,
-    steps_figure,
 )
 from lightning_eff.glimpse.backbones.base import Encoded, Seen
 from lightning_eff.glimpse.backbones.transformer import Block
@@ -94,7 +90,9 @@ class StemTransformer(GlimpseBackbone):
         return self.stem(pictures).flatten(2).mT + codes
 
 
-def build(task: str, seed: int, batches: int) -> tuple[AdaGlimpseModule, CanvasDataModule, L.Trainer]:
+def build(
+    task: str, seed: int, batches: int, fast: bool = False
+) -> tuple[AdaGlimpseModule, CanvasDataModule, L.Trainer]:
     """Module, data and trainer; `batches` of an epoch, of which there are 4 or 14."""
     L.seed_everything(seed)
     agent = AgentConfig(
@@ -126,7 +124,7 @@ def build(task: str, seed: int, batches: int) -> tuple[AdaGlimpseModule, CanvasD
             backbone_optimizer=partial(torch.optim.AdamW, lr=2e-3),
         )
     data = CanvasDataModule(
-        "fashion_mnist", canvas=canvas, clutter=clutter, batch_size=BATCH, val_size=64, test_size=1000
+        "fashion_mnist", canvas=canvas, clutter=clutter, batch_size=BATCH, val_size=64, test_size=64 if fast else 1000
     )
     trainer = L.Trainer(
         accelerator="cpu",
@@ -145,9 +143,9 @@ def references(model: AdaGlimpseModule, data: CanvasDataModule, fast: bool) -> d
     config = model.glimpse
     names = ("random", "full_then_random", "fixed_grid", "fine_to_coarse", "repeat_full_view", "greedy_lookahead")
     policies: dict[str, Any] = {name: make_policy(name, config) for name in names}
-    some = data.train_set.__getitems__(list(range(64 if fast else 256)))
+    some = data.train_set.__getitems__(list(range(16 if fast else 256)))
     images, target = (torch.stack(part) for part in zip(*some, strict=True))
-    rounds, population = (3, 8) if fast else (20, 40)
+    rounds, population = (2, 4) if fast else (20, 40)
     policies["best_fixed_sequence"] = BestFixedSequence.fit(
         model.backbone, model.task, config, images, target, rounds=rounds, population=population
     )
@@ -158,7 +156,7 @@ def run(
     task: str, seed: int, batches: int, *, everything: bool, fast: bool = False
 ) -> tuple[AdaGlimpseModule, CanvasDataModule, list[PolicyCurve]]:
     """Train with one seed; measure the agent, and if `everything` whatever it is compared with."""
-    model, data, trainer = build(task, seed, batches)
+    model, data, trainer = build(task, seed, batches, fast)
     start = time.process_time()
     trainer.fit(model, data)
     print(f"seed {seed}: trained for {time.process_time() - start:.0f} CPU s")
@@ -168,39 +166,19 @@ def run(
     return model, data, curves
 
 
-def draw(
-    model: AdaGlimpseModule, data: CanvasDataModule, curves: list[PolicyCurve], even: float | None, folder: Path
-) -> None:
-    """Write figures, an animation, trajectories."""
-    images, target = (torch.cat(part) for part in zip(*data.test_dataloader(), strict=True))
-    seen = model.explore(images, target=target, predictions="all", scored=True)
-    seen.save(folder / "trajectories.jsonl")
-    names = None if even is not None else CLOTHES
-    truth = None if even is not None else target
-    percent = model.glimpse.pixel_percent(model.glimpse.num_glimpses)
-    points = {} if even is None else {"one even view": (percent, even)}
-    for name, figure in {
-        "exploration": exploration_figure(images, seen, truth, names),
-        "steps": steps_figure(images, seen, 1, truth, names),
-        "curves": curve_figure(curves, references=points),
-        "coverage": coverage_figure(seen),
-        "scales": scale_figure(seen),
-    }.items():
-        save_figure(figure, folder / f"{name}.png")
-    save_animation(images, seen, folder / "exploration.gif", index=1, target=truth, class_names=names)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/fashion_adaglimpse"), help="folder of results")
     parser.add_argument("--task", choices=("reconstruction", "classification"), default="reconstruction")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, help="how many, from --seed on (default 3)")
     parser.add_argument("--batches", type=int, default=100, help="of an epoch")
-    parser.add_argument("--fast", action="store_true")
-    parser.add_argument("--dirpath", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    folder = args.dirpath or Path("runs") / f"fashion_{args.task}"
-    seeds, batches = (args.seeds[:1], 12) if args.fast else (args.seeds, args.batches)
+    out = args.out / args.task
+    seeds = range(args.seed, args.seed + (args.seeds or (1 if args.fast else 3)))
+    batches = 4 if args.fast else args.batches
     curves: list[PolicyCurve] = []
     rows = []
     for seed in seeds:
@@ -214,15 +192,19 @@ def main() -> None:
     columns = ["seed", "policy", *(Column(f"{metric}@{t}", digits) for t in range(1, model.glimpse.num_glimpses + 1))]
     by_seed = Table("By seed", columns, rows)
     by_seed.print()
-    by_seed.save(folder / "seeds.csv")
+    by_seed.save(out / "seeds.csv")
     even = None
     if args.task == "reconstruction":
         scenes = torch.cat([images for images, _ in data.test_dataloader()])
         shown = UniformLowRes(model.glimpse)
         even = -float(model.task.score(shown.reconstruct(scenes), scenes, None).mean())
         print(f"one even view of {shown.size[0]} x {shown.size[1]} pixels, as many as all glimpses have: {even:.2f}")
-    draw(model, data, curves, even, folder)
-    print(f"tables, figures, trajectories: {folder}")
+    points = {} if even is None else {"one even view": (model.glimpse.pixel_percent(model.glimpse.num_glimpses), even)}
+    save_figure(curve_figure(curves, references=points), out / "policies.png")
+    # of the last agent: where it looks, how far it zooms
+    pictures = GlimpseReport(out, class_names=CLOTHES if args.task == "classification" else None)
+    L.Trainer(accelerator="cpu", callbacks=[pictures], logger=False).test(model, data, verbose=False)
+    print(f"tables and figures: {out}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ A residual network of 15 MFLOP gets exits behind three of its four stages and is
 the same number of epochs in all. Tables: accuracy of every output, accuracy at a budget, calibrated thresholds on
 held-out data, and the time of real predictions.
 
-Run: python examples/fashion_early_exit.py                    (about 13 minutes on one core)
-     python examples/fashion_early_exit.py --epochs 2 --fast  (half a minute: few images, to see that it works)
+Run: python examples/fashion_early_exit.py          (about 13 minutes on one core)
+     python examples/fashion_early_exit.py --fast   (few images, two epochs, to see that it works)
 """
 
 from __future__ import annotations
@@ -140,29 +140,31 @@ def _median(run: Any, repeats: int = 5) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--fast", action="store_true")
-    parser.add_argument("--root", default=None, help="folder with the idx files, if not Debian's or a download")
-    parser.add_argument("--dirpath", type=Path, default=Path("runs/fashion_early_exit"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/fashion_early_exit"), help="folder of results")
+    parser.add_argument("--data", default=None, help="folder with the idx files, if not Debian's or a download")
+    parser.add_argument("--epochs", type=int, default=4, help="of every regime, over all its phases")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from --seed on")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    epochs = 2 if args.fast else args.epochs
     sizes: dict[str, Any] = {"train_size": 1280, "val_size": 500, "test_size": 500} if args.fast else {"val_size": 5000}
-    data = FashionMNISTDataModule(root=args.root, batch_size=128, **sizes)
+    data = FashionMNISTDataModule(root=args.data, batch_size=128, **sizes)
 
     models: dict[str, EarlyExitModule] = {}
     curves: dict[str, list[CurveResult]] = {}
     for regime in REGIMES:
-        for seed in range(args.seeds):
-            models[regime], curve = train(regime, data, args.epochs, seed)
+        for seed in range(args.seed, args.seed + args.seeds):
+            models[regime], curve = train(regime, data, epochs, seed)
             curves.setdefault(regime, []).append(curve)
 
     outputs = [*(f"exit {k}" for k in range(len(EXITS))), "backbone"]
     rows = [[name, *(100 * value for value in runs[-1].head_accuracy)] for name, runs in curves.items()]
     tables = {
         "outputs": Table(
-            f"Test accuracy of every output alone (%), {args.epochs} epochs in all",
+            f"Test accuracy of every output alone (%), {epochs} epochs in all",
             ["regime", *(Column(name, ".2f") for name in outputs)],
             rows,
         ),
@@ -173,8 +175,8 @@ def main() -> None:
     for name, table in tables.items():
         table.print()
         print()
-        table.save(args.dirpath / f"{name}.md")
-    save_figure(curve_figure(curves), args.dirpath / "curves.png")
+        table.save(args.out / f"{name}.md")
+    save_figure(curve_figure(curves), args.out / "curves.png")
 
 
 if __name__ == "__main__":

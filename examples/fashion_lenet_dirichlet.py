@@ -81,9 +81,9 @@ class OneCycle(ImageClassifier):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def trained(data: L.LightningDataModule, epochs: int, network: str) -> nn.Module:
+def trained(data: L.LightningDataModule, epochs: int, network: str, seed: int) -> nn.Module:
     """Train the network and return it in evaluation mode."""
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(seed, verbose=False)
     model = OneCycle(NETWORKS[network]())
     L.Trainer(
         accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_model_summary=False,
@@ -104,18 +104,19 @@ def accuracy(model: nn.Module, graph: ChannelGraph, scores: dict[str, Tensor], k
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fast", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/fashion_lenet_dirichlet"), help="folder of results")
+    parser.add_argument("--data", default=None, help="folder with the idx files, if not Debian's or a download")
     parser.add_argument("--few", action="store_true", help="the default ranking and scale dim only")
     parser.add_argument("--net", choices=list(NETWORKS), default="lenet", help="norm-first: norms before the ReLUs")
-    parser.add_argument("--root", default=None, help="folder with the idx files, if not Debian's or a download")
-    parser.add_argument("--dirpath", default="runs/fashion_lenet_dirichlet")
     args = parser.parse_args()
 
     data = FashionMNISTDataModule(
-        root=args.root, batch_size=128, train_size=1_024 if args.fast else None, test_size=500 if args.fast else 5_000
+        root=args.data, batch_size=128, train_size=1_024 if args.fast else None, test_size=500 if args.fast else 5_000
     )
-    model = trained(data, 1 if args.fast else 4, args.net)
+    model = trained(data, 1 if args.fast else 4, args.net, args.seed)
     train, test = ([tuple(batch) for batch in loader] for loader in (data.train_dataloader(), data.test_dataloader()))
     train = train[: 4 if args.fast else 94]
     graph = ChannelGraph.from_model(model, train[0][0][:2])
@@ -123,7 +124,7 @@ def main() -> None:
 
     few = [name for name in VARIANTS if name in ("Dirichlet", "Dirichlet, scale dim")]
     rankings: list[tuple[str, list[dict[str, Tensor]], float]] = []
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(args.seed)
     chance = [{name: torch.rand(graph.sizes[name], generator=generator) for name in graph.prunable} for _ in range(5)]
     rankings.append(("chance, five drawings", chance, 0.0))
     rankings.append(("L1 norm", [graph.weight_norms(model, p=1)], 0.0))
@@ -138,7 +139,7 @@ def main() -> None:
         rankings.append((title, [scores], time.process_time() - start))
         if title == "Dirichlet":
             kept = {name: posterior.rank()[: len(posterior.mean) // 2] for name, posterior in posteriors.items()}
-            save_figure(posterior_figure(posteriors, kept), Path(args.dirpath) / "posterior.png")
+            save_figure(posterior_figure(posteriors, kept), args.out / "posterior.png")
 
     rows, curves = [], {}
     fractions = KEEP if args.fast else (0.9, 0.75, 0.6, 0.5, 0.35, 0.2)
@@ -153,8 +154,8 @@ def main() -> None:
     columns += [Column("least of 50%", ".3f"), Column("most of 50%", ".3f"), Column("CPU s", ".1f")]
     table = Table(f"Part of every layer masked, network: {args.net}", columns, rows, f"dense {dense:.3f}")
     table.print()
-    table.save(Path(args.dirpath) / "accuracy.json")
-    table.save(Path(args.dirpath) / "accuracy.md")
+    table.save(args.out / "accuracy.json")
+    table.save(args.out / "accuracy.md")
 
     figure, axes = new_figure()
     axis = axes[0, 0]
@@ -165,7 +166,7 @@ def main() -> None:
     axis.set_xlabel("channels kept in every layer")
     axis.set_ylabel("test accuracy, not fine-tuned")
     axis.legend(fontsize=7)
-    save_figure(figure, Path(args.dirpath) / "accuracy.png")
+    save_figure(figure, args.out / "accuracy.png")
 
 
 if __name__ == "__main__":

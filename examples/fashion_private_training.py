@@ -135,9 +135,9 @@ class Watch(L.Callback):
         self.curve.append((trainer.strategy.epsilon, float(torch.cat(right).mean())))
 
 
-def images() -> tuple[ImageSet, tuple[Tensor, Tensor]]:
+def images(folder: str | None) -> tuple[ImageSet, tuple[Tensor, Tensor]]:
     """All 60,000 training images, and the test images as tensors."""
-    data = FashionMNISTDataModule()
+    data = FashionMNISTDataModule(root=folder)
     data.prepare_data()
     data.setup()
     one, two = data.train_set, data.val_set
@@ -147,9 +147,9 @@ def images() -> tuple[ImageSet, tuple[Tensor, Tensor]]:
     return train, (test[0], test[1])
 
 
-def run(net: str, setting: Setting, train: ImageSet, watch: Watch, steps: int) -> tuple[PrivacyLedger, int]:
+def run(net: str, setting: Setting, train: ImageSet, watch: Watch, steps: int, seed: int) -> tuple[PrivacyLedger, int]:
     """Train once; the ledger, and how many coordinates are left by pre-pruning."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Classifier(NETS[net](), setting.lr)
     strategy = DPGradientDropStrategy(
         noise_multiplier=SIGMA,
@@ -179,12 +179,14 @@ def run(net: str, setting: Setting, train: ImageSet, watch: Watch, steps: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights; never of the noise")
+    parser.add_argument("--out", type=Path, default=Path("runs/fashion_private_training"), help="folder of results")
+    parser.add_argument("--data", default=None, help="folder with the idx files, if not Debian's or a download")
     parser.add_argument("--net", choices=[*NETS], help="one of the two networks")
     parser.add_argument("--settings", nargs="+", help="names of rows, all by default")
-    parser.add_argument("--fast", action="store_true", help="12 steps each")
-    parser.add_argument("--out", type=Path, default=Path("runs/fashion_private_training"))
     args = parser.parse_args()
-    train, test = images()
+    train, test = images(args.data)
     rows = []
     for net in [args.net] if args.net else list(NETS):
         curves = {}
@@ -192,7 +194,7 @@ def main() -> None:
             if args.settings and name not in args.settings:
                 continue
             watch = Watch(test)
-            ledger, kept = run(net, setting, train, watch, 12 if args.fast else STEPS)
+            ledger, kept = run(net, setting, train, watch, 12 if args.fast else STEPS, args.seed)
             active = sum(one.count for one in watch.selections.values())
             accuracy, steps = watch.curve[-1][1], ledger.steps
             rdp = ledger.epsilon(accountant="rdp")

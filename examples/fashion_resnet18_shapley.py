@@ -5,6 +5,7 @@ Run: python examples/fashion_resnet18_shapley.py            (long: 20,000 images
 """
 
 import argparse
+from pathlib import Path
 
 import lightning as L
 import torchvision
@@ -21,15 +22,16 @@ from lightning_eff.shapley import PermutationShapley
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fast", action="store_true")
-    parser.add_argument("--root", default=None, help="folder with the idx files, if not Debian's or a download")
-    parser.add_argument("--dirpath", default="runs/fashion_resnet18")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/fashion_resnet18_shapley"), help="folder of results")
+    parser.add_argument("--data", default=None, help="folder with the idx files, if not Debian's or a download")
     args = parser.parse_args()
 
-    L.seed_everything(0)
+    L.seed_everything(args.seed)
     data = FashionMNISTDataModule(
-        root=args.root,
+        root=args.data,
         channels=3,
         train_size=512 if args.fast else 20_000,
         val_size=128 if args.fast else 1_000,
@@ -43,7 +45,7 @@ def main() -> None:
         calibration=Calibration(samples=64 if args.fast else 256),
         estimator=PermutationShapley(walks=2 if args.fast else 4, depth="matched"),
         value="neg_loss",
-        dirpath=args.dirpath,
+        dirpath=args.out,
     )
     epochs = 4 if args.fast else 7
     trainer = L.Trainer(max_epochs=epochs, callbacks=[prune], logger=False, enable_model_summary=False)

@@ -97,10 +97,10 @@ def photograph(number: int) -> tuple[Tensor, Tensor]:
     return small.clamp(0, 1), large
 
 
-def crops(count: int) -> TensorDataset:
+def crops(count: int, seed: int) -> TensorDataset:
     """Random crops of the first photograph in all eight orientations, with their colours exchanged at random."""
     small, large = photograph(0)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     pairs = []
     for number in range(count):
         y, x = (int(torch.randint(side - CROP + 1, (), generator=generator)) for side in small.shape[2:])
@@ -144,20 +144,21 @@ def draw(networks: dict[str, Any], small: Tensor, large: Tensor, path: Path) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true")
-    parser.add_argument("--dirpath", type=Path, default=Path("runs/photo_super_resolution"))
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/photo_super_resolution"), help="folder of results")
     args = parser.parse_args()
 
     halves = [[part.contiguous() for part in image.chunk(2, 3)] for image in photograph(1)]
     (val_small, test_small), (val_large, test_large) = halves
-    train = DataLoader(crops(64 if args.fast else 2_000), batch_size=16, shuffle=True)
+    train = DataLoader(crops(64 if args.fast else 2_000, args.seed), batch_size=16, shuffle=True)
     loaders = [train, DataLoader(TensorDataset(val_small, val_large))]
 
     def psnr(net: nn.Module) -> float:
         with torch.no_grad():
             return float(psnr_of_each(net(test_small), test_large))
 
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(args.seed, verbose=False)
     dense = fit(SmallEDSR(32, 1 if args.fast else 4), loaders, 1 if args.fast else 3, 2e-3)
     graph = ChannelGraph.from_model(dense, torch.rand(2, 3, CROP, CROP))
     whole = round(graph.macs().item())
@@ -179,7 +180,7 @@ def main() -> None:
             layers=Layers(submodule="net", coupled="all"),  # the residual stream as well
             calibration=Calibration("train", samples=512),
             value=psnr_of_each,
-            dirpath=args.dirpath if search is random else None,
+            dirpath=args.out if search is random else None,
             verbose=search is random,
         )
         smaller = fit(copy.deepcopy(dense), loaders, 1, 5e-4, prune)
@@ -193,11 +194,11 @@ def main() -> None:
     caption = f"PSNR in dB on the right half of the other photograph; MACs of a {CROP} x {CROP} crop."
     table = Table("Double resolution", columns, rows, caption)
     table.print()
-    table.save(args.dirpath / "psnr.json")
-    table.save(args.dirpath / "psnr.md")
+    table.save(args.out / "psnr.json")
+    table.save(args.out / "psnr.md")
 
     shown = {"bicubic": bicubic, "dense": dense, "pruned": cut, "one more epoch": smaller}
-    draw(shown, test_small, test_large, args.dirpath / "crops.png")
+    draw(shown, test_small, test_large, args.out / "crops.png")
 
 
 if __name__ == "__main__":

@@ -163,11 +163,9 @@ def evaluate(module: MoEScalingModule, text: list[str]) -> float:
 
 def run(name: str, decoder: DecoderConfig, text: list[str], steps: int, seconds: float, args: Any) -> Run:
     print(f"{name}: {steps} steps, about {steps * seconds:.0f} CPU seconds", flush=True)
-    monitor = ExpertLoadMonitor(max(1, steps // 14), args.out if name == "G = 4" else None)
+    monitor = ExpertLoadMonitor(max(1, steps // 14), args.out if name == "G = 4" else args.out / name.replace(" ", ""))
     watched = (monitor,) if decoder.moe else ()
-    module, trainer, curve = train(
-        decoder, text, steps, args.lr, args.seed, watched, enable_progress_bar=not args.quiet
-    )
+    module, trainer, curve = train(decoder, text, steps, args.lr, args.seed, watched)
     busiest = trainer.callback_metrics.get("moe/load_max_over_mean")
     loss = evaluate(module, text)
     print(f"{name}: {loss:.3f} nats a byte", flush=True)
@@ -239,16 +237,13 @@ def draw(runs: list[Run]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/shakespeare_experts"), help="folder of results")
     parser.add_argument("--text", nargs="+", help="files, read as one text")
     parser.add_argument("--steps", type=int, default=350, help="of 2,048 tokens")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--positions", choices=("rope", "learned"), default="rope", help="learned: as in the paper")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/shakespeare_experts"), help="folder for table and figures"
-    )
-    parser.add_argument("--fast", action="store_true", help="30 steps of a small network")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     text = args.text or default_text()
     networks = decoders(*((32, 2) if args.fast else (128, 4)), args.positions)

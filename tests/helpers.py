@@ -1,16 +1,59 @@
-"""Run scripts in new processes: alone, on two processes, through the command line, or killed half-way."""
+"""Run scripts in new processes, alone, on two, by the command line or killed half-way; or in this process."""
 
+import importlib.util
+import logging
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+EXAMPLES = REPOSITORY / "examples"
+
+
+def import_script(path: Path) -> ModuleType:
+    """Import a script without running it."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses and pickles look classes up by their module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_here(path: Path, *args: str) -> None:
+    """Run a script in this process, which costs no imports; what it sets up for itself ends with it."""
+    with own_setup(str(path), *args), patch.object(sys, "path", [str(path.parent), *sys.path]):
+        runpy.run_path(str(path), run_name="__main__")
+
+
+@contextmanager
+def own_setup(*argv: str) -> Iterator[None]:
+    """Command line, environment, generators, levels of logs, filters of warnings and threads until the block ends."""
+    import torch
+
+    from lightning_eff.surgery.state import untouched_generators
+
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels, threads = [one.level for one in loggers], torch.get_num_threads()
+    with patch.object(sys, "argv", list(argv)), patch.dict(os.environ), warnings.catch_warnings():
+        try:
+            with untouched_generators():
+                yield
+        finally:
+            torch.set_num_threads(threads)
+            for one, level in zip(loggers, levels, strict=True):
+                one.setLevel(level)
 
 
 def run_python(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from helpers import REPOSITORY, run_python
+from helpers import EXAMPLES, import_script
 
 from lightning_eff.glimpse.config import GlimpseConfig
 from lightning_eff.glimpse.exploration import explore
@@ -17,27 +14,15 @@ from lightning_eff.glimpse.policies import RandomPolicy, UniformLowRes, make_pol
 from lightning_eff.glimpse.tasks.classification import ClassificationTask
 from lightning_eff.glimpse.world import GlimpseWorld
 
-EXAMPLES = REPOSITORY / "examples"
 needs_fashion = pytest.mark.skipif(
     not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Fashion-MNIST is not at hand"
 )
 FIGURES = {f"{name}.png" for name in ("exploration", "steps", "curves", "coverage", "scales")}
 
 
-def script(name: str) -> ModuleType:
-    """Import an example without running it."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles look classes up by their module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_backbone_of_ones_own_reads_glimpses_in_any_order_and_none_at_all() -> None:
     torch.manual_seed(0)
-    backbone = script("fashion_adaglimpse").StemTransformer(5).eval()
+    backbone = import_script(EXAMPLES / "fashion_adaglimpse.py").StemTransformer(5).eval()
     config = GlimpseConfig(image_size=56, num_glimpses=3, patch_size=14)
     world = GlimpseWorld(backbone, ClassificationTask(5), config)
     seen = explore(world, torch.rand(3, 1, 56, 56), RandomPolicy(config), predictions="all")
@@ -53,7 +38,7 @@ def test_a_backbone_of_ones_own_reads_glimpses_in_any_order_and_none_at_all() ->
 
 
 def test_a_backbone_of_ones_own_puts_patches_where_they_were() -> None:
-    backbone = script("fashion_adaglimpse").StemTransformer(5)
+    backbone = import_script(EXAMPLES / "fashion_adaglimpse.py").StemTransformer(5)
     config = GlimpseConfig(image_size=28, num_glimpses=1, patch_size=14)
     world, image = GlimpseWorld(backbone, ClassificationTask(5), config), torch.rand(1, 1, 28, 28)
     world.reset(image, scored=False)
@@ -65,24 +50,8 @@ def test_a_backbone_of_ones_own_puts_patches_where_they_were() -> None:
 
 @pytest.mark.slow
 @needs_fashion
-@pytest.mark.parametrize("task", ["reconstruction", "classification"])
-def test_the_fashion_example_runs(task: str, tmp_path: Path) -> None:
-    run_python(EXAMPLES / "fashion_adaglimpse.py", "--fast", "--task", task, "--dirpath", str(tmp_path))
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {*FIGURES, "exploration.gif", "trajectories.jsonl", "seeds.csv"}
-
-
-@pytest.mark.slow
-def test_the_digits_example_runs(tmp_path: Path) -> None:
-    run_python(EXAMPLES / "digits_adaglimpse.py", "--fast", "--dirpath", str(tmp_path))
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {*FIGURES, "exploration.gif", "trajectories.jsonl", "seeds.csv", "stopping.csv"}
-
-
-@pytest.mark.slow
-@needs_fashion
 def test_the_agent_finds_clothes_better_than_whatever_does_not_look() -> None:
-    example = script("fashion_adaglimpse")
+    example = import_script(EXAMPLES / "fashion_adaglimpse.py")
     model, data, curves = example.run("reconstruction", 1, 100, everything=False)
     reached = {curve.policy: curve.last for curve in curves}
     # three seeds reached 12.4 to 13.3 of 255 grey levels, the best fixed sequence 15.4
@@ -95,7 +64,7 @@ def test_the_agent_finds_clothes_better_than_whatever_does_not_look() -> None:
 
 @pytest.mark.slow
 def test_the_agent_finds_digits_for_a_network_that_learns_with_it() -> None:
-    example = script("digits_adaglimpse")
+    example = import_script(EXAMPLES / "digits_adaglimpse.py")
     model, data, trainer = example.build(1, 43, 7, 17)
     trainer.fit(model, data)
     policies = {name: make_policy(name, model.glimpse) for name in ("random", "full_then_random")}

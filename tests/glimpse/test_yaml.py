@@ -15,7 +15,6 @@ from lightning_eff.glimpse import (
     CanvasBackbone,
     ElasticViT,
     GlimpseConfig,
-    GlimpseReport,
     ImageDecoder,
     ReconstructionTask,
     ReplayOptions,
@@ -162,19 +161,6 @@ def test_options_that_cannot_be_meant_are_refused_by_name(capsys, change, told):
     with pytest.raises((SystemExit, ValueError)) as refused:
         built("--config", CONFIG, f"--model.{change}")
     assert told in capsys.readouterr().err + str(refused.value)
-
-
-def test_example_trains_draws_and_is_tested():
-    shorter = ["--model.plan.pretrain_epochs=1", "--model.plan.rl_only_epochs=1", "--trainer.check_val_every_n_epoch=1"]
-    smaller = ["--model.agent.replay.batch_size=16", "--data.batch_size=8", "--data.train_size=16"]
-    run = [*SHORT[:2], *shorter, *smaller, "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false"]
-    calm = ["--model.agent.replay.random_steps=2", "--model.agent.replay.updates_per_step=1"]
-    done = cli.main(["fit", "--config", EXAMPLE, *run, *calm])
-    report = next(one for one in done.trainer.callbacks if isinstance(one, GlimpseReport))
-    assert len(report.written) == 2
-    assert all(path.is_relative_to("runs/glimpse") for path in report.written)
-    test = ["test", "--config", EXAMPLE, "--ckpt_path=runs/glimpse/last.ckpt", "--trainer.limit_test_batches=1"]
-    cli.main([*test, "--trainer.enable_progress_bar=false", "--data.batch_size=8"])
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import lightning as L
 import pytest
 import torch
 import torchvision
-from helpers import REPOSITORY, run_python
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
@@ -671,14 +670,3 @@ def test_callback_is_reached_from_yaml(tmp_path, monkeypatch) -> None:
     assert (layer.config.n_experts, layer.config.balance.weight) == (8, 0.02)
     assert layer.config.routing.normalize_weights  # up-cycled
     torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=True)
-
-
-@pytest.mark.slow
-def test_example_up_cycles_without_a_step_in_the_loss(tmp_path) -> None:
-    script = REPOSITORY / "examples" / "upcycle_transformer.py"
-    text = str(REPOSITORY / "lightning_eff" / "moe" / "*.py")
-    run_python(script, "--fast", "--quiet", "--text", text, "--out", str(tmp_path), cwd=tmp_path)
-    rows = [line.split("|") for line in (tmp_path / "table.md").read_text().splitlines() if "|" in line]
-    at_first = {row[1].strip(): row[3].strip() for row in rows}
-    assert at_first["up-cycled"] == at_first["dense, going on"] != at_first["new experts"]
-    assert (tmp_path / "curves.png").stat().st_size > 0

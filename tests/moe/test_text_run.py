@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from helpers import REPOSITORY, run_and_kill, run_python
+from helpers import EXAMPLES, import_script, run_and_kill
 
 from lightning_eff.moe import ExpertLoadMonitor
 
-SCRIPT = REPOSITORY / "examples" / "shakespeare_experts.py"
+SCRIPT = EXAMPLES / "shakespeare_experts.py"
 TEXT = Path(os.environ.get("LIGHTNING_EFF_DATA", "")) / "moe_scaling" / "tinyshakespeare.txt"
 STEPS, LR = 350, 3e-3
 needs_text = pytest.mark.skipif(
@@ -24,32 +21,7 @@ needs_text = pytest.mark.skipif(
 
 
 def example() -> ModuleType:
-    """Import the example without running it."""
-    spec = importlib.util.spec_from_file_location("shakespeare_experts", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    sys.modules["shakespeare_experts"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.slow
-def test_example_writes_what_it_prints(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_bytes(b"To be, or not to be, that is the question. " * 1500)
-    printed = run_python(
-        SCRIPT, "--fast", "--quiet", "--text", "text.txt", "--out", "out", cwd=tmp_path, timeout=600
-    ).stdout
-    for name in ("table.md", "table.json", "curves.csv", "curves.png", "expert_loads.png", "expert_loads.csv"):
-        assert (tmp_path / "out" / name).stat().st_size > 0
-    rows = {row["network"]: row for row in json.loads((tmp_path / "out" / "table.json").read_text())}
-    *networks, longer = rows
-    assert networks == ["dense", "dense, no norm", "G = 1", "G = 4"]
-    assert longer in ("dense, longer", "dense, no norm, longer")
-    assert len({rows[name]["active, M"] for name in rows}) == 1
-    assert "At equal tokens G = 4 ends" in printed
-    assert "At equal seconds it ends" in printed
+    return import_script(SCRIPT)
 
 
 def quiet(**options: Any) -> dict[str, Any]:

@@ -145,18 +145,3 @@ def test_fashion_mnist_reaches_its_accuracy_at_its_epsilon(net: str, tmp_path: P
     for row in rows.values():
         assert float(row["epsilon prv"]) == pytest.approx(1.519, abs=0.01)
         assert float(row["epsilon rdp"]) == pytest.approx(2.0, abs=0.01)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("example", ["dp_rate_grid.py", "fashion_private_training.py"])
-def test_examples_run_in_their_fast_form(example: str, tmp_path: Path) -> None:
-    run_python(REPOSITORY / "examples" / example, "--fast", "--out", str(tmp_path), timeout=900)
-    (table,) = tmp_path.glob("*.csv")
-    rows = list(csv.DictReader(table.open()))
-    assert len({row["epsilon"] if "epsilon" in row else row["epsilon prv"] for row in rows}) == 1
-    assert len(rows) == {"dp_rate_grid.py": 4, "fashion_private_training.py": 12}[example]
-    if example == "dp_rate_grid.py":
-        assert ",".join(rows[0]) == "prune_rate,drop_rate,epsilon,delta,accuracy,active_coordinates,seconds_per_step"
-        assert [int(row["active_coordinates"]) for row in rows] == [4810, 548, 548, 121]
-    assert all(picture.stat().st_size > 5_000 for picture in tmp_path.glob("*.png"))
-    assert list(tmp_path.glob("*.png"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -124,63 +123,6 @@ if run.global_rank == 0:
     run_ddp(script, tmp_path, "1", processes=1)
     two, one = (torch.load(tmp_path / f"of{n}.pt", weights_only=True) for n in (2, 1))
     assert two["before"] == pytest.approx(one["before"], abs=1e-12)  # the same network on the same 256 images
-
-
-def fast(path: Path, tmp_path: Path) -> Path:
-    """Write the fast variant of an example's YAML: two epochs, few samples."""
-    config = yaml.safe_load(path.read_text())
-    config["trainer"]["max_epochs"] = 2
-    for callback in config["trainer"]["callbacks"]:
-        options = callback["init_args"]
-        options["schedule"] = {**options.get("schedule", {}), "start": 1, "steps": 1}
-        if callback["class_path"] == "ShapleyPruningCallback":
-            options.update(
-                calibration={**options.get("calibration", {}), "samples": 64},
-                estimator={"class_path": "PermutationShapley", "init_args": {"walks": 2, "depth": "matched"}},
-            )
-        if callback["class_path"] == "RandomChannelPruningCallback":
-            options["search"].update(candidates=5, top_k=2)
-        config["trainer"]["default_root_dir"] = str(tmp_path / "root")
-        if "dirpath" in options:
-            options["dirpath"] = str(tmp_path / "run")
-    out = tmp_path / path.name
-    out.write_text(yaml.safe_dump(config))
-    return out
-
-
-def _prunes(path: Path) -> bool:
-    text = path.read_text()
-    return "Prun" in text and "DPPrePrune" not in text  # pre-pruning for private training cuts nothing
-
-
-CONFIGS = [path for path in sorted((REPOSITORY / "examples/configs").glob("*.yaml")) if _prunes(path)]
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_example_yaml_that_prunes_runs_in_a_fast_variant(path: Path, tmp_path: Path) -> None:
-    shown = run_cli("fit", "--config", str(fast(path, tmp_path)), cwd=tmp_path).stdout
-    assert "fine-tuned" in shown
-    written = {p.name for p in (tmp_path / "run").iterdir()}
-    assert {"plan.json", "scores.png", "layers.csv", "course.md", "pruned.ckpt"} <= written
-    layers = json.loads((tmp_path / "run" / "layers.json").read_text())
-    assert layers[-1]["kept"] < layers[-1]["channels"]
-    checked = run_cli(
-        "test", "--config", str(fast(path, tmp_path)), "--ckpt_path", str(tmp_path / "run/pruned.ckpt"), cwd=tmp_path
-    ).stdout
-    assert "test/accuracy" in checked
-
-
-def test_quick_start_script_runs(tmp_path: Path) -> None:
-    script = REPOSITORY / "examples" / "digits_shapley.py"
-    run_python(script, "--epochs", "2", "--dirpath", str(tmp_path), cwd=tmp_path)
-    assert (tmp_path / "pruned.pt2").exists()
-
-
-@pytest.mark.slow
-def test_resnet_example_runs_in_its_fast_variant(tmp_path: Path) -> None:
-    script = REPOSITORY / "examples" / "fashion_resnet18_shapley.py"
-    run_python(script, "--fast", "--dirpath", str(tmp_path), cwd=tmp_path, timeout=900)
-    assert (tmp_path / "plan.json").exists()
 
 
 def test_options_typed_in_the_shell_reach_the_callback(tmp_path: Path) -> None:

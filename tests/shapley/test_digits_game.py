@@ -1,23 +1,16 @@
 """A real game, that of the example: the value is the accuracy that some of the digits' 8 pixel columns allow."""
 
-import importlib.util
-
 import pytest
 import torch
-from helpers import REPOSITORY, run_python
+from helpers import EXAMPLES, import_script
 
 from lightning_eff.shapley import ExactShapley, LeaveOneOut, PermutationShapley
 from lightning_eff.shapley.oracle import compare_ranks, oracle_rank, oracle_sets
 
-SCRIPT = REPOSITORY / "examples" / "shapley_digit_columns.py"
-
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("shapley_digit_columns", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_script(EXAMPLES / "digits_column_values.py")
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +63,3 @@ def test_shapley_ranking_is_nearer_to_the_oracle_than_leave_one_out_and_chance(d
     regret = {name: quality.regret for name, quality in compare_ranks(ranks, oracle).rankings.items()}
     chance = sum(regret[f"chance {number}"] for number in range(20)) / 20
     assert regret["oracle"] <= regret["shapley"] < regret["loo"] < chance
-
-
-def test_example_prints_its_tables_and_writes_its_figures(tmp_path):
-    shown = run_python(SCRIPT, "--out", str(tmp_path / "out"), "--seeds", "3", cwd=tmp_path).stdout
-    assert "256 coalitions evaluated" in shown
-    for title in ("What the columns are worth", "Oracle sets", "Rankings against the oracle", "Cost and benefit"):
-        assert title in shown
-    written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"values.png", "ranks.png", "cost_benefit.png", "convergence.png", "ranks.md"} <= written

@@ -3,7 +3,6 @@ import logging
 import lightning as L
 import pytest
 import torch
-from helpers import REPOSITORY, run_python
 
 from lightning_eff import FashionMNISTDataModule
 from lightning_eff.data.fashion_mnist import DEBIAN
@@ -30,13 +29,3 @@ def test_classifiers_trained_on_private_clothes_know_real_ones():
     assert scores.mean("accuracy", "logistic_regression") >= 0.70
     assert scores.mean("accuracy", "mlp") >= 0.72
     assert model.ledger.epsilon() == pytest.approx(10.0, rel=1e-9)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not DEBIAN.exists(), reason="needs Debian's package dataset-fashion-mnist")
-def test_the_example_runs(tmp_path):
-    file = REPOSITORY / "examples/fashion_private_data.py"
-    output = run_python(file, "--fast", "--epsilon", "10", "--dirpath", str(tmp_path)).stdout
-    assert "Accuracy on real images" in output
-    for name in ("accuracy.md", "epsilon-10/loss.png", "epsilon-10/samples-00010.png", "epsilon-10/privacy.md"):
-        assert (tmp_path / name).exists()

@@ -120,12 +120,6 @@ def test_a_generator_of_ones_choice_is_named_in_yaml_and_loaded_from_the_checkpo
     assert module.steps_trained == 10
 
 
-def test_the_example_runs(tmp_path, fit):
-    path = REPOSITORY / "examples/configs/private_data.yaml"
-    fit("--config", str(path), "--trainer.max_epochs=1", f"{PREFIX}steps_per_epoch=3")
-    assert (tmp_path / "runs/private_data/loss.png").exists()
-
-
 @pytest.mark.parametrize("epsilon", ["0", "-1"])
 def test_a_wrong_epsilon_is_told_by_name(fit, epsilon):
     with pytest.raises(ValueError, match="epsilon must be > 0"):

@@ -97,18 +97,11 @@ def test_options_typed_in_the_shell_reach_the_callback(tmp_path: Path) -> None:
     assert options["loss_fn"] == "torch.nn.functional.cross_entropy"
 
 
-@pytest.mark.skipif(not FASHION.is_dir(), reason="Fashion-MNIST is not at hand")
-def test_example_runs_in_its_fast_variant(tmp_path: Path) -> None:
-    script = REPOSITORY / "examples" / "fashion_lenet_dirichlet.py"
-    run_python(script, "--fast", "--dirpath", str(tmp_path), cwd=tmp_path)
-    assert {"accuracy.json", "accuracy.md", "accuracy.png", "posterior.png"} <= {p.name for p in tmp_path.iterdir()}
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Fashion-MNIST is not at hand")
 def test_half_of_every_layer_of_lenet_may_go_where_other_rankings_fail(tmp_path: Path) -> None:
     script = REPOSITORY / "examples" / "fashion_lenet_dirichlet.py"
-    run_python(script, "--few", "--dirpath", str(tmp_path), cwd=tmp_path, timeout=1800)
+    run_python(script, "--few", "--out", str(tmp_path), cwd=tmp_path, timeout=1800)
     rows = {row["ranking"]: row for row in json.loads((tmp_path / "accuracy.json").read_text())}
     half = rows["Dirichlet"]["keep 50%"]
     assert half >= 0.75

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from helpers import REPOSITORY, run_cli, run_python
+from helpers import EXAMPLES, import_script, run_python
 
 from lightning_eff.surgery import ChannelGraph
 
-EXAMPLES = REPOSITORY / "examples"
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 needs_fashion = pytest.mark.skipif(not FASHION.is_dir(), reason="Fashion-MNIST is not at hand")
-
-
-def script(name: str) -> ModuleType:
-    """Import an example without running it."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def rows(path: Path, key: str) -> dict[str, dict[str, Any]]:
@@ -35,41 +21,13 @@ def rows(path: Path, key: str) -> dict[str, dict[str, Any]]:
     return {row[key]: row for row in json.loads(path.read_text())}
 
 
-def test_yaml_searches_by_validation_accuracy_and_halves_the_multiply_adds(tmp_path: Path) -> None:
-    config = yaml.safe_load((EXAMPLES / "configs" / "random_channel.yaml").read_text())
-    options = config["trainer"]["callbacks"][0]["init_args"]
-    config["trainer"].update(max_epochs=2, default_root_dir=str(tmp_path / "root"))
-    options["schedule"] = {"start": 1}
-    options["search"].update(candidates=5, top_k=2)
-    options["dirpath"] = str(tmp_path / "run")
-    (tmp_path / "fast.yaml").write_text(yaml.safe_dump(config))
-    shown = run_cli("fit", "--config", str(tmp_path / "fast.yaml"), cwd=tmp_path).stdout
-    assert "val/accuracy" in shown
-    tried = (tmp_path / "run" / "candidates.csv").read_text().splitlines()
-    assert len(tried) == 1 + 5 + 2
-    course = rows(tmp_path / "run" / "course.json", "stage")
-    assert course["fine-tuned"]["MACs"] == pytest.approx(0.5 * course["dense"]["MACs"], rel=0.05)
-
-
 @pytest.mark.parametrize(("net", "params", "macs"), [("plain", 72_666, 7_338_880), ("residual", 77_754, 2_636_672)])
 def test_networks_of_the_fashion_example_have_the_sizes_it_states(net: str, params: int, macs: int) -> None:
-    model = script("fashion_random_channel").NETS[net]().eval()
+    model = import_script(EXAMPLES / "fashion_random_channel.py").NETS[net]().eval()
     graph = ChannelGraph.from_model(model, torch.randn(2, 1, 28, 28))
     assert sum(p.numel() for p in model.parameters()) == params == graph.params().item()
     assert graph.macs().item() == macs
     assert [name for name, group in graph.groups.items() if group.protected] == [list(graph.groups)[-1]]  # the outputs
-
-
-@needs_fashion
-def test_fashion_example_runs_in_its_fast_variant(tmp_path: Path) -> None:
-    run_python(
-        EXAMPLES / "fashion_random_channel.py", "--fast", "--net", "residual", "--dirpath", str(tmp_path), cwd=tmp_path
-    )
-    written = {path.name for path in (tmp_path / "residual").iterdir()}
-    assert {"repairs.json", "repairs.md", "criteria.md", "paired.md", "tuned.json", "criteria.png"} <= written
-    assert len(rows(tmp_path / "residual" / "repairs.json", "repair")) == 7
-    tuned = rows(tmp_path / "residual" / "tuned.json", "network")
-    assert tuned["uniform"]["MACs"] < 0.51 * tuned["dense"]["MACs"]
 
 
 @pytest.mark.slow
@@ -78,9 +36,7 @@ def test_fashion_example_runs_in_its_fast_variant(tmp_path: Path) -> None:
 def test_repair_without_training_lifts_random_configurations_and_criteria_hardly_differ(
     net: str, repaired: float, tmp_path: Path
 ) -> None:
-    run_python(
-        EXAMPLES / "fashion_random_channel.py", "--net", net, "--dirpath", str(tmp_path), cwd=tmp_path, timeout=3600
-    )
+    run_python(EXAMPLES / "fashion_random_channel.py", "--net", net, "--out", str(tmp_path), cwd=tmp_path, timeout=3600)
     means = {name: row["mean"] for name, row in rows(tmp_path / net / "repairs.json", "repair").items()}
     assert means["none"] < 0.35
     assert means["gram, BatchNorm recalibrated"] >= repaired
@@ -95,7 +51,7 @@ def test_repair_without_training_lifts_random_configurations_and_criteria_hardly
 
 
 def test_convolution_before_pixel_shuffle_is_left_alone_and_the_rest_of_the_network_is_not() -> None:
-    net = script("photo_super_resolution").SmallEDSR(width=8, blocks=1)
+    net = import_script(EXAMPLES / "photo_super_resolution.py").SmallEDSR(width=8, blocks=1)
     graph = ChannelGraph.from_model(net, torch.rand(2, 3, 12, 12))
     assert graph.prunable == ("head", "blocks.0.conv1")
     assert set(graph.groups["head"].producers) == {"head", "blocks.0.conv2", "tail"}
@@ -103,28 +59,21 @@ def test_convolution_before_pixel_shuffle_is_left_alone_and_the_rest_of_the_netw
 
 
 def test_network_for_super_resolution_begins_as_bicubic_interpolation() -> None:
-    example = script("photo_super_resolution")
+    example = import_script(EXAMPLES / "photo_super_resolution.py")
     small = torch.rand(1, 3, 12, 14)
     assert torch.equal(example.SmallEDSR(width=4, blocks=1)(small), example.bicubic(small))
 
 
 def test_photographs_are_real_and_their_halves_meet() -> None:
-    small, large = script("photo_super_resolution").photograph(1)
+    small, large = import_script(EXAMPLES / "photo_super_resolution.py").photograph(1)
     assert (small.shape, large.shape) == ((1, 3, 213, 320), (1, 3, 426, 640))
     means = torch.nn.functional.avg_pool2d(large, 2)
     assert (small - means).abs().mean() < 0.01  # the same picture, nothing is shifted
 
 
-def test_super_resolution_example_runs_in_its_fast_variant(tmp_path: Path) -> None:
-    run_python(EXAMPLES / "photo_super_resolution.py", "--fast", "--dirpath", str(tmp_path), cwd=tmp_path)
-    assert {"psnr.json", "psnr.md", "crops.png", "candidates.csv", "plan.json"} <= {p.name for p in tmp_path.iterdir()}
-    found = rows(tmp_path / "psnr.json", "network")
-    assert found["best of 4, repaired"]["MACs kept"] == pytest.approx(0.25, abs=0.03)
-
-
 @pytest.mark.slow
 def test_quarter_of_a_super_resolution_network_is_as_good_as_the_whole_without_training(tmp_path: Path) -> None:
-    run_python(EXAMPLES / "photo_super_resolution.py", "--dirpath", str(tmp_path), cwd=tmp_path, timeout=1800)
+    run_python(EXAMPLES / "photo_super_resolution.py", "--out", str(tmp_path), cwd=tmp_path, timeout=1800)
     psnr = {name: row["PSNR"] for name, row in rows(tmp_path / "psnr.json", "network").items()}
     assert psnr["bicubic"] + 0.4 < psnr["dense"]
     assert psnr["uniform, weights as they were"] < psnr["dense"] - 0.2

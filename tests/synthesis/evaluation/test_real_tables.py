@@ -6,9 +6,8 @@ import lightning as L
 import pytest
 import torch
 from dp_ntk_quality import FourierFeatures
-from helpers import REPOSITORY, run_python
 from sklearn.datasets import load_breast_cancer
-from synthesis.adult_table import FOLDER, adult
+from synthesis.adult_table import adult
 
 from lightning_eff.synthesis import DPNTKGenerator, ReleaseOptions, TableSchema, TabularDataModule
 from lightning_eff.synthesis.evaluation import Cells, classifier_inputs, train_synthetic_test_real
@@ -72,21 +71,6 @@ def test_more_privacy_costs_quality():
         for epsilon in (0.2, 1.0)
     ]
     assert means[0] <= means[1]
-
-
-@pytest.mark.slow
-def test_the_examples_run(tmp_path):
-    breast = run_python(REPOSITORY / "examples/breast_cancer_private_table.py", "--fast", cwd=tmp_path)
-    assert "real records" in breast.stdout
-    assert (tmp_path / "runs/breast_cancer/columns.md").is_file()
-    adult()
-    out = run_python(REPOSITORY / "examples/adult_private_table.py", "--fast", "--data", str(FOLDER), cwd=tmp_path)
-    assert "epsilon = 1 at delta = 1e-05" in out.stdout
-    assert {path.name for path in (tmp_path / "runs/adult").iterdir()} >= {
-        "synthetic.csv",
-        "privacy.json",
-    }
-    assert (tmp_path / "runs/adult/not_private/columns.md").is_file()
 
 
 def test_the_peer_of_the_benchmark_has_features_of_unit_norm():

@@ -7,8 +7,8 @@ of a Trainer, `callbacks=[ReplaceFFN(...)]`, is the difference. Writes the table
 
 The text is --text, or the sources of Python's standard library.
 
-Run: python examples/upcycle_transformer.py         (about 3 minutes of one core)
-     python examples/upcycle_transformer.py --fast  (seconds: few steps of a small network, to see that it works)
+Run: python examples/text_upcycling.py         (about 3 minutes of one core)
+     python examples/text_upcycling.py --fast  (seconds: few steps of a small network, to see that it works)
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def train(module: ByteModel, text: list[str], args: argparse.Namespace, *callbac
         accelerator="cpu", max_steps=steps, max_epochs=-1, gradient_clip_val=1.0, callbacks=[*callbacks, curve],
         val_check_interval=max(1, steps // 8), check_val_every_n_epoch=None,
         limit_val_batches=parts, num_sanity_val_steps=parts,
-        logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=not args.quiet,
+        logger=False, enable_checkpointing=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, data)
     return curve
@@ -113,15 +113,12 @@ def draw(curves: dict[str, Curve], steps: int) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/text_upcycling"), help="folder of results")
     parser.add_argument("--text", nargs="+", help="files or patterns, read as one text")
     parser.add_argument("--steps", type=int, default=400, help="of 2,048 tokens: before, and again after")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, before and after")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/upcycle_transformer"), help="folder for table and figure"
-    )
-    parser.add_argument("--fast", action="store_true", help="20 steps of a small network")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     text = args.text or sorted(str(path) for path in Path(sysconfig.get_path("stdlib")).glob("*.py"))
     steps = 20 if args.fast else args.steps

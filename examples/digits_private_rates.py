@@ -4,8 +4,8 @@ A dense layer of 64 units and tanh is trained privately on scikit-learn's digits
 each; a table, a CSV file and a heat map tell the mean test accuracy. Epsilon is the same in every cell: what is not
 trained costs no privacy, it only changes what the noise does.
 
-Run: python examples/dp_rate_grid.py        (about 2 minutes of one idle core)
-     python examples/dp_rate_grid.py --fast (four cells, one seed, few steps)
+Run: python examples/digits_private_rates.py          (about 2 minutes of one idle core)
+     python examples/digits_private_rates.py --fast   (four cells, one seed, few steps)
 """
 
 import argparse
@@ -119,15 +119,16 @@ def mean(rows: list[list[Any]]) -> list[Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights; never of the noise")
+    parser.add_argument("--out", type=Path, default=Path("runs/digits_private_rates"), help="folder of results")
     parser.add_argument("--prune-rates", type=float, nargs="+", default=[0.0, 0.3, 0.5, 0.7, 0.9])
     parser.add_argument("--drop-rates", type=float, nargs="+", default=[0.0, 0.3, 0.5, 0.7, 0.9, 0.98])
     parser.add_argument("--score", choices=["random", "magnitude", "synflow"], default="random")
     parser.add_argument("--granularity", choices=["element", "row"], default="element")
     parser.add_argument("--sigma", type=float, default=1.0, help="noise multiplier")
     parser.add_argument("--steps", type=int, default=220)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--fast", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("runs/dp_rate_grid"))
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
     args = parser.parse_args()
     if args.fast:
         args.prune_rates, args.drop_rates, args.seeds, args.steps = [0.0, 0.9], [0.0, 0.9], 1, 30
@@ -137,7 +138,7 @@ def main() -> None:
     with progress("private training", len(cells) * args.seeds, unit="runs") as bar:
         for prune, drop in cells:
             several = []
-            for seed in range(args.seeds):
+            for seed in range(args.seed, args.seed + args.seeds):
                 several.append(run(prune, drop, seed, args))
                 bar.advance()
             rows.append(mean(several))

@@ -10,8 +10,8 @@ bound of epsilon (Clopper-Pearson), which must stay below what the accountant sa
 Leaves with status 1 where a rate is not where theory puts it or the bound passes the accountant. ``--fault`` breaks the
 step on purpose, to see that the audit notices.
 
-Run: python examples/dp_audit.py                (about two minutes on one core)
-     python examples/dp_audit.py --trials 300   (a quarter of it)
+Run: python examples/digits_private_audit.py          (about two minutes on one core)
+     python examples/digits_private_audit.py --fast   (20 trainings, which prove little)
 """
 
 from __future__ import annotations
@@ -187,23 +187,25 @@ def draw(found: list[tuple[Setting, dict[bool, Tensor]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--trials", type=int, default=1000, help="trainings with the canary, and as many without")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, help="of the noise, to repeat a run; default: secret noise, as in training")
+    parser.add_argument("--out", type=Path, default=Path("runs/digits_private_audit"), help="folder of results")
+    parser.add_argument("--trials", type=int, help="trainings with the canary, and as many without (default 1000)")
     parser.add_argument("--fault", choices=FAULTS, default="none", help="break the private step on purpose")
-    parser.add_argument("--noise-seed", type=int, help="the same noise every time, to repeat a run")
-    parser.add_argument("--dirpath", type=Path, default=Path("runs/dp_audit"))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    trials = args.trials or (20 if args.fast else 1000)
 
     rows, found, sound = [], [], True
     for setting in SETTINGS:
-        row, holds, scores = audit(setting, args.trials, args.fault, args.noise_seed)
+        row, holds, scores = audit(setting, trials, args.fault, args.seed)
         rows.append(row)
         found.append((setting, scores))
         sound = sound and holds
-    draw(found, args.dirpath / "scores.png")
+    draw(found, args.out / "scores.png")
     table = Table(
-        f"Attack on one example, {args.trials} trainings with it and {args.trials} without",
+        f"Attack on one example, {trials} trainings with it and {trials} without",
         [
             Column("sigma", "g"),
             Column("q", "g"),

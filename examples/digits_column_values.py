@@ -4,7 +4,8 @@ Players are the 8 columns, the value of a coalition is the accuracy of a logisti
 column. All 256 coalitions can be evaluated, so that estimators and rankings can be held against the truth. To use
 it for a game of your own, replace `column_accuracy`.
 
-Run: python examples/shapley_digit_columns.py          (ten seconds)
+Run: python examples/digits_column_values.py          (ten seconds)
+     python examples/digits_column_values.py --fast   (fewer repetitions)
 """
 
 import argparse
@@ -52,15 +53,16 @@ def column_accuracy(train: int = 300, test: int = 600) -> shapley.CachedGame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/digit_columns"))
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--fast", action="store_true", help="little data, few steps: to see that it works")
+    parser.add_argument("--seed", type=int, default=0, help="of the estimators")
+    parser.add_argument("--out", type=Path, default=Path("runs/digits_column_values"), help="folder of results")
     args = parser.parse_args()
     game = column_accuracy()
     numbers = [Column(name, ".3f") for name in game.names]
 
     results = {"exact": shapley.shapley_values(game, "exact")}
     for name, estimator in ESTIMATORS.items():
-        results[name] = estimator.with_budget(80, 8).estimate(game, generator=0)
+        results[name] = estimator.with_budget(80, 8).estimate(game, generator=args.seed)
     rows = [(name, result.n_evals, *result.values) for name, result in results.items()]
     values = Table("What the columns are worth", ["estimator", "evaluations", *numbers], rows)
 
@@ -71,13 +73,15 @@ def main() -> None:
             "greedy backward": oracle_rank(oracle, method="greedy"),
             "Shapley value": results["exact"].rank(),
             "leave-one-out": results["leave-one-out"].rank(),
-            "random ranking": torch.randperm(8, generator=torch.Generator().manual_seed(0)),
+            "random ranking": torch.randperm(8, generator=torch.Generator().manual_seed(args.seed)),
         },
         oracle,
     )
     rows = [(name, *row) for name, row in zip(game.names, shapley_interactions(game), strict=True)]
     pairs = Table("What pairs are worth beyond the sum of the two", ["column", *numbers], rows)
-    benefit = cost_benefit(game, ESTIMATORS, [16, 24, 40, 80, 160, 240], args.seeds, exact=results["exact"].values)
+    benefit = cost_benefit(
+        game, ESTIMATORS, [16, 24, 40, 80, 160, 240], 2 if args.fast else 20, exact=results["exact"].values
+    )
 
     walks = results["antithetic permutation"]
     course = convergence_curve(game, shapley.PermutationShapley(), [16, 32, 64, 128, 256, 512])
