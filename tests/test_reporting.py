@@ -2,6 +2,8 @@ import csv
 import io
 import json
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -18,6 +20,7 @@ from lightning_eff.reporting import (
     human,
     new_figure,
     progress,
+    results_folder,
     save_figure,
 )
 
@@ -302,3 +305,12 @@ def test_human_numbers_have_three_digits_and_a_prefix(n, text):
 def test_human_numbers_take_a_unit():
     assert human(1_814_073_344, "MACs") == "1.81 GMACs"
     assert human(532, "MACs") == "532 MACs"
+
+
+@pytest.mark.parametrize(
+    ("dirpath", "log_dir", "folder"),
+    [("mine", "logs/version_3", "mine"), (None, "logs/version_3", "logs/version_3/moe"), (None, None, "root/moe")],
+)
+def test_results_go_where_the_user_says_or_beside_what_the_trainer_logs(dirpath, log_dir, folder):
+    trainer = SimpleNamespace(log_dir=log_dir, default_root_dir="root")
+    assert results_folder(dirpath, trainer, "moe") == Path(folder)

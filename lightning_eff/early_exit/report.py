@@ -30,6 +30,7 @@ from lightning_eff.early_exit.evaluation.recording import (
     loaders_of,
 )
 from lightning_eff.early_exit.module import EarlyExitModule
+from lightning_eff.reporting import results_folder
 
 # at the end of training
 CHANGE_WEIGHTS = (PhaseEarlyStopping, StochasticWeightAveraging, WeightAveraging)
@@ -216,7 +217,7 @@ class ExitReport(Callback):
     behind :class:`ThresholdCalibration`.
 
     Args:
-        dirpath: where.
+        dirpath: where; None takes the folder ``early_exit`` beside what the trainer logs.
         budgets: fractions of the plain backbone's cost that are told, > 0.
         verbose: print the table of outputs too.
 
@@ -225,9 +226,12 @@ class ExitReport(Callback):
             change what was reported.
     """
 
-    def __init__(self, dirpath: str | Path, budgets: Sequence[float] = BUDGETS, verbose: bool = True) -> None:
+    def __init__(
+        self, dirpath: str | Path | None = None, budgets: Sequence[float] = BUDGETS, verbose: bool = True
+    ) -> None:
         check_budgets(budgets)
-        self.dirpath, self.budgets, self.verbose = Path(dirpath), tuple(budgets), verbose
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.budgets, self.verbose = tuple(budgets), verbose
         self._history: list[dict[str, float]] = []
         self._phases: list[str] = []
 
@@ -273,8 +277,8 @@ class ExitReport(Callback):
     def _report(self, trainer: Trainer, pl_module: LightningModule, data: Data) -> None:
         module = exits_of(pl_module, type(self).__name__)
         answers = record_answers(trainer, module, data)
+        folder = results_folder(self.dirpath, trainer, "early_exit") / data
         if trainer.is_global_zero:
-            folder = self.dirpath / data
             history, phases = (self._history, self._phases) if data == "val" else ((), ())
             write_answers(answers, module.network, folder, budgets=self.budgets, history=history, phases=phases)
             if self.verbose:

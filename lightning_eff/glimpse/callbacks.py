@@ -22,7 +22,7 @@ from lightning_eff.glimpse.figures import (
     steps_figure,
 )
 from lightning_eff.glimpse.module import AdaGlimpseModule
-from lightning_eff.reporting import Column, Table, save_figure
+from lightning_eff.reporting import Column, Table, results_folder, save_figure
 
 _LEARNED = "learned"  # as tables call the agent
 
@@ -36,7 +36,7 @@ class GlimpseReport(Callback):
     numbers the scenes that it saw from 0.
 
     Args:
-        dirpath: The folder; None takes the trainer's ``default_root_dir``.
+        dirpath: The folder; None takes ``glimpse`` beside what the trainer logs.
         every_n_epochs: Validated epochs between two pictures, >= 1; None draws none.
         shown: Images shown, >= 1.
         explored: First images of the test that coverage and scales are drawn of, >= ``shown``.
@@ -72,6 +72,7 @@ class GlimpseReport(Callback):
         """Refuse other modules."""
         if not isinstance(pl_module, AdaGlimpseModule):
             raise ValueError(f"GlimpseReport tells of an AdaGlimpseModule, got a {type(pl_module).__name__}")
+        self._folder = results_folder(self.dirpath, trainer, "glimpse")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to keep images."""
@@ -91,7 +92,7 @@ class GlimpseReport(Callback):
             images, target = self._first()
             seen = pl_module.explore(images)
             figure = exploration_figure(images, seen, target, self.class_names, self.shown)
-            self._save(trainer, f"exploration-{trainer.current_epoch:03d}.png", figure)
+            self._save(f"exploration-{trainer.current_epoch:03d}.png", figure)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to keep images."""
@@ -111,21 +112,21 @@ class GlimpseReport(Callback):
         table = results_table(pl_module)
         table.print()
         for suffix in ("md", "csv", "json"):
-            self._note(table.save(self._folder(trainer) / f"policies.{suffix}"))
+            self._note(table.save(self._folder / f"policies.{suffix}"))
         if pl_module.every_glimpse and pl_module.glimpse.stop_threshold is None:
-            self._save(trainer, "curves.png", curve_figure(_curves(pl_module), learned=_LEARNED))
+            self._save("curves.png", curve_figure(_curves(pl_module), learned=_LEARNED))
         if not self._kept:
             return
         images, target = self._first()
         few, truth = images[: self.shown], None if target is None else target[: self.shown]
         seen = pl_module.explore(few, predictions="all")
-        self._save(trainer, "exploration.png", exploration_figure(few, seen, truth, self.class_names, self.shown))
-        self._save(trainer, "steps.png", steps_figure(few, seen, 0, truth, self.class_names))
-        gif = self._folder(trainer) / "exploration.gif"
+        self._save("exploration.png", exploration_figure(few, seen, truth, self.class_names, self.shown))
+        self._save("steps.png", steps_figure(few, seen, 0, truth, self.class_names))
+        gif = self._folder / "exploration.gif"
         self._note(save_animation(few, seen, gif, target=truth, class_names=self.class_names))
         places = pl_module.explore(images, predictions="none")
-        self._save(trainer, "coverage.png", coverage_figure(places))
-        self._save(trainer, "scales.png", scale_figure(places))
+        self._save("coverage.png", coverage_figure(places))
+        self._save("scales.png", scale_figure(places))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to collect trajectories."""
@@ -148,7 +149,7 @@ class GlimpseReport(Callback):
         seen, self._seen = self._seen, []
         if seen:
             name = "trajectories.jsonl" if trainer.world_size == 1 else f"trajectories-{trainer.global_rank}.jsonl"
-            self._note(Trajectory.cat(seen).save(self._folder(trainer) / name))
+            self._note(Trajectory.cat(seen).save(self._folder / name))
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking or not trainer.is_global_zero or self.every_n_epochs is None:
@@ -170,11 +171,8 @@ class GlimpseReport(Callback):
         whole = all(isinstance(target, Tensor) for target in targets)
         return torch.cat([images for images, _ in kept]), torch.cat(targets) if whole else None
 
-    def _folder(self, trainer: Trainer) -> Path:
-        return self.dirpath or Path(trainer.default_root_dir)
-
-    def _save(self, trainer: Trainer, name: str, figure: Any) -> None:
-        self._note(save_figure(figure, self._folder(trainer) / name))
+    def _save(self, name: str, figure: Any) -> None:
+        self._note(save_figure(figure, self._folder / name))
 
     def _note(self, path: Path) -> None:
         if path not in self.written:

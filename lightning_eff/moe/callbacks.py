@@ -16,6 +16,7 @@ from lightning_eff.moe.config import check_count
 from lightning_eff.moe.layer import FineGrainedMoE
 from lightning_eff.moe.load_history import LoadHistory
 from lightning_eff.moe.metrics import load_measures
+from lightning_eff.reporting import results_folder
 from lightning_eff.surgery.state import untouched_generators
 
 
@@ -38,7 +39,7 @@ class ExpertLoadMonitor(Callback):
     Args:
         every_n_steps: Optimizer steps between two logs, >= 1.
         dirpath: Folder for the tables ``expert_layers`` and ``expert_loads`` and ``expert_loads.png`` at the end of the
-            fit; None writes nothing.
+            fit; None takes the folder ``moe`` beside what the trainer logs.
 
     Attributes:
         history: Loads of all windows; after at most 200 of them, neighbours are one.
@@ -62,6 +63,7 @@ class ExpertLoadMonitor(Callback):
         """Begin anew; what a checkpoint holds is loaded after this."""
         if stage == "fit":
             self._reset()
+            self._folder = results_folder(self.dirpath, trainer, "moe")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse modules without experts."""
@@ -104,8 +106,8 @@ class ExpertLoadMonitor(Callback):
         """Log what has come since the last log, and write table and figure."""
         if trainer.global_step > self._logged_at:
             self._log(trainer, _stepped(trainer) - 1)  # the last batch has been counted by now
-        if self.dirpath is not None and len(self.history) and trainer.is_global_zero:
-            self.history.write(self.dirpath)
+        if len(self.history) and trainer.is_global_zero:
+            self.history.write(self._folder)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from lightning_eff.accounting import Accountant
@@ -45,7 +46,7 @@ class PrivateTrainingOptions:
     public_buffers: Sequence[str] = ()
     memory_budget_mb: float = 256
     log_every_n_steps: int | None = None
-    dirpath: str | None = None
+    dirpath: str | Path | None = None
     noise_seed: int | None = None
     allow_unaccounted_resume: bool = False
 

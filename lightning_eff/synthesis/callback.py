@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_eff.documents import write_text
-from lightning_eff.reporting import save_figure
+from lightning_eff.reporting import results_folder, save_figure
 from lightning_eff.synthesis.figures import loss_figure, signal_figure
 from lightning_eff.synthesis.module import DPNTKGenerator
 from lightning_eff.synthesis.options import check_integer
@@ -23,7 +23,7 @@ class SynthesisFigures(Callback):
     codes every time) every so many steps and at the end, ``loss.png`` at the end.
 
     Args:
-        dirpath: The folder; ``None`` takes the trainer's ``default_root_dir``.
+        dirpath: The folder; ``None`` takes ``synthesis`` beside what the trainer logs.
         every_n_steps: Steps between two pictures of samples, >= 1.
         per_class: Samples of each class, >= 1.
         class_names: In the order of the classes.
@@ -54,13 +54,14 @@ class SynthesisFigures(Callback):
         """Refuse other modules."""
         if not isinstance(pl_module, DPNTKGenerator):
             raise ValueError(f"SynthesisFigures draws a DPNTKGenerator, got a {type(pl_module).__name__}")
+        self._folder = results_folder(self.dirpath, trainer, "synthesis")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the signal to noise of the release."""
         assert isinstance(pl_module, DPNTKGenerator)
         if trainer.is_global_zero and pl_module.embedding is not None:
             names = self.class_names or _label_names(pl_module)
-            self._save(trainer, "signal_to_noise.png", signal_figure(pl_module.embedding, names))
+            self._save("signal_to_noise.png", signal_figure(pl_module.embedding, names))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -79,7 +80,7 @@ class SynthesisFigures(Callback):
         if trainer.is_global_zero and self._steps:
             self._draw_samples(trainer, pl_module)
             losses = torch.stack(self._losses).tolist()
-            self._save(trainer, "loss.png", loss_figure(self._steps, losses, pl_module.noise_floor))
+            self._save("loss.png", loss_figure(self._steps, losses, pl_module.noise_floor))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the losses so far."""
@@ -97,10 +98,10 @@ class SynthesisFigures(Callback):
             return
         labels = torch.arange(pl_module.num_classes).repeat_interleave(self.per_class)
         samples = pl_module.generate(len(labels), labels, seed=self.seed)
-        self._save(trainer, f"samples-{trainer.global_step:05d}.png", samples.grid(self.per_class, self.class_names))
+        self._save(f"samples-{trainer.global_step:05d}.png", samples.grid(self.per_class, self.class_names))
 
-    def _save(self, trainer: Trainer, name: str, figure: Any) -> None:
-        path = save_figure(figure, (self.dirpath or Path(trainer.default_root_dir)) / name)
+    def _save(self, name: str, figure: Any) -> None:
+        path = save_figure(figure, self._folder / name)
         if path not in self.written:
             self.written.append(path)
 
@@ -113,7 +114,7 @@ class SyntheticDataWriter(Callback):
 
     Args:
         n: Records, >= 1.
-        dirpath: The folder; ``None`` takes the trainer's ``default_root_dir``.
+        dirpath: The folder; ``None`` takes ``synthesis`` beside what the trainer logs.
         labels: Class of all of them, its number or its category; ``None`` takes every class as often as the release
             has it.
         seed: Of the records; ``None`` draws one.
@@ -136,13 +137,14 @@ class SyntheticDataWriter(Callback):
             raise ValueError(
                 f"SyntheticDataWriter writes records of a DPNTKGenerator, got a {type(pl_module).__name__}"
             )
+        self._folder = results_folder(self.dirpath, trainer, "synthesis")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the records and write them."""
         assert isinstance(pl_module, DPNTKGenerator)
         if not trainer.is_global_zero:
             return
-        folder = self.dirpath or Path(trainer.default_root_dir)
+        folder = self._folder
         made = pl_module.generate(self.n, self.labels, seed=self.seed)
         if made.schema is not None:
             self.written = [made.to_csv(folder / "synthetic.csv")]

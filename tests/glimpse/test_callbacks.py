@@ -62,14 +62,14 @@ def test_a_run_leaves_pictures_of_its_validation_and_is_not_changed_by_them(tmp_
         trained = module()
         trainer(callback, tmp_path, max_epochs=3).fit(trained, data(), data())
         weights.append(torch.cat([one.flatten() for one in trained.state_dict().values()]))
-    assert names(tmp_path) == {"exploration-000.png", "exploration-002.png"}
+    assert names(tmp_path / "glimpse") == {"exploration-000.png", "exploration-002.png"}
     assert torch.equal(*weights)
 
 
 def test_pictures_are_counted_in_epochs_that_are_validated(tmp_path: Path) -> None:
     report = GlimpseReport(every_n_epochs=2)
     trainer(report, tmp_path, max_epochs=6, check_val_every_n_epoch=2).fit(module(), data(), data())
-    assert names(tmp_path) == {"exploration-001.png", "exploration-005.png"}
+    assert names(tmp_path / "glimpse") == {"exploration-001.png", "exploration-005.png"}
 
 
 def test_a_test_leaves_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,13 +90,13 @@ def test_a_test_leaves_table_and_figures(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_where_images_stop_there_is_no_curve_by_pixels(tmp_path: Path) -> None:
     trainer(GlimpseReport(shown=1), tmp_path).test(module(stop=0.3), data(), verbose=False)
-    assert "curves.png" not in names(tmp_path)
-    assert "policies.md" in names(tmp_path)
+    assert "curves.png" not in names(tmp_path / "glimpse")
+    assert "policies.md" in names(tmp_path / "glimpse")
 
 
 def test_a_prediction_leaves_every_trajectory(tmp_path: Path) -> None:
     trainer(GlimpseReport(), tmp_path).predict(module(), data())
-    lines = (tmp_path / "trajectories.jsonl").read_text().splitlines()
+    lines = (tmp_path / "glimpse" / "trajectories.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == list(range(12))
 
 
@@ -139,4 +139,4 @@ def test_a_task_with_numbers_for_targets_is_drawn_too(tmp_path: Path) -> None:
     run = trainer(GlimpseReport(shown=2), tmp_path, max_epochs=2)
     run.fit(tested, loader, loader)
     run.test(tested, loader, verbose=False)
-    assert {"exploration-001.png", "exploration.png", "steps.png", "exploration.gif"} <= names(tmp_path)
+    assert {"exploration-001.png", "exploration.png", "steps.png", "exploration.gif"} <= names(tmp_path / "glimpse")

@@ -25,6 +25,12 @@ from lightning_eff.moe.load_history import LoadHistory, loads_figure
 D = 8
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files go beside what the trainer logs, here the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 class Network(L.LightningModule):
     """Two layers of 8 and 6 experts in somebody's own module, which keeps the loads of every batch."""
 
@@ -87,6 +93,7 @@ def test_logged_loads_are_those_of_the_batches_since_the_last_log() -> None:
     assert monitor.history.steps == [2, 4, 6]
     total = sum(torch.cat(loads) for loads in net.loads)
     assert torch.equal(monitor.history.chosen.sum(0), total)
+    assert Path("moe/expert_loads.png").stat().st_size > 0
 
 
 def test_experts_without_a_token_are_dead_and_what_capacity_dropped_is_told() -> None:

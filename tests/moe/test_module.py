@@ -215,8 +215,8 @@ def test_logged_values_are_those_of_the_paper_trail() -> None:
     assert watch.logged[1]["train/loss"].item() == pytest.approx(watch.loss[1])
     assert watch.logged[1]["train/loss_smoothed"].item() == pytest.approx(sum(watch.loss[:2]) / 2)
     assert watch.logged[3]["train/loss_smoothed"].item() == pytest.approx(sum(watch.loss[1:4]) / 3)
-    assert watch.logged[3]["tokens"] == 4 * 4 * 8
-    assert watch.logged[3]["flops"].item() == pytest.approx(4 * 4 * 8 * model.model.flops_per_token)
+    assert watch.logged[3]["train/tokens"] == 4 * 4 * 8
+    assert watch.logged[3]["train/flops"].item() == pytest.approx(4 * 4 * 8 * model.model.flops_per_token)
     assert model.smoothed_loss() == pytest.approx(sum(watch.loss[2:]) / 3)  # also what no interval logged
 
 

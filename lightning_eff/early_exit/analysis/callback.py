@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_eff.early_exit.analysis.dominance import Dominance, Measure, gradient_dominance
 from lightning_eff.early_exit.analysis.figures import dominance_figure
 from lightning_eff.early_exit.module import EarlyExitModule
-from lightning_eff.reporting import Table, save_figure
+from lightning_eff.reporting import Table, results_folder, save_figure
 
 
 class GradientDominance(Callback):
@@ -28,7 +28,7 @@ class GradientDominance(Callback):
     Args:
         every_n_epochs: n, >= 1.
         dirpath: where ``gradient_dominance.csv`` (as it goes) and ``gradient_dominance.png`` (at the end) are written;
-            None writes nothing.
+            None takes the folder ``early_exit`` beside what the trainer logs.
         measure: ``"share"``, ``"cosine"`` or ``"norm"``, see :func:`gradient_dominance`.
         groups: names of submodules of the backbone; by default its stages and all of it.
         weights: of the ``K`` losses; None takes those of the phase where it trains everything, and elsewhere all the
@@ -114,6 +114,7 @@ class GradientDominance(Callback):
             )
         if trainer.current_epoch == 0 and trainer.global_step == 0:
             self.history = []
+        self._folder = results_folder(self.dirpath, trainer, "early_exit")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure if it is time."""
@@ -142,14 +143,14 @@ class GradientDominance(Callback):
                 "values": result.values.tolist(),
             }
         )
-        if self.dirpath is not None and trainer.is_global_zero:
-            self.table().save(self.dirpath / "gradient_dominance.csv")
+        if trainer.is_global_zero:
+            self.table().save(self._folder / "gradient_dominance.csv")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what was measured."""
-        if self.dirpath is not None and trainer.is_global_zero and self.history:
+        if trainer.is_global_zero and self.history:
             figure = dominance_figure(self.results, switches=self.switches)
-            save_figure(figure, self.dirpath / "gradient_dominance.png")
+            save_figure(figure, self._folder / "gradient_dominance.png")
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far."""

@@ -27,6 +27,12 @@ from lightning_eff.early_exit.training.phases import Phase
 HERE = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files go beside what the trainer logs, here the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 def data() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(48, 4, generator=generator), torch.randint(0, CLASSES, (48,), generator=generator)
@@ -78,6 +84,10 @@ def test_every_epoch_is_recorded_on_its_first_batch() -> None:
     assert callback.history[0]["groups"] == ["0", "1", "2", "backbone"]
     assert callback.history[0]["outputs"] == ["0", "1", "final"]
     assert callback.switches == [2]
+    assert {path.name for path in Path("early_exit").iterdir()} == {
+        "gradient_dominance.csv",
+        "gradient_dominance.png",
+    }
 
 
 def test_every_nth_epoch_is_recorded_and_the_beginning_of_every_phase() -> None:
