@@ -54,6 +54,8 @@ def test_every_file_of_the_folder_is_a_benchmark_or_excluded_by_name_with_its_re
     assert found | run_all.NO_BENCHMARKS.keys() == {path.stem for path in BENCHMARKS.glob("*.py")}
     assert not found & run_all.NO_BENCHMARKS.keys()
     assert all(run_all.NO_BENCHMARKS.values())
+    told = (BENCHMARKS / "README.md").read_text()
+    assert all(f"`{name}.py`" in told for name in found)
 
 
 def test_every_benchmark_hands_headlines_to_the_file_that_run_all_reads():
