@@ -6,7 +6,9 @@ or written by another program gets a ``ValueError`` with the file's name.
 
 from __future__ import annotations
 
+import csv
 import pickle
+import sys
 import types
 import zipfile
 import zlib
@@ -30,6 +32,7 @@ _MALFORMED = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     zlib.error,
+    csv.Error,
 )
 
 
@@ -126,6 +129,8 @@ def parsed(kind: Any, value: Any, name: str) -> Any:
     elif isinstance(value, bool) or kind is bool:
         if kind is bool and isinstance(value, bool):
             return value
+    elif kind is float and isinstance(value, int) and abs(value) > sys.float_info.max:
+        pass
     elif isinstance(value, (int, float) if kind is float else type(None) if kind is None else kind):
         return value
     raise _other(kind, value, name)

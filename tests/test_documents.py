@@ -58,6 +58,7 @@ def test_document_becomes_a_dataclass_with_tuples_where_json_has_lists() -> None
     [
         ({"x": True}, r"expected the point\.x to be float, got True"),
         ({"x": "1"}, r"the point\.x to be float, got '1'"),
+        ({"x": 10**400}, r"expected the point\.x to be float, got 1000"),
         ({"x": None}, r"the point\.x to be float, got None"),
         ({"x": 1.0, "label": "c"}, r"the point\.label to be Literal\['a', 'b'\], got 'c'"),
         ({"x": 1.0, "tags": "abc"}, r"the point\.tags to be tuple\[str, \.\.\.\], got 'abc'"),

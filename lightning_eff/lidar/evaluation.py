@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_eff.documents import parsed
 from lightning_eff.lidar.frames import Frame, LinePixels
 from lightning_eff.lidar.game import Completion, FrameGame
 from lightning_eff.lidar.metrics import DEVKIT, depth_errors
@@ -267,5 +268,6 @@ class LineEvaluation(Report):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LineEvaluation:
-        """Read what `to_dict` made."""
-        return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
+        """Read what `to_dict` made; ValueError for anything else."""
+        evaluation: LineEvaluation = parsed(cls, data, "the evaluation")
+        return evaluation

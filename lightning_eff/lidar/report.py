@@ -234,10 +234,10 @@ class LineSelection(Report):
         Raises:
             ValueError: it is something else, or was made by a later version of the package.
         """
-        version = data.get("version")
-        if version != VERSION:
-            raise ValueError(f"expected lines of version {VERSION}, got {version!r}: written by another version")
         with reading("not a selection of lines"):
+            version = data.get("version")
+            if version != VERSION:
+                raise ValueError(f"expected lines of version {VERSION}, got {version!r}: written by another version")
             return cls._checked(data)
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lightning_eff.documents import parsed
 from lightning_eff.pruning.allocation import Dense
 from lightning_eff.pruning.report import PruneReport, Scores, Stage
 from lightning_eff.surgery import ChannelGraph, PruningPlan
@@ -83,11 +84,9 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Record:
-        """Read what :meth:`to_dict` wrote."""
-        return cls(
-            None if data["dense"] is None else Dense(**data["dense"]),
-            [Stage(**stage) for stage in data["stages"]],
-            {name: (Scores.from_dict(scores), kept) for name, (scores, kept) in data["scores"].items()},
-            dict(data["removed_value"]),
-            list(data["notes"]),
-        )
+        """Read what :meth:`to_dict` wrote; ValueError for anything else."""
+        told = parsed(dict[str, Any], data, "the record")
+        scores = parsed(dict[str, tuple[dict[str, Any], list[int]]], told.get("scores"), "scores")
+        read = {name: (Scores.from_dict(plain), kept) for name, (plain, kept) in scores.items()}
+        record: Record = parsed(cls, {**told, "scores": read}, "the record")
+        return record

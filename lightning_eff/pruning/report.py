@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_eff.documents import parsed
 from lightning_eff.pruning.allocation import Dense
 from lightning_eff.reporting import KEPT, REMOVED, Column, Report, Table, human, new_figure
 from lightning_eff.surgery import ChannelGraph
@@ -39,9 +40,11 @@ class Scores:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:
-        """Read what :meth:`to_dict` wrote."""
-        columns = (data.get(name) for name in ("values", "stderr", "ties", "curve"))
-        return cls(*(None if column is None else torch.tensor(column, dtype=torch.float64) for column in columns))  # type: ignore[arg-type]
+        """Read what :meth:`to_dict` wrote; ValueError for anything else."""
+        plain = parsed(dict[str, list[float] | None], data, "the scores")
+        if plain.get("values") is None or len({len(column) for column in plain.values() if column is not None}) > 1:
+            raise ValueError("expected scores with values, and columns of one length")
+        return cls(**{name: column and torch.tensor(column, dtype=torch.float64) for name, column in plain.items()})
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
+from lightning_eff.documents import parsed, reading
 from lightning_eff.surgery.counting import CostModel, measure_costs
 from lightning_eff.surgery.errors import unknown_name
 
@@ -294,30 +295,31 @@ class ChannelGraph:
 
 
 def groups_from_dict(data: Mapping[str, Any]) -> dict[str, ChannelGroup]:
-    """Read the groups of :meth:`ChannelGraph.to_dict`; ValueError where index and root do not fit."""
-    groups = []
-    for entry in data["groups"]:
-        members = []
-        for m in entry["members"]:
-            index = torch.as_tensor(m["index"], dtype=torch.int64)
-            root = torch.as_tensor(m.get("root", list(range(len(index)))), dtype=torch.int64)
-            if len(index) != len(root) or (len(root) and not 0 <= int(root.min()) <= int(root.max()) < entry["size"]):
-                raise ValueError(
-                    f"group {entry['name']!r}, member {m['path']!r}: index and root must have one length and root "
-                    f"lie in 0..{entry['size'] - 1}"
-                )
-            members.append(Member(m["path"], m["axis"], index, root))
-        groups.append(
-            ChannelGroup(
-                name=entry["name"],
-                size=entry["size"],
-                members=tuple(members),
-                producers=tuple(entry.get("producers", [entry["name"]])),
-                protected=entry.get("protected", ""),
-                norm_coupled=entry.get("norm_coupled", False),
+    """Read the groups of :meth:`ChannelGraph.to_dict`; ValueError where something else is given or does not fit."""
+    with reading("not the groups of a network"):
+        groups = [_group_from_dict(entry) for entry in data["groups"]]
+        return {group.name: group for group in groups}
+
+
+def _group_from_dict(entry: Mapping[str, Any]) -> ChannelGroup:
+    name, size, members = parsed(str, entry["name"], "name"), parsed(int, entry["size"], "size"), []
+    for m in entry["members"]:
+        index = torch.as_tensor(m["index"], dtype=torch.int64)
+        root = torch.as_tensor(m.get("root", list(range(len(index)))), dtype=torch.int64)
+        if len(index) != len(root) or (len(root) and not 0 <= int(root.min()) <= int(root.max()) < size):
+            raise ValueError(
+                f"group {name!r}, member {m['path']!r}: index and root must have one length and root lie in "
+                f"0..{size - 1}"
             )
-        )
-    return {group.name: group for group in groups}
+        members.append(Member(parsed(str, m["path"], "path"), parsed(str, m["axis"], "axis"), index, root))
+    return ChannelGroup(
+        name=name,
+        size=size,
+        members=tuple(members),
+        producers=parsed(tuple[str, ...], entry.get("producers", [name]), "producers"),
+        protected=parsed(str, entry.get("protected", ""), "protected"),
+        norm_coupled=parsed(bool, entry.get("norm_coupled", False), "norm_coupled"),
+    )
 
 
 def axis_masks(graph: ChannelGraph, keep: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:

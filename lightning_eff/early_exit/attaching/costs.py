@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_eff.batch import batch_size, call_model
+from lightning_eff.documents import parsed
 from lightning_eff.early_exit.attaching.probe import samples
 from lightning_eff.early_exit.inference.hooks import Collect, running
 from lightning_eff.surgery.state import quiet_model
@@ -68,8 +69,11 @@ class ExitCosts:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExitCosts:
-        """Undo :meth:`to_dict`."""
-        return cls(tuple(values["backbone"]), tuple(values["heads"]), values["unit"])
+        """Undo :meth:`to_dict`; ValueError for anything else."""
+        costs: ExitCosts = parsed(cls, values, "the costs")
+        if len(costs.backbone) != len(costs.heads) + 1 or not costs.base > 0:
+            raise ValueError(f"expected a cost of every output and one head less, got {costs.backbone}, {costs.heads}")
+        return costs
 
 
 def exit_costs(

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from lightning_eff.documents import parsed
 from lightning_eff.early_exit.calibration import search
 from lightning_eff.early_exit.calibration.problem import Goal, Problem, Setting
 
@@ -48,8 +49,11 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Calibration:
-        """Undo :meth:`to_dict`."""
-        return cls(**{**state, "thresholds": tuple(state["thresholds"]), "exit_rate": tuple(state["exit_rate"])})
+        """Undo :meth:`to_dict`; ValueError for anything else."""
+        found: Calibration = parsed(cls, state, "the calibration")
+        if len(found.exit_rate) != len(found.thresholds) + 1:
+            raise ValueError(f"expected one exit rate more than thresholds, got {found.exit_rate}, {found.thresholds}")
+        return found
 
 
 def calibrate(

@@ -16,9 +16,10 @@ from scipy.integrate import quad
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_eff.documents import parsed, reading
 from lightning_eff.early_exit.evaluation.replay import Comparison, replay
 from lightning_eff.early_exit.inference.policies import Policy, ScoreFunction, policy_from, score
-from lightning_eff.reporting import Column, Table
+from lightning_eff.reporting import Column, Report, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,8 +43,10 @@ def check_budgets(budgets: Sequence[float]) -> None:
 
 
 @dataclass  # not frozen: torchmetrics sets the fields of what compute returns anew
-class CurveResult:
+class CurveResult(Report):
     """What thresholds lead to on a data set; costs are fractions of the plain backbone's.
+
+    Tables: ``budgets``, and ``points`` with a row a threshold. Figure: ``curve``.
 
     Attributes:
         policy: name of the policy.
@@ -57,6 +60,8 @@ class CurveResult:
         oracle_accuracy: share of samples that some output gets right.
         overthinking: share of samples that an exit gets right and the backbone's own output does not.
     """
+
+    data_tables = frozenset({"points"})
 
     policy: str
     thresholds: list[float]
@@ -103,6 +108,21 @@ class CurveResult:
             return first_dear - 1 if first_dear else None
         affordable = [t for t, too_dear in enumerate(dear) if not too_dear]
         return max(affordable, key=lambda t: (self.accuracy[t], -self.cost[t]), default=None)
+
+    def tables(self) -> dict[str, Table]:
+        """Accuracy at budgets; accuracy, cost and who leaves where at every threshold."""
+        labels = [*(f"exit {k}" for k in range(len(self.costs) - 1)), "final"]
+        columns = [f"threshold ({self.policy})", "accuracy", "cost", *(f"leave at {label}" for label in labels)]
+        places = zip(self.thresholds, self.accuracy, self.cost, self.exit_rate, strict=True)
+        rows = [(threshold, accuracy, cost, *rates) for threshold, accuracy, cost, rates in places]
+        points = Table("Accuracy and cost over thresholds", columns, rows, "Cost: fraction of the plain backbone's.")
+        return {"budgets": self.budget_table(), "points": points}
+
+    def figures(self) -> dict[str, Figure]:
+        """Accuracy against cost."""
+        from lightning_eff.early_exit.evaluation.figures import curve_figure
+
+        return {"curve": curve_figure({self.policy: self})}
 
     def budget_table(self, budgets: Sequence[float] = BUDGETS, rule: Rule = "max") -> Table:
         """Accuracy in percent at each budget and without one; what no threshold can keep prints as ``-``."""
@@ -159,15 +179,17 @@ class CurveResult:
         Raises:
             ValueError: another schema version.
         """
-        if values.get("schema") != SCHEMA:
-            raise ValueError(f"expected a curve of schema {SCHEMA}, got {values.get('schema')!r}")
-        return cls(**{name: value for name, value in values.items() if name != "schema"})
-
-    def figure(self, budgets: Sequence[float] = BUDGETS) -> Figure:
-        """Accuracy against cost; see :func:`lightning_eff.early_exit.evaluation.figures.curve_figure`."""
-        from lightning_eff.early_exit.evaluation.figures import curve_figure
-
-        return curve_figure({self.policy: self}, budgets=budgets)
+        with reading("not a curve"):
+            if values["schema"] != SCHEMA:
+                raise ValueError(f"expected a curve of schema {SCHEMA}, got {values['schema']!r}")
+            told = {name: value for name, value in values.items() if name != "schema"}
+            curve: CurveResult = parsed(cls, told, "the curve")
+            rows = (curve.exit_rate, curve.exit_right)
+            if len({len(each) for each in (curve.thresholds, curve.accuracy, curve.cost, *rows)}) > 1:
+                raise ValueError("expected one accuracy, cost, exit_rate and exit_right for each of thresholds")
+            if len({len(each) for each in (curve.costs, curve.head_accuracy, *rows[0], *rows[1])}) > 1:
+                raise ValueError("expected one head_accuracy, exit_rate and exit_right for each of costs")
+        return curve
 
 
 def budget_heading(budget: float) -> str:

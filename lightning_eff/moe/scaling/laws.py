@@ -263,9 +263,9 @@ def law_from_dict(state: Mapping[str, Any]) -> ScalingLaw:
         ValueError: a coefficient is missing, a name unknown or the kind of law.
     """
     kinds = {name: kind for kind, name in _NAMES.items()}
-    values = dict(state)
+    values = parsed(dict[str, Any], state, "the law")
     kind = values.pop("law", None)
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"expected a law of {sorted(kinds)}, got {kind!r}")
     law: ScalingLaw = parsed(kinds[kind], values, f"the coefficients of a {kind} law")
     return law

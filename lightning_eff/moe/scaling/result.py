@@ -209,11 +209,11 @@ class FitResult(Report):
                 law=law,
                 objective=parsed(Objective, state["objective"], "objective"),
                 runs=Runs(
-                    **{name: None if column is None else np.array(column) for name, column in columns.items()},  # type: ignore[arg-type]
+                    **{name: None if column is None else np.array(column, np.float64) for name, column in columns.items()},  # type: ignore[arg-type]
                     names=names,
                     diverged=parsed(int, runs["diverged"], "diverged"),
                 ),
-                samples={name: np.array(values) for name, values in samples.items()},
+                samples={name: np.array(values, np.float64) for name, values in samples.items()},
                 **{name: parsed(kind, state[name], name) for name, kind in _PLAIN.items()},
             )
 

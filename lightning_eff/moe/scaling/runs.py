@@ -18,7 +18,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from lightning_eff.documents import whole_file
+from lightning_eff.documents import reading, whole_file
 
 Floats = NDArray[np.float64]
 
@@ -198,7 +198,7 @@ def run_names(path: str | Path) -> set[str]:
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    with path.open(newline="", encoding="utf-8") as file:
+    with reading(f"{path} is no table of runs"), path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
     heading = list(reader.fieldnames or [])
@@ -218,7 +218,7 @@ def _table(source: Any) -> tuple[dict[str, list[Any]], list[str], str]:
     """Columns by name, where each row stands, and what to call the source."""
     if isinstance(source, str | Path):
         path = Path(source)
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with reading(f"{path} is no table of runs"), path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
             heading = next(reader, [])
             rows, lines = [], []

@@ -15,7 +15,7 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import get_loader
 
 from lightning_eff.data import ByteTextDataModule
-from lightning_eff.documents import write_text
+from lightning_eff.documents import reading, write_text
 from lightning_eff.moe.decoder import DecoderConfig
 from lightning_eff.moe.scaling.plan import readable
 from lightning_eff.reporting import Column, Table
@@ -354,7 +354,7 @@ def read_rows(sweep: str | Path) -> list[dict[str, str]]:
     path = Path(sweep) / SWEEP_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{sweep} holds no sweep: there is no {path}; `make` writes one")
-    with path.open(newline="", encoding="utf-8") as file:
+    with reading(f"{path} is no table of runs"), path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows or not all(row.get("run_name") for row in rows):
         raise ValueError(f"{path} is no table of runs: expected a column run_name and at least one row")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_eff.documents import parsed
 from lightning_eff.reporting import Column, Report, Table
 
 if TYPE_CHECKING:
@@ -194,5 +195,8 @@ class Candidates(Report):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Candidates:
-        """Read what :meth:`to_dict` wrote."""
-        return Candidates(**{**data, "candidates": [Candidate(**candidate) for candidate in data["candidates"]]})
+        """Read what :meth:`to_dict` wrote; ValueError for anything else."""
+        found: Candidates = parsed(cls, data, "the candidates")
+        if not found.candidates or not all(found.sizes.keys() == one.config.keys() for one in found.candidates):
+            raise ValueError(f"expected candidates, each with the channels of {', '.join(found.sizes)}")
+        return found
