@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
+from lightning_eff.arguments import check_number
+
 # Where the search for a noise multiplier ends: below it nothing is private, above it nothing is left of the data.
 _LEAST, _MOST = 1e-6, 1e12
 
@@ -100,20 +102,18 @@ def composed_sigma(sigmas: Iterable[float]) -> float:
 
 def check_noise_multiplier(sigma: float) -> None:
     """Raise a ValueError unless it is a number >= 0."""
-    if not sigma >= 0 or math.isinf(sigma):
-        raise ValueError(f"a noise multiplier must be finite and >= 0, got {sigma}")
+    check_number("noise_multiplier", sigma, least=0)
 
 
 def check_epsilon(epsilon: float) -> None:
     """Raise a ValueError unless it is a number > 0; infinity is one."""
-    if not epsilon > 0:
-        raise ValueError(f"epsilon must be > 0, got {epsilon}")
+    if epsilon != math.inf:
+        check_number("epsilon", epsilon, above=0)
 
 
 def check_delta(delta: float) -> None:
     """Raise a ValueError unless it lies in (0, 1)."""
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must lie in (0, 1), got {delta}")
+    check_number("delta", delta, above=0, below=1)
 
 
 def _log_delta(sigma: float, epsilon: float) -> float:

@@ -18,6 +18,7 @@ from lightning_eff.accounting.subsampled import (
     PrivacyEvent,
     subsampled_epsilon,
 )
+from lightning_eff.arguments import check_choice
 from lightning_eff.documents import parsed, reading, write_text
 from lightning_eff.reporting import Column, Report, Table
 
@@ -64,10 +65,8 @@ class PrivacyLedger(Report):
         check_delta(delta)
         if max_epsilon is not None:
             check_epsilon(max_epsilon)
-        if accountant not in ACCOUNTANTS:
-            raise ValueError(f"accountant must be one of {list(ACCOUNTANTS)}, got {accountant!r}")
-        if adjacency not in _ADJACENCIES:
-            raise ValueError(f"adjacency must be one of {list(_ADJACENCIES)}, got {adjacency!r}")
+        check_choice("accountant", accountant, ACCOUNTANTS)
+        check_choice("adjacency", adjacency, _ADJACENCIES)
         self.delta, self.max_epsilon = delta, max_epsilon
         self.accountant, self.adjacency = accountant, adjacency
         self.assumptions: list[str] = []

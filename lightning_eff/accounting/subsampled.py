@@ -23,6 +23,7 @@ from lightning_eff.accounting.gaussian import (
     composed_sigma,
     gaussian_epsilon,
 )
+from lightning_eff.arguments import check_choice, check_number, check_whole
 
 Accountant = Literal["prv", "rdp"]
 ACCOUNTANTS: tuple[Accountant, ...] = ("prv", "rdp")
@@ -57,12 +58,9 @@ class PrivacyEvent:
 
     def __post_init__(self) -> None:
         check_noise_multiplier(self.noise_multiplier)
-        if not 0 < self.sample_rate <= 1:
-            raise ValueError(f"sample_rate must lie in (0, 1], got {self.sample_rate}")
-        if isinstance(self.steps, bool) or not hasattr(self.steps, "__index__") or self.steps < 1:
-            raise ValueError(f"steps must be an integer >= 1, got {self.steps!r}")
-        if not 0 < self.sensitivity < math.inf:
-            raise ValueError(f"sensitivity must be finite and > 0, got {self.sensitivity}")
+        check_number("sample_rate", self.sample_rate, above=0, most=1)
+        check_whole("steps", self.steps)
+        check_number("sensitivity", self.sensitivity, above=0)
         # plain Python, so that files and checkpoints can hold it
         object.__setattr__(self, "steps", operator.index(self.steps))
         for name in ("noise_multiplier", "sample_rate", "sensitivity"):
@@ -83,8 +81,7 @@ def subsampled_epsilon(events: Sequence[PrivacyEvent], delta: float, accountant:
         An upper bound; 0 without events, infinity where one of them had no noise.
     """
     check_delta(delta)
-    if accountant not in ACCOUNTANTS:
-        raise ValueError(f"accountant must be one of {list(ACCOUNTANTS)}, got {accountant!r}")
+    check_choice("accountant", accountant, ACCOUNTANTS)
     # labels and order do not matter, and equal events are one
     counts: dict[tuple[float, float], int] = {}
     for event in events:

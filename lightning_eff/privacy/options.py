@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from lightning_eff.accounting import Accountant
+from lightning_eff.arguments import check_choice, check_number, check_whole
 
 Dropped = Literal["freeze", "zero_grad"]
 IsolationCheck = Literal["off", "warn", "error"]
@@ -55,15 +56,15 @@ class PrivateTrainingOptions:
             ("dropped", self.dropped, ("freeze", "zero_grad")),
             ("isolation_check", self.isolation_check, ("off", "warn", "error")),
         ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+            check_choice(name, value, known)
         if isinstance(self.public_buffers, str):
             raise ValueError(f"public_buffers must be a sequence of patterns, got the string {self.public_buffers!r}")
         object.__setattr__(self, "public_buffers", tuple(self.public_buffers))  # YAML makes lists
-        if self.log_every_n_steps is not None and self.log_every_n_steps < 1:
-            raise ValueError(f"log_every_n_steps must be >= 1, got {self.log_every_n_steps}")
-        if self.memory_budget_mb < 0:
-            raise ValueError(f"memory_budget_mb must be >= 0, got {self.memory_budget_mb}")
+        if self.log_every_n_steps is not None:
+            check_whole("log_every_n_steps", self.log_every_n_steps)
+        if self.noise_seed is not None:
+            check_whole("noise_seed", self.noise_seed, 0)
+        check_number("memory_budget_mb", self.memory_budget_mb, least=0)
 
 
 def check_options(options: object) -> None:

@@ -14,6 +14,7 @@ from lightning_eff.accounting import (
     subsampled_epsilon,
     subsampled_sigma,
 )
+from lightning_eff.arguments import check_number, check_whole
 
 if TYPE_CHECKING:
     from lightning_eff.reporting import Table
@@ -85,8 +86,11 @@ class PrivacyPlan:
         check_one_of(noise_multiplier, target_epsilon)
         if (epochs is None) == (steps is None):
             raise ValueError(f"give epochs or steps, got epochs={epochs} and steps={steps}")
-        if num_samples < 1 or batch_size <= 0:
-            raise ValueError(f"expected num_samples >= 1 and batch_size > 0, got {num_samples} and {batch_size}")
+        check_whole("num_samples", num_samples)
+        check_number("batch_size", batch_size, above=0)
+        for name, number in (("epochs", epochs), ("steps", steps)):
+            if number is not None:
+                check_whole(name, number)
         batch_size = min(batch_size, num_samples)
         per_epoch = math.ceil(num_samples / batch_size) if steps_per_epoch is None else steps_per_epoch
         total = steps if steps is not None else (epochs or 0) * per_epoch
@@ -185,7 +189,7 @@ def check_one_of(noise_multiplier: float | None, target_epsilon: float | None) -
             f"give exactly one of noise_multiplier and target_epsilon, got noise_multiplier={noise_multiplier} and "
             f"target_epsilon={target_epsilon}"
         )
-    if noise_multiplier is not None and not noise_multiplier >= 0:
-        raise ValueError(f"noise_multiplier must be >= 0, got {noise_multiplier}")
-    if target_epsilon is not None and not target_epsilon > 0:
-        raise ValueError(f"target_epsilon must be > 0, got {target_epsilon}")
+    if noise_multiplier is not None:
+        check_number("noise_multiplier", noise_multiplier, least=0)
+    if target_epsilon is not None and target_epsilon != math.inf:
+        check_number("target_epsilon", target_epsilon, above=0)

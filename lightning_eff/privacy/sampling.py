@@ -22,6 +22,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.privacy.batches import some_examples
 from lightning_eff.privacy.budget import PrivateData
 from lightning_eff.privacy.noise import SecretStreams
@@ -58,14 +59,10 @@ class PoissonBatchSampler(Sampler[list[int]]):
         streams: SecretStreams | None = None,
         first_step: Callable[[], int] | None = None,
     ) -> None:
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be >= 1, got {num_samples}")
-        if not 0 < sample_rate <= 1:
-            raise ValueError(f"sample_rate must lie in (0, 1], got {sample_rate}")
-        if steps < 1:
-            raise ValueError(f"steps must be >= 1, got {steps}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in [0, world_size), got rank {rank} of {world_size}")
+        check_whole("num_samples", num_samples)
+        check_number("sample_rate", sample_rate, above=0, most=1)
+        check_whole("steps", steps)
+        check_whole("rank", rank, 0, world_size - 1)
         self.num_samples, self.sample_rate, self.steps = num_samples, sample_rate, steps
         self.rank, self.world_size = rank, world_size
         self._streams = SecretStreams() if streams is None else streams

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_eff.accounting import PrivacyLedger
+from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.privacy import checks
 from lightning_eff.privacy.announcement import banner, hyperparameters, tell_loggers, write_reports
 from lightning_eff.privacy.batches import number_of_examples, some_examples
@@ -71,12 +72,10 @@ class PrivateTraining(Strategy):
     ) -> None:
         if noise_multiplier is not None or target_epsilon is not None:
             check_one_of(noise_multiplier, target_epsilon)
-        if not 0 < max_grad_norm < float("inf"):
-            raise ValueError(f"max_grad_norm must be > 0 and finite, got {max_grad_norm}")
-        if clipping not in ("flat", "automatic", "per_layer"):
-            raise ValueError(f"clipping must be flat, automatic or per_layer, got {clipping!r}")
-        if max_physical_batch_size is not None and max_physical_batch_size < 1:
-            raise ValueError(f"max_physical_batch_size must be >= 1, got {max_physical_batch_size}")
+        check_number("max_grad_norm", max_grad_norm, above=0)
+        check_choice("clipping", clipping, ("flat", "automatic", "per_layer"))
+        if max_physical_batch_size is not None:
+            check_whole("max_physical_batch_size", max_physical_batch_size)
         if isinstance(selection, SelectionPlan):
             if drop_rate != 0 or granularity != "element":
                 raise ValueError(

@@ -112,5 +112,5 @@ def test_delta_must_lie_between_zero_and_one(delta):
 
 @pytest.mark.parametrize("sigma", [-1, math.nan, math.inf])
 def test_noise_multiplier_must_be_a_number(sigma):
-    with pytest.raises(ValueError, match="noise multiplier"):
+    with pytest.raises(ValueError, match="noise_multiplier must be >= 0"):
         gaussian_epsilon(sigma, 1e-5)

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_choice, check_number
 from lightning_eff.privacy.engine.derived import DerivingRecorder, constants_of
 from lightning_eff.privacy.engine.tuning import Tuner
 from lightning_eff.privacy.engine.uses import CHUNK_ELEMENTS, LayerUse, slices, square_norm
@@ -49,8 +50,7 @@ class PerSampleEngine:
     """
 
     def __init__(self, module: nn.Module, *, memory_budget_mb: float = 256, tune: bool = True) -> None:
-        if not memory_budget_mb >= 0:
-            raise ValueError(f"expected memory_budget_mb >= 0, got {memory_budget_mb}")
+        check_number("memory_budget_mb", memory_budget_mb, least=0)
         self.module = module
         self._tuner = Tuner(int(memory_budget_mb * 2**20), timed=tune)
         self._selections: dict[str, Selection] = {}
@@ -144,10 +144,8 @@ class PerSampleEngine:
             RuntimeError: nothing was recorded, or the sum was taken before; a parameter got a gradient on a way that
                 is not recorded.
         """
-        if not (max_norm > 0 and math.isfinite(max_norm)):
-            raise ValueError(f"expected max_norm > 0 and finite, got {max_norm}")
-        if clipping not in ("flat", "automatic", "per_layer"):
-            raise ValueError(f"expected clipping 'flat', 'automatic' or 'per_layer', got {clipping!r}")
+        check_number("max_norm", max_norm, above=0)
+        check_choice("clipping", clipping, ("flat", "automatic", "per_layer"))
         batch = self._finished()
         if batch.summed:
             raise RuntimeError("the sum of this batch was taken before and its tensors are gone: record it again")

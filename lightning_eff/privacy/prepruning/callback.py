@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, default_collate
 
+from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.batch import SplitBatch, split_batch
 from lightning_eff.privacy.prepruning.masks import (
     Masks,
@@ -88,25 +89,23 @@ class DPPrePruneCallback(Callback):
         loss_fn: LossFunction | None = None,
         split_batch: SplitBatch | None = None,
     ) -> None:
-        if not 0 <= amount < 1:
-            raise ValueError(f"expected amount to lie in [0, 1), got {amount!r}")
+        check_number("amount", amount, least=0, below=1)
         for name, value, known in (
             ("score", score, Score),
             ("mode", mode, Mode),
             ("granularity", granularity, PruningUnit),
             ("scope", scope or "global", Scope),
         ):
-            if value not in get_args(known):
-                raise ValueError(f"expected {name} to be one of {', '.join(get_args(known))}, got {value!r}")
+            check_choice(name, value, get_args(known))
         for name, number in (
             ("min_keep_per_tensor", min_keep_per_tensor),
             ("public_batches", public_batches),
             ("rounds", rounds),
         ):
-            if number < 1:
-                raise ValueError(f"expected {name} >= 1, got {number!r}")
+            check_whole(name, number)
+        check_whole("seed", seed, 0)
         if isinstance(exclude, str):
-            raise ValueError(f"expected exclude to be a list of patterns, got the string {exclude!r}")
+            raise ValueError(f"exclude must be a list of patterns, got the string {exclude!r}")
         if (score == "snip") != (public_data is not None):
             raise ValueError(
                 'score="snip" needs public_data, data that nobody needs to protect'

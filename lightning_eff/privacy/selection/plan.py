@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.privacy.selection.granularity import Granularity, Scope, Units
 from lightning_eff.privacy.selection.schedule import RateSchedule
 from lightning_eff.privacy.selection.selected import Selection
@@ -57,19 +58,18 @@ class SelectionPlan:
         always_keep: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        if not isinstance(drop_rate, RateSchedule) and not 0 <= drop_rate < 1:
-            raise ValueError(f"expected drop_rate to lie in [0, 1) or to be a RateSchedule, got {drop_rate!r}")
+        if not isinstance(drop_rate, RateSchedule):
+            check_number("drop_rate", drop_rate, least=0, below=1)
         for name, value, known in (("granularity", granularity, Granularity), ("scope", scope, Scope)):
-            if value not in get_args(known):
-                raise ValueError(f"expected {name} to be one of {', '.join(get_args(known))}, got {value!r}")
+            check_choice(name, value, get_args(known))
         if refresh not in ("step", "epoch") and (
             not isinstance(refresh, int) or isinstance(refresh, bool) or refresh < 1
         ):
-            raise ValueError(f'expected refresh to be "step", "epoch" or a number of steps >= 1, got {refresh!r}')
-        if not 0 <= explore < 1:
-            raise ValueError(f"expected explore to lie in [0, 1), got {explore!r}")
+            raise ValueError(f'refresh must be "step", "epoch" or a number of steps >= 1, got {refresh!r}')
+        check_number("explore", explore, least=0, below=1)
+        check_whole("seed", seed, 0)
         if isinstance(always_keep, str):
-            raise ValueError(f"expected always_keep to be a list of patterns, got the string {always_keep!r}")
+            raise ValueError(f"always_keep must be a list of patterns, got the string {always_keep!r}")
         self.drop_rate = drop_rate
         self.selector = selector_from(selection)
         self.granularity, self.scope, self.refresh, self.explore = granularity, scope, refresh, explore

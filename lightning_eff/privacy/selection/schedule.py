@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_eff.arguments import check_choice, check_number
+
 
 @dataclass(frozen=True)
 class RateSchedule:
@@ -31,12 +33,10 @@ class RateSchedule:
 
     def __post_init__(self) -> None:
         for name, rate in (("final", self.final), ("initial", self.initial)):
-            if not 0 <= rate < 1:
-                raise ValueError(f"expected RateSchedule's {name} to lie in [0, 1), got {rate!r}")
-        if self.kind not in ("constant", "linear", "cosine"):
-            raise ValueError(f'expected RateSchedule\'s kind "constant", "linear" or "cosine", got {self.kind!r}')
+            check_number(f"RateSchedule's {name}", rate, least=0, below=1)
+        check_choice("RateSchedule's kind", self.kind, ("constant", "linear", "cosine"))
         if self.over != "fit" and (not isinstance(self.over, int) or isinstance(self.over, bool) or self.over < 1):
-            raise ValueError(f'expected RateSchedule\'s over to be "fit" or steps >= 1, got {self.over!r}')
+            raise ValueError(f'RateSchedule\'s over must be "fit" or a number of steps >= 1, got {self.over!r}')
 
     def rate(self, done: float, whole: float) -> float:
         """Return the rate after ``done`` of ``whole`` equal parts; part ``whole - 1`` has the final rate."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_choice, check_whole
 from lightning_eff.privacy.public_data import (
     LossFunction,
     PublicSource,
@@ -133,10 +134,8 @@ class PublicGradientSelector(Selector):
         batches: int = 1,
         loss_fn: LossFunction | None = None,
     ) -> None:
-        if rule not in ("gradient", "taylor"):
-            raise ValueError(f'expected PublicGradientSelector\'s rule to be "gradient" or "taylor", got {rule!r}')
-        if batches < 1:
-            raise ValueError(f"expected PublicGradientSelector's batches >= 1, got {batches}")
+        check_choice("PublicGradientSelector's rule", rule, ("gradient", "taylor"))
+        check_whole("PublicGradientSelector's batches", batches)
         self.public_data, self.rule, self.batches, self.loss_fn = public_data, rule, batches, loss_fn
         self._loader = public_loader(public_data)
 
@@ -179,8 +178,7 @@ class NoisyGradientSelector(Selector):
     """
 
     def __init__(self, warmup_steps: int = 20) -> None:
-        if warmup_steps < 1:
-            raise ValueError(f"expected NoisyGradientSelector's warmup_steps >= 1, got {warmup_steps}")
+        check_whole("NoisyGradientSelector's warmup_steps", warmup_steps)
         self.warmup_steps = warmup_steps
         self._steps = 0
         self._energy: dict[str, Tensor] = {}
@@ -249,10 +247,10 @@ def selector_from(selection: SelectorName | Selector | Any) -> Any:
     named = {"random": RandomSelector, "magnitude": MagnitudeSelector, "noisy_gradient": NoisyGradientSelector}
     if isinstance(selection, str):
         if selection not in named:
-            raise ValueError(f"expected selection to be one of {', '.join(named)}, public_gradient, got {selection!r}")
+            raise ValueError(f"selection must be one of {', '.join(named)}, public_gradient, got {selection!r}")
         return named[selection]()
     if not callable(getattr(selection, "select", None)):
         raise ValueError(
-            f"expected selection to be a name or an object with select(context), got a {type(selection).__name__}"
+            f"selection must be a name or an object with select(context), got a {type(selection).__name__}"
         )
     return selection

@@ -357,18 +357,20 @@ def test_public_and_private_parts_of_one_data_set_are_told_apart_by_their_exampl
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"amount": 1.0}, r"amount to lie in \[0, 1\), got 1.0"),
+        ({"amount": 1.0}, r"amount must lie in \[0, 1\), got 1.0"),
         ({"amount": -0.1}, "got -0.1"),
-        ({"score": "l1"}, "score to be one of random, magnitude, snip, synflow, got 'l1'"),
-        ({"mode": "drop"}, "mode to be one of prune, freeze, got 'drop'"),
-        ({"scope": "local"}, "scope to be one of layerwise, global, got 'local'"),
-        ({"granularity": "tensor"}, "granularity to be one of element, row, got 'tensor'"),
+        ({"score": "l1"}, "score must be one of random, magnitude, snip, synflow, got 'l1'"),
+        ({"mode": "drop"}, "mode must be one of prune, freeze, got 'drop'"),
+        ({"scope": "local"}, "scope must be one of layerwise, global, got 'local'"),
+        ({"granularity": "tensor"}, "granularity must be one of element, row, got 'tensor'"),
         ({"score": "snip"}, 'score="snip" needs public_data'),
         ({"score": "random", "public_data": []}, "public_data serves score=\"snip\" only, got score='random'"),
         ({"score": "snip", "public_data": 5}, "a DataLoader or list of batches, got a int"),
-        ({"min_keep_per_tensor": 0}, "min_keep_per_tensor >= 1, got 0"),
-        ({"rounds": 0}, "rounds >= 1, got 0"),
-        ({"exclude": "head*"}, "exclude to be a list of patterns, got the string"),
+        ({"min_keep_per_tensor": 0}, "min_keep_per_tensor must be a whole number >= 1, got 0"),
+        ({"rounds": 0}, "rounds must be a whole number >= 1, got 0"),
+        ({"rounds": 2.5}, "rounds must be a whole number >= 1, got 2.5"),
+        ({"seed": -1}, "seed must be a whole number >= 0, got -1"),
+        ({"exclude": "head*"}, "exclude must be a list of patterns, got the string"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

@@ -328,19 +328,20 @@ def test_a_schedule_over_a_fit_of_unknown_length_is_refused(refresh: str) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drop_rate": 1.0}, r"drop_rate to lie in \[0, 1\) or to be a RateSchedule, got 1.0"),
+        ({"drop_rate": 1.0}, r"drop_rate must lie in \[0, 1\), got 1.0"),
         ({"drop_rate": -0.1}, "got -0.1"),
         ({"drop_rate": float("nan")}, "got nan"),
         ({"selection": "snip"}, "one of random, magnitude, noisy_gradient, public_gradient, got 'snip'"),
         ({"selection": "public_gradient"}, r"pass selection=PublicGradientSelector\(public_data="),
         ({"selection": 3}, r"a name or an object with select\(context\), got a int"),
-        ({"granularity": "column"}, "granularity to be one of element, row, row_col, tensor, got 'column'"),
-        ({"scope": "local"}, "scope to be one of layerwise, global, got 'local'"),
-        ({"refresh": 0}, 'refresh to be "step", "epoch" or a number of steps >= 1, got 0'),
+        ({"granularity": "column"}, "granularity must be one of element, row, row_col, tensor, got 'column'"),
+        ({"scope": "local"}, "scope must be one of layerwise, global, got 'local'"),
+        ({"refresh": 0}, 'refresh must be "step", "epoch" or a number of steps >= 1, got 0'),
         ({"refresh": "batch"}, "got 'batch'"),
         ({"refresh": True}, "got True"),
-        ({"explore": 1.0}, r"explore to lie in \[0, 1\), got 1.0"),
-        ({"always_keep": "*bias"}, "always_keep to be a list of patterns, got the string"),
+        ({"explore": 1.0}, r"explore must lie in \[0, 1\), got 1.0"),
+        ({"seed": 0.5}, "seed must be a whole number >= 0, got 0.5"),
+        ({"always_keep": "*bias"}, "always_keep must be a list of patterns, got the string"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
@@ -351,10 +352,10 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"final": 1.0}, r"final to lie in \[0, 1\), got 1.0"),
-        ({"final": 0.5, "initial": -1}, r"initial to lie in \[0, 1\), got -1"),
+        ({"final": 1.0}, r"RateSchedule's final must lie in \[0, 1\), got 1.0"),
+        ({"final": 0.5, "initial": -1}, r"initial must lie in \[0, 1\), got -1"),
         ({"final": 0.5, "kind": "step"}, "got 'step'"),
-        ({"final": 0.5, "over": 0}, 'over to be "fit" or steps >= 1, got 0'),
+        ({"final": 0.5, "over": 0}, 'over must be "fit" or a number of steps >= 1, got 0'),
     ],
 )
 def test_schedules_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

@@ -93,9 +93,9 @@ def test_public_gradient_tells_what_it_lacks() -> None:
     model.automatic_optimization = False
     with pytest.raises(ValueError, match="optimizes by hand"):
         bound(PublicGradientSelector(public), model).at(0)
-    with pytest.raises(ValueError, match='rule to be "gradient" or "taylor", got \'l1\''):
+    with pytest.raises(ValueError, match="rule must be one of gradient, taylor, got 'l1'"):
         PublicGradientSelector(public, "l1")
-    with pytest.raises(ValueError, match="batches >= 1, got 0"):
+    with pytest.raises(ValueError, match="batches must be a whole number >= 1, got 0"):
         PublicGradientSelector(public, batches=0)
 
 
@@ -188,7 +188,7 @@ def test_noisy_gradient_works_on_what_pre_pruning_left() -> None:
         plan.observe({name: chosen[name].compact(block) for name, block in released(step).items()}, NOISE)
     assert plan.at(2)["w"].count == 500
     assert not (plan.at(2)["w"].full_mask() & ~mask).any()
-    with pytest.raises(ValueError, match="warmup_steps >= 1, got 0"):
+    with pytest.raises(ValueError, match="warmup_steps must be a whole number >= 1, got 0"):
         NoisyGradientSelector(0)
 
 
