@@ -182,7 +182,8 @@ class Report(ABC):
     and apart from this: a report is written for readers.
 
     Attributes:
-        data_tables: Stems of tables that are too long to read, such as a row a sample: files hold them, text does not.
+        data_tables: Stems of tables that are too long to read, such as those with a row a sample: they are written as
+            CSV and JSON, and are no part of text and Markdown.
 
     Example:
         >>> class Squares(Report):
@@ -246,16 +247,17 @@ class Report(ABC):
     def write(self, dirpath: str | Path) -> list[Path]:
         """Write each table as ``.md``, ``.csv`` and ``.json`` and each figure as ``.png``; folders are made.
 
-        Every Markdown file begins with the preface.
+        Every Markdown file begins with the preface; of :attr:`data_tables` there is none.
 
         Returns:
             The files, in the order of tables and figures.
         """
         folder, preface, written = Path(dirpath), self._quoted(), list[Path]()
         for stem, table in self.tables().items():
-            written += [table.save(folder / f"{stem}{suffix}") for suffix in (".md", ".csv", ".json")]
-            if preface:
-                _write(written[-3], "\n".join([*preface, table.to_markdown()]))
+            if stem not in self.data_tables:
+                written.append(folder / f"{stem}.md")
+                _write(written[-1], "\n".join([*preface, table.to_markdown()]))
+            written += [table.save(folder / f"{stem}{suffix}") for suffix in (".csv", ".json")]
         return [*written, *(save_figure(figure, folder / f"{stem}.png") for stem, figure in self.figures().items())]
 
     def _quoted(self) -> list[str]:

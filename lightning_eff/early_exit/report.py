@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_eff.early_exit.calibration import Calibration, Method, calibrate, fit_temperatures
 from lightning_eff.early_exit.calibration.calibrate import check_goal, check_method
 from lightning_eff.early_exit.callbacks import PhaseEarlyStopping
-from lightning_eff.early_exit.evaluation.answers import outputs_table, record_answers, write_answers
+from lightning_eff.early_exit.evaluation.answers import ExitUse, record_answers
 from lightning_eff.early_exit.evaluation.curve import BUDGETS, EarlyExitCurve, Record, check_budgets
 from lightning_eff.early_exit.evaluation.recording import (
     Data,
@@ -211,15 +211,15 @@ class ThresholdCalibration(Callback):
 class ExitReport(Callback):
     """Write how exits are used into a folder: ``val`` in it at the end of a fit, ``test`` at the end of a test.
 
-    Each holds ``curve.json``, ``thresholds.json``, ``exits.csv`` (sample, exit, confidence, prediction), the tables
-    ``budgets`` and ``outputs`` as Markdown and CSV, and figures: ``curve.png``, ``exits.png``, ``reliability.png``,
+    Each holds ``curve.json``, ``thresholds.json``, the tables ``outputs`` and ``budgets``, ``exits`` (sample, exit,
+    confidence, prediction) as CSV and JSON, and figures: ``curve.png``, ``exits.png``, ``reliability.png``,
     ``samples.png`` where inputs are images, and ``history.png`` after a fit. The data are read once more for it. Put it
     behind :class:`ThresholdCalibration`.
 
     Args:
         dirpath: where; None takes the folder ``early_exit`` beside what the trainer logs.
         budgets: fractions of the plain backbone's cost that are told, > 0.
-        verbose: print the table of outputs too.
+        verbose: print the tables too.
 
     Raises:
         ValueError: a budget out of range; at the start, a module without exits, or a place before callbacks that would
@@ -280,9 +280,11 @@ class ExitReport(Callback):
         folder = results_folder(self.dirpath, trainer, "early_exit") / data
         if trainer.is_global_zero:
             history, phases = (self._history, self._phases) if data == "val" else ((), ())
-            write_answers(answers, module.network, folder, budgets=self.budgets, history=history, phases=phases)
+            use = ExitUse(answers, module.network, self.budgets, history, phases)
+            use.save(folder)
+            use.write(folder)
             if self.verbose:
-                outputs_table(answers, module.network).print()
+                use.print()
             rank_zero_info(f"{type(self).__name__}: curve, thresholds, tables and figures are in {folder}")
 
 

@@ -93,8 +93,8 @@ class Inspection:
             self.tell(ledger)
             return
         if self._isolation == "error":
-            raise ValueError(str(report))
-        rank_zero_warn(str(report))
+            raise ValueError(report.outcome)
+        rank_zero_warn(report.outcome)
         if not report.random:
             note(ledger.caveats, _MIXED)
         self._isolation = "off"

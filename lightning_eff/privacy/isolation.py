@@ -33,7 +33,7 @@ _ENOUGH = 8
 
 @dataclass(frozen=True)
 class IsolationReport(Report):
-    """What the comparison found, in a sentence; files hold the table ``isolation``, a row an example.
+    """What the comparison found: a sentence, and the table ``isolation`` with a row an example.
 
     Args:
         inside: norm of each example's gradient inside of the batch.
@@ -43,8 +43,6 @@ class IsolationReport(Report):
         random: the step gives something else every time, also with the same random numbers, so nothing can be told.
         exchanged: the step draws random numbers, so that the neighbours of an example were exchanged, not left out.
     """
-
-    data_tables = frozenset({"isolation"})
 
     inside: tuple[float, ...]
     alone: tuple[float, ...]
@@ -84,8 +82,8 @@ class IsolationReport(Report):
         return not (self.random or self.exchanged) and bool(ratios) and all(abs(r - 1) <= 0.05 for r in ratios)
 
     def preface(self) -> list[str]:
-        """Return the outcome and its reason in a sentence."""
-        return [self._outcome()]
+        """Return the outcome."""
+        return [self.outcome]
 
     def tables(self) -> dict[str, Table]:
         """Return both norms of each example's gradient and how they differ."""
@@ -105,7 +103,9 @@ class IsolationReport(Report):
             )
         }
 
-    def _outcome(self) -> str:
+    @property
+    def outcome(self) -> str:
+        """What was found, and the reason, in a sentence."""
         if self.random:
             return (
                 "the training step gives another gradient every time it runs, also where the random generators of "
@@ -155,7 +155,7 @@ def check_sample_isolation(
         tol: relative difference that counts as rounding; None is 1e-4, or 0.05 in half precision and under autocast.
 
     Returns:
-        The report; its ``isolated`` tells the outcome and its text the reason.
+        The report; its ``isolated`` tells whether, its ``outcome`` why.
 
     Raises:
         ValueError: the batch has less than two examples, the step does not work for one, or the engine refuses the

@@ -90,7 +90,7 @@ def test_seeds_are_a_line_of_means_in_a_band():
 
 
 def test_results_draw_themselves():
-    assert line(curve().figure().axes[0], "max_prob").get_ydata().tolist() == [0.6, 0.8, 0.9]
+    assert line(curve().figures()["curve"].axes[0], "max_prob").get_ydata().tolist() == [0.6, 0.8, 0.9]
 
 
 @pytest.mark.parametrize("runs", [{}, {"joint": []}])

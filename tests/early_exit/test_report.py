@@ -387,7 +387,8 @@ def test_reports_tell_what_the_network_does(tmp_path: Path) -> None:
     run.fit(net, fixed_loader(), val)
     run.test(net, test, verbose=False)
     common = {"curve.json", "thresholds.json", "exits.csv", "curve.png", "exits.png", "reliability.png", "samples.png"}
-    tables = {f"{name}.{suffix}" for name in ("budgets", "outputs") for suffix in ("md", "csv")}
+    tables = {f"{name}.{suffix}" for name in ("budgets", "outputs") for suffix in ("md", "csv", "json")}
+    tables.add("exits.json")
     assert {path.name for path in (tmp_path / "val").iterdir()} == {*common, *tables, "history.png"}
     assert {path.name for path in (tmp_path / "test").iterdir()} == {*common, *tables}
 

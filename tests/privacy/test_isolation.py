@@ -47,7 +47,7 @@ def mixed_up(module: nn.Module, batch: Any) -> Tensor:
 def test_plain_mean_is_isolated_and_says_so() -> None:
     report = check_sample_isolation(network(), cross_entropy, batch())
     assert report.isolated
-    assert str(report) == "each of 6 examples has the gradient it has alone"
+    assert report.outcome == "each of 6 examples has the gradient it has alone"
     assert max(report.differences) < 1e-5
 
 
@@ -56,7 +56,7 @@ def test_plain_mean_is_isolated_and_says_so() -> None:
 def test_losses_that_mix_examples_are_found(loss: Callable[[nn.Module, Any], Tensor]) -> None:
     report = check_sample_isolation(network(), loss, batch())
     assert not report.isolated
-    assert "depends on the other examples" in str(report)
+    assert "depends on the other examples" in report.outcome
 
 
 def test_a_sum_is_told_from_other_mixing_and_class_weights_get_the_code_that_works() -> None:
@@ -153,7 +153,7 @@ def sometimes_permuted(x: Tensor) -> Tensor:
 def test_noise_for_each_example_does_not_look_like_dependence() -> None:
     report = check_sample_isolation(network(Augmented(lambda x: x + torch.randn_like(x))), cross_entropy, batch())
     assert report.isolated
-    assert str(report) == "each of 6 examples keeps its gradient among other neighbours"
+    assert report.outcome == "each of 6 examples keeps its gradient among other neighbours"
 
 
 @pytest.mark.parametrize("change", [permuted, permuted_by_numpy, standardised, sometimes_permuted])
@@ -164,7 +164,7 @@ def test_examples_that_are_mixed_at_random_while_training_are_found(change: Call
     report = check_sample_isolation(network(Augmented(change)), cross_entropy, batch(n))
     assert not report.isolated
     assert not report.random
-    assert "depends on the other examples" in str(report)
+    assert "depends on the other examples" in report.outcome
 
 
 @pytest.mark.parametrize("loss", [weighted, with_ignored, contrastive, mixed_up])
@@ -202,7 +202,7 @@ def test_a_step_with_a_generator_of_its_own_cannot_be_judged() -> None:
     report = check_sample_isolation(network(), noisy, batch())
     assert report.random
     assert not report.isolated
-    assert "every time it runs" in str(report)
+    assert "every time it runs" in report.outcome
 
 
 def test_a_step_that_fails_for_one_example_is_told() -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -31,7 +31,10 @@ from lightning_eff.early_exit.evaluation.recording import Data, all_outputs, gat
 from lightning_eff.early_exit.inference.leaving import select_from_all
 from lightning_eff.early_exit.module import EarlyExitModule
 from lightning_eff.early_exit.network import MultiExitNetwork
-from lightning_eff.reporting import Column, Table, save_figure
+from lightning_eff.reporting import Column, Report, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCHEMA = 1
 SHOWN = 8
@@ -94,102 +97,107 @@ def record_answers(trainer: Trainer, module: EarlyExitModule, data: Data) -> Ans
     return Answers(**whole, curve=result, images=images)
 
 
-def write_answers(
-    answers: Answers,
-    network: MultiExitNetwork,
-    folder: Path,
-    *,
-    budgets: Sequence[float] = BUDGETS,
-    history: Sequence[Mapping[str, float]] = (),
-    phases: Sequence[str] = (),
-) -> None:
-    """Write files, tables and figures; the folder is made.
+@dataclass(frozen=True)
+class ExitUse(Report):
+    """How a network uses its exits on a data set.
 
-    Args:
+    Tables: ``outputs``, ``budgets``, and ``exits`` with a row a sample. Figures: ``curve``, ``exits``, ``reliability``,
+    ``samples`` where inputs are images, ``history`` where there is one.
+
+    Attributes:
         answers: of the network to the data.
         network: that gave them, thresholds as they were.
-        folder: where ``curve.json``, ``thresholds.json``, ``exits.csv``, ``budgets`` and ``outputs`` as ``.md`` and
-            ``.csv`` and the figures are written.
         budgets: fractions of the plain backbone's cost told in table and figure.
         history: validation accuracy of the outputs, an epoch each.
         phases: name of the phase of each of these epochs.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _dump(answers.curve.to_dict(), folder / "curve.json")
-    _dump(_thresholds(answers, network), folder / "thresholds.json")
-    columns = [answers.exit_index, answers.confidence, answers.prediction]
-    rows = zip(range(len(answers.target)), *(column.tolist() for column in columns), strict=True)
-    Table("", ["sample", "exit", "confidence", "prediction"], rows).to_csv(folder / "exits.csv")
-    for name, table in (
-        ("budgets", answers.curve.budget_table(budgets)),
-        ("outputs", outputs_table(answers, network)),
-    ):
-        table.save(folder / f"{name}.md")
-        table.save(folder / f"{name}.csv")
-    unit = {"s": "time", "FLOPs": "FLOPs"}.get(network.costs.unit, "cost")
-    curve = curve_figure({network.policy.name: answers.curve}, budgets=budgets, cost=unit)
-    save_figure(curve, folder / "curve.png")
-    save_figure(exit_figure(answers.exit_index, answers.right, network.num_outputs), folder / "exits.png")
-    save_figure(reliability_figure(answers.probability, answers.correct), folder / "reliability.png")
-    if answers.images is not None:
-        shown = answers.images
-        figure = samples_figure(
-            shown["images"],
-            shown["exit_index"],
-            shown["confidence"],
-            shown["prediction"],
-            shown["target"],
-            network.num_outputs,
-            count=SHOWN,
-        )
-        save_figure(figure, folder / "samples.png")
-    if history:
-        save_figure(history_figure(history, phases), folder / "history.png")
 
+    data_tables = frozenset({"exits"})
 
-def outputs_table(answers: Answers, network: MultiExitNetwork) -> Table:
-    """A row an output: where it is, what it costs, how good it is alone, who leaves there and from where on."""
-    limits = network.thresholds
-    costs = network.costs.fractions([limit is not None for limit in limits])
-    counts = torch.bincount(answers.exit_index, minlength=network.num_outputs).tolist()
-    right = torch.bincount(answers.exit_index[answers.right], minlength=network.num_outputs).tolist()
-    told = ["off" if limit is None else f"{limit:.4g}" for limit in limits]
-    rows = [
-        (
-            label,
-            layer,
-            100 * cost,
-            100 * alone,
-            100 * here / len(answers.target),
-            100 * good / here if here else None,
-            at,
+    answers: Answers
+    network: MultiExitNetwork
+    budgets: Sequence[float] = BUDGETS
+    history: Sequence[Mapping[str, float]] = ()
+    phases: Sequence[str] = ()
+
+    def tables(self) -> dict[str, Table]:
+        """A row an output; accuracy at budgets; where every sample leaves, how sure the policy is, and its answer."""
+        answers = self.answers
+        told = [answers.exit_index, answers.confidence, answers.prediction]
+        rows = zip(range(len(answers.target)), *(column.tolist() for column in told), strict=True)
+        return {
+            "outputs": self._outputs(),
+            "budgets": answers.curve.budget_table(self.budgets),
+            "exits": Table("Exits of samples", ["sample", "exit", "confidence", "prediction"], rows),
+        }
+
+    def figures(self) -> dict[str, Figure]:
+        """Accuracy against cost, who leaves where, how honest scores are, first and last samples, training."""
+        answers, network = self.answers, self.network
+        unit = {"s": "time", "FLOPs": "FLOPs"}.get(network.costs.unit, "cost")
+        figures = {
+            "curve": curve_figure({network.policy.name: answers.curve}, budgets=self.budgets, cost=unit),
+            "exits": exit_figure(answers.exit_index, answers.right, network.num_outputs),
+            "reliability": reliability_figure(answers.probability, answers.correct),
+        }
+        if answers.images is not None:
+            images, where, sure, said, meant = (
+                answers.images[name] for name in ("images", "exit_index", "confidence", "prediction", "target")
+            )
+            figures["samples"] = samples_figure(images, where, sure, said, meant, network.num_outputs, count=SHOWN)
+        if self.history:
+            figures["history"] = history_figure(self.history, self.phases)
+        return figures
+
+    def save(self, dirpath: str | Path) -> None:
+        """Write what programs read back: ``curve.json`` (:meth:`CurveResult.from_dict`) and ``thresholds.json``."""
+        _dump(self.answers.curve.to_dict(), Path(dirpath) / "curve.json")
+        _dump(_thresholds(self.answers, self.network), Path(dirpath) / "thresholds.json")
+
+    def _outputs(self) -> Table:
+        """A row an output: where it is, what it costs, how good it is alone, who leaves there and from where on."""
+        answers, network = self.answers, self.network
+        limits = network.thresholds
+        costs = network.costs.fractions([limit is not None for limit in limits])
+        counts = torch.bincount(answers.exit_index, minlength=network.num_outputs).tolist()
+        right = torch.bincount(answers.exit_index[answers.right], minlength=network.num_outputs).tolist()
+        told = ["off" if limit is None else f"{limit:.4g}" for limit in limits]
+        rows = [
+            (
+                label,
+                layer,
+                100 * cost,
+                100 * alone,
+                100 * here / len(answers.target),
+                100 * good / here if here else None,
+                at,
+            )
+            for label, layer, cost, alone, here, good, at in zip(
+                output_labels(network.num_outputs),
+                [*network.exits, None],
+                costs,
+                answers.curve.head_accuracy,
+                counts,
+                right,
+                [*told, None],
+                strict=True,
+            )
+        ]
+        mean = math.fsum(cost * count for cost, count in zip(costs, counts, strict=True)) / len(answers.target)
+        return Table(
+            f"Accuracy {answers.right.double().mean():.2%} at {mean:.1%} of the backbone's cost",
+            [
+                "output",
+                "layer",
+                Column("cost %", ".1f"),
+                Column("accuracy alone %", ".2f"),
+                Column("leave %", ".1f"),
+                Column("right of them %", ".2f"),
+                Column(f"threshold ({network.policy.name})", align="right"),
+            ],
+            rows,
+            "Cost: of a sample that leaves there, in percent of the plain backbone, with the heads of enabled exits.",
         )
-        for label, layer, cost, alone, here, good, at in zip(
-            output_labels(network.num_outputs),
-            [*network.exits, None],
-            costs,
-            answers.curve.head_accuracy,
-            counts,
-            right,
-            [*told, None],
-            strict=True,
-        )
-    ]
-    mean = math.fsum(cost * count for cost, count in zip(costs, counts, strict=True)) / len(answers.target)
-    return Table(
-        f"Accuracy {answers.right.double().mean():.2%} at {mean:.1%} of the backbone's cost",
-        [
-            "output",
-            "layer",
-            Column("cost %", ".1f"),
-            Column("accuracy alone %", ".2f"),
-            Column("leave %", ".1f"),
-            Column("right of them %", ".2f"),
-            Column(f"threshold ({network.policy.name})", align="right"),
-        ],
-        rows,
-        "Cost: of a sample that leaves there, in percent of the plain backbone, with the heads of enabled exits.",
-    )
 
 
 def _answer(network: MultiExitNetwork, logits: Sequence[Tensor], target: Tensor) -> dict[str, Tensor]:
