@@ -26,6 +26,7 @@ from lightning_eff.shapley import (
 )
 from lightning_eff.shapley.coalition_run import CoalitionEstimator
 from lightning_eff.shapley.coalitions import CoalitionSequence
+from lightning_eff.shapley.estimator import resolve_budget
 
 EstimatorName = Literal[
     "regression", "stratified", "unbiased_kernel", "permutation", "exact", "leave_one_out", "official", "gap"
@@ -73,8 +74,8 @@ class EstimationOptions:
             `"official"` is the regression of the published code, which converges to another value; `"gap"` takes the
             values of the gap game, without asking a network. Or an estimator of `lightning_eff.shapley`, whose own
             budget is not read.
-        budget: evaluations a frame, those of no line and of all included. `"auto"`: 1,200 for up to 16 frames, 256 for
-            up to 200, 128 beyond.
+        budget: evaluations a frame, those of no line and of all included: a number, a multiple of the candidates such
+            as `"20n"`, or `"auto"`: 1,200 for up to 16 frames, 256 for up to 200, 128 beyond.
         rounds: rounds that the budget is spread over. They do not change the values.
         control_variate: take out what the gap game explains.
         seed: of all coalitions.
@@ -84,7 +85,7 @@ class EstimationOptions:
     """
 
     estimator: EstimatorName | ShapleyEstimator = "regression"
-    budget: int | Literal["auto"] = "auto"
+    budget: int | str = "auto"
     rounds: int = 1
     control_variate: bool = True
     seed: int = 0
@@ -95,16 +96,15 @@ class EstimationOptions:
             raise ValueError(
                 f"estimator must be one of {get_args(EstimatorName)} or a ShapleyEstimator, got {self.estimator!r}"
             )
-        for name, least in (("budget", 1), ("rounds", 1), ("seed", 0)):
+        resolve_budget(self.budget, 1, auto=1)
+        for name, least in (("rounds", 1), ("seed", 0)):
             given = getattr(self, name)
-            if (name, given) != ("budget", "auto") and (type(given) is not int or given < least):
+            if type(given) is not int or given < least:
                 raise ValueError(f"{name} must be an int >= {least}, got {given!r}")
 
-    def evaluations(self, n_frames: int) -> int:
+    def evaluations(self, n_frames: int, n_lines: int) -> int:
         """Evaluations a frame that the budget stands for."""
-        if self.budget != "auto":
-            return self.budget
-        return 1200 if n_frames <= 16 else 256 if n_frames <= 200 else 128
+        return resolve_budget(self.budget, n_lines, auto=1200 if n_frames <= 16 else 256 if n_frames <= 200 else 128)
 
     def build(self, evaluations: int) -> ShapleyEstimator | None:
         """The estimator, for frames with many lines; None for the gap game."""

@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ class LineEstimation:
         self.lines, self.options, self.metric = list(lines), options or EstimationOptions(), metric
         self.records: dict[FrameId, FrameRecord] = {}
         self._n_frames = n_frames
-        self.budget = self.options.evaluations(n_frames)
+        self.budget = self.options.evaluations(n_frames, len(self.lines))
         self.estimator = estimator = self.options.build(self.budget)
         n = len(self.lines)
         self.pooled = pooled(estimator, n, self.budget, n_frames)
@@ -345,7 +345,7 @@ def line_shapley(
     frames: Iterable[Frame],
     *,
     estimator: EstimatorName | ShapleyEstimator = "regression",
-    budget: int | Literal["auto"] = "auto",
+    budget: int | str = "auto",
     control_variate: bool = True,
     seed: int = 0,
     completion: CompletionOptions | None = None,

@@ -167,16 +167,26 @@ def check_direction(direction: str) -> None:
         raise ValueError(f'direction must be "remove" or "add", got {direction!r}')
 
 
-def resolve_budget(budget: int | str, n: int) -> int:
-    """Evaluations that `budget` stands for with `n` players ("20n" is 20 for each); ValueError for anything else."""
-    text = str(budget)
+def resolve_budget(budget: int | str, n: int, auto: int | str | None = None) -> int:
+    """Evaluations that a budget stands for, the one reading of all budgets.
+
+    Args:
+        budget: an int; a multiple of the players such as "20n"; or "auto" where the caller says what that is.
+        n: number of players.
+        auto: the budget that "auto" stands for; None where it stands for nothing.
+
+    Raises:
+        ValueError: anything else.
+    """
+    text = str(auto if budget == "auto" and auto is not None else budget)
     number = text.removesuffix("n")
     try:
         evaluations = int(float(number) * n) if text.endswith("n") else int(number)
     except (ValueError, OverflowError):
         evaluations = 0
     if isinstance(budget, bool) or evaluations < 1:
-        raise ValueError(f'budget must be an int >= 1 or a multiple of the players such as "20n", got {budget!r}')
+        more = "" if auto is None else ' or "auto"'
+        raise ValueError(f'budget must be an int >= 1 or a multiple of the players such as "20n"{more}, got {budget!r}')
     return evaluations
 
 

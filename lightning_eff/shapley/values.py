@@ -76,7 +76,12 @@ def shapley_values(
     return estimator.estimate(game, generator=generator, resume=resume, stop=stop, progress=progress)
 
 
-def choose_estimator(n: int, budget: int | str | None = None, depth: Depth = "full") -> ShapleyEstimator:
+def automatic_budget(n: int) -> int:
+    """Evaluations that `budget="auto"` stands for: 20 a player, and all coalitions of up to 12 players."""
+    return max(20 * n, 2**n if n <= _EXACT_PLAYERS else 0)
+
+
+def choose_estimator(n: int, budget: int | str = "auto", depth: Depth = "full") -> ShapleyEstimator:
     """The estimator that `"auto"` stands for.
 
     Exact values where the budget allows all coalitions; else antithetic walks for a partial value and for small
@@ -84,20 +89,20 @@ def choose_estimator(n: int, budget: int | str | None = None, depth: Depth = "fu
 
     Args:
         n: number of players.
-        budget: evaluations: a number, or a multiple of the players; None for `"20n"`, and 2**n up to 12 players.
+        budget: evaluations: a number, a multiple of the players such as `"20n"`, or `"auto"`: `"20n"`, and for full
+            values all 2**n of up to 12 players.
         depth: of the value, as in `PermutationShapley`; `"matched"` takes as many walks as the budget has full ones.
 
     Raises:
         ValueError: the budget is below that of two walks.
     """
-    evaluations = resolve_budget("20n" if budget is None else budget, n)
-    enough = n <= _EXACT_PLAYERS if budget is None else 2**n <= evaluations
+    evaluations = resolve_budget(budget, n, auto=automatic_budget(n) if depth == "full" else "20n")
     if depth == "matched":
         return PermutationShapley(max(2, evaluations // n), depth=depth)
     if depth != "full":
         exact = ExactShapley(depth=depth)
         return exact if exact.cost(n) <= evaluations else PermutationShapley(depth=depth).with_budget(evaluations, n)
-    if enough:
+    if 2**n <= evaluations:
         return ExactShapley()
     if n == 1:
         raise ValueError(f"a single player needs 2 evaluations, the budget is {evaluations}")

@@ -481,12 +481,17 @@ def test_the_automatic_budget_falls_with_the_number_of_frames(frames: int, budge
     assert LineEstimation(range(46), frames).budget == budget
 
 
+def test_a_budget_may_be_a_multiple_of_the_candidates() -> None:
+    assert LineEstimation(range(46), 3, EstimationOptions(budget="20n")).budget == 20 * 46
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"estimator": "kernel"}, "estimator must be one of"),
         ({"budget": 0}, "budget must be an int >= 1"),
         ({"budget": 10.0}, "budget must be an int >= 1"),
+        ({"budget": "many"}, 'a multiple of the players such as "20n" or "auto", got \'many\''),
         ({"rounds": 0}, "rounds must be an int >= 1"),
         ({"seed": -1}, "seed must be an int >= 0"),
     ],

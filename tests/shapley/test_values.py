@@ -38,7 +38,7 @@ def test_every_method_is_reached_by_its_name(method, options):
 
 def test_auto_is_exact_where_all_coalitions_are_affordable_and_regression_beyond():
     assert choose_estimator(12) == ExactShapley()
-    assert choose_estimator(13) == RegressionShapley(260)
+    assert choose_estimator(13) == choose_estimator(13, "auto") == RegressionShapley(260)
     assert choose_estimator(7, "20n") == ExactShapley()
     assert choose_estimator(12, "20n") == RegressionShapley(240)
     assert choose_estimator(100, 300) == PermutationShapley(2)

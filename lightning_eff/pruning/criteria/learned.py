@@ -18,6 +18,7 @@ from lightning_eff.pruning.shapley.channel_game import ChannelGame, GameOptions
 from lightning_eff.pruning.values import Value, value_function
 from lightning_eff.shapley import ShapleyEstimator, choose_estimator
 from lightning_eff.shapley.estimator import resolve_budget
+from lightning_eff.shapley.values import automatic_budget
 from lightning_eff.surgery import ChannelGraph
 
 
@@ -31,7 +32,8 @@ class ShapleyCriterion:
             ``(outputs, target) -> [B]``, higher is better.
         estimator: how values are estimated; ``"auto"``: exact where ``budget`` allows all coalitions, else regression,
             or walks at small budgets.
-        budget: evaluations a group for ``"auto"``: a number, or a multiple of its channels such as ``"20n"``.
+        budget: evaluations a group for the estimator ``"auto"``: a number, a multiple of its channels such as
+            ``"20n"``, or ``"auto"``: ``"20n"``, and all coalitions of up to 12 channels.
         game: how the network is evaluated without some of its channels.
         split_batch: ``batch -> (inputs, target)``; None takes that of the call.
         seed: of the coalitions; None takes that of the call.
@@ -50,7 +52,7 @@ class ShapleyCriterion:
         """Check value, estimator and budget."""
         value_function(self.value)
         if self.estimator == "auto":
-            resolve_budget(self.budget, 1)
+            resolve_budget(self.budget, 1, auto=automatic_budget(1))
         elif not isinstance(self.estimator, ShapleyEstimator):
             raise ValueError(f'estimator must be a ShapleyEstimator or "auto", got {self.estimator!r}')
 
@@ -69,7 +71,7 @@ class ShapleyCriterion:
             game = ChannelGame(model, graph, name, samples, value=self.value, options=self.game)
             estimator = self.estimator
             if estimator == "auto":
-                estimator = choose_estimator(game.n_players, resolve_budget(self.budget, game.n_players))
+                estimator = choose_estimator(game.n_players, self.budget)
             result = estimator.estimate(game, generator=(self.seed or 0) + 7919 * number)
             scores[name] = result.values
         return scores

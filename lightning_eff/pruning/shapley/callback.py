@@ -39,6 +39,7 @@ from lightning_eff.shapley import (
 )
 from lightning_eff.shapley.coalition_run import CoalitionEstimator
 from lightning_eff.shapley.estimator import resolve_budget
+from lightning_eff.shapley.values import automatic_budget
 
 
 class ShapleyPruningCallback(StructuredPruningCallback):
@@ -56,7 +57,8 @@ class ShapleyPruningCallback(StructuredPruningCallback):
             calibration sets) or a callable ``(outputs, target) -> [B]``, higher is better.
         estimator: how values are estimated; ``"auto"``: exact where ``budget`` allows all coalitions, else regression,
             or walks at small budgets.
-        budget: evaluations a layer for ``"auto"``: a number, or a multiple of its channels such as ``"20n"``.
+        budget: evaluations a layer for the estimator ``"auto"``: a number, a multiple of its channels such as
+            ``"20n"``, or ``"auto"``: ``"20n"``, and all coalitions of up to 12 channels.
         stop: when to stop estimating a layer early.
         game: how the network is evaluated without some of its channels.
         repair: how the remaining weights are corrected after a cut; None leaves them.
@@ -105,7 +107,7 @@ class ShapleyPruningCallback(StructuredPruningCallback):
             verbose=verbose,
         )
         if estimator == "auto":
-            resolve_budget(budget, 1)
+            resolve_budget(budget, 1, auto=automatic_budget(1))
         elif not isinstance(estimator, ShapleyEstimator):
             raise ValueError(f'estimator must be a ShapleyEstimator or "auto", got {estimator!r}')
         elif isinstance(estimator, GreedyBackward) and allocation.mode == "global":
@@ -169,7 +171,7 @@ class ShapleyPruningCallback(StructuredPruningCallback):
         estimator = self.estimator
         if estimator == "auto":
             limit = None if self.stop is None else self.stop.max_evals
-            budget = resolve_budget(self.budget, n)
+            budget = resolve_budget(self.budget, n, auto=automatic_budget(n))
             budget = budget if limit is None else min(budget, limit)
             chosen = choose_estimator(n, budget)
             timed = self.stop is not None and self.stop.max_seconds is not None

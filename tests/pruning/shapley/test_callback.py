@@ -146,6 +146,8 @@ def test_auto_is_exact_where_the_budget_allows_it_and_regression_beyond() -> Non
     limited = ShapleyPruningCallback(stop=StopRule(max_evals=100))
     assert limited._estimator(7, 4) == RegressionShapley(100)
     assert ShapleyPruningCallback(budget=2**10)._estimator(10, 4) == ExactShapley()
+    assert ShapleyPruningCallback(budget="auto")._estimator(10, 4) == ExactShapley()
+    assert ShapleyPruningCallback(budget="auto")._estimator(64, 4) == ShapleyPruningCallback()._estimator(64, 4)
 
 
 def test_a_budget_too_small_for_a_layer_is_told_before_training(trained: Net) -> None:
