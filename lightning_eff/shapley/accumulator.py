@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_eff.documents import parsed
 from lightning_eff.shapley.sampling import generator_of
 
 
@@ -112,12 +113,14 @@ class Accumulator:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
-        self._count = torch.tensor(state["count"], dtype=torch.float64)[:, None]
-        self._mean = torch.tensor(state["mean"], dtype=torch.float64)
-        self._deviations = torch.tensor(state["deviations"], dtype=torch.float64)
-        self.units = state["units"]
-        self.steps = torch.tensor(state["steps"], dtype=torch.int64)
+        """Take back what `state` gave; ValueError for sums of other players."""
+        count = torch.tensor(state["count"], dtype=torch.float64)[:, None]
+        mean, deviations = (torch.tensor(state[name], dtype=torch.float64) for name in ("mean", "deviations"))
+        if count.shape != self._count.shape or not mean.shape == deviations.shape == self._mean.shape:
+            raise ValueError(f"expected sums of {len(self._mean)} players, got {[*count.shape]}, {[*mean.shape]}")
+        self._count, self._mean, self._deviations = count, mean, deviations
+        self.units = parsed(int, state["units"], "units")
+        self.steps = torch.tensor(parsed(list[int], state["steps"], "steps"), dtype=torch.int64)
 
 
 class DistinctCoalitions:

@@ -184,6 +184,8 @@ class _Walks(SampledRun):
 
     def load_group(self, index: int, state: Any) -> None:
         self.sums[index].load(state)
+        if len(self.sums[index].steps) != self.sums[index].units * self.units.walks:
+            raise ValueError(f"expected {self.units.walks} walks a unit, got {self.sums[index].units} units")
         orders = self.orders[index].draw(self.sums[index].units)
         self.coalitions[index].add(orders[..., : self.units.steps].flatten(0, 1), self.sums[index].steps)
 

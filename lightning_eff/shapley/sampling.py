@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_eff.documents import parsed, reading
 from lightning_eff.shapley.estimator import Request, StopRule, warn_if_incomplete, warn_if_silent
 from lightning_eff.shapley.games import Game, evaluate, group_weights
 from lightning_eff.shapley.result import ShapleyResult
@@ -142,17 +143,23 @@ class SampledRun(ABC):
                 f"resume does not fit: it was made by {resume.method!r} with {state.get('settings')}, this estimate "
                 f"is {self.method!r} with {self.settings}"
             )
-        if generator is not None and generator != state["seed"]:
-            raise ValueError(
-                f"resume goes on with its own seed {state['seed']}: leave generator out, or pass that seed"
-            )
-        self.scalar, self.seed = resume.values.ndim == 1, state["seed"]
-        self.ends = torch.tensor(state["ends"], dtype=torch.float64).reshape(*self.ends.shape[:2], state["components"])
-        if state["previous"] is not None:
-            self._previous = torch.tensor(state["previous"], dtype=torch.float64)
-        self.prepare()
-        for index, group in enumerate(state["groups"]):
-            self.load_group(index, group)
+        with reading("resume does not hold what its estimate goes on from"):
+            self.scalar, self.seed = resume.values.ndim == 1, parsed(int, state["seed"], "seed")
+            if generator is not None and generator != self.seed:
+                raise ValueError(
+                    f"resume goes on with its own seed {self.seed}: leave generator out, or pass that seed"
+                )
+            ends = torch.tensor(state["ends"], dtype=torch.float64)
+            self.ends = ends.reshape(*self.ends.shape[:2], parsed(int, state["components"], "components"))
+            if state["previous"] is not None:
+                self._previous = torch.tensor(state["previous"], dtype=torch.float64)
+                if self._previous.shape != (self.n, self.ends.shape[-1]):
+                    raise ValueError(f"expected previous values of {self.n} players, got {[*self._previous.shape]}")
+            if resume.values.shape != (self.n, *([] if self.scalar else [self.ends.shape[-1]])):
+                raise ValueError(f"expected values of {self.n} players, got {[*resume.values.shape]}")
+            self.prepare()
+            for index, group in zip(range(len(self.groups)), state["groups"], strict=True):
+                self.load_group(index, group)
         self._seconds_before, self._reported = resume.seconds, self.n_evals
 
     @property
