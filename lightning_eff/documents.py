@@ -86,8 +86,8 @@ def parsed(kind: Any, value: Any, name: str) -> Any:
 
     Args:
         kind: a type as in an annotation, of plain Python: numbers, text, ``None``, ``Any``, unions, ``Literal``,
-            lists, tuples, sequences and mappings of them, and dataclasses, which are built from mappings. Whole numbers
-            pass for ``float``, truth values for no number, lists for tuples.
+            lists, tuples, sequences and mappings of them, and dataclasses, which are built from mappings unless they
+            are there already. Whole numbers pass for ``float``, truth values for no number, lists for tuples.
         value: what was read.
         name: of the value, for the error.
 
@@ -111,6 +111,8 @@ def parsed(kind: Any, value: Any, name: str) -> Any:
         if any(value == part and type(value) is type(part) for part in parts):
             return value
     elif isinstance(kind, type) and is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
         if isinstance(value, Mapping):
             return _built(kind, value, name)
     elif origin is tuple and parts[-1] is not Ellipsis:
