@@ -8,7 +8,7 @@ from lightning_eff.early_exit.analysis.connectivity import (
     loss_plane,
     random_direction,
 )
-from lightning_eff.early_exit.analysis.dominance import Dominance, gradient_dominance
+from lightning_eff.early_exit.analysis.dominance import Dominance, DominanceHistory, gradient_dominance
 from lightning_eff.early_exit.analysis.figures import (
     dominance_figure,
     information_figure,
@@ -27,6 +27,7 @@ from lightning_eff.early_exit.analysis.rank import layer_ranks, numerical_rank
 
 __all__ = [
     "Dominance",
+    "DominanceHistory",
     "GradientDominance",
     "Information",
     "LayerInformation",

@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
-from lightning_eff.early_exit.analysis.dominance import Dominance, Measure, gradient_dominance
-from lightning_eff.early_exit.analysis.figures import dominance_figure
+from lightning_eff.early_exit.analysis.dominance import Dominance, DominanceHistory, Measure, gradient_dominance
 from lightning_eff.early_exit.module import EarlyExitModule
-from lightning_eff.reporting import Table, results_folder, save_figure
+from lightning_eff.reporting import results_folder
 
 
 class GradientDominance(Callback):
@@ -27,8 +25,8 @@ class GradientDominance(Callback):
 
     Args:
         every_n_epochs: n, >= 1.
-        dirpath: where ``gradient_dominance.csv`` (as it goes) and ``gradient_dominance.png`` (at the end) are written;
-            None takes the folder ``early_exit`` beside what the trainer logs.
+        dirpath: where ``gradient_dominance`` is written, as CSV while it goes and with figure at the end; None takes the
+            folder ``early_exit`` beside what the trainer logs.
         measure: ``"share"``, ``"cosine"`` or ``"norm"``, see :func:`gradient_dominance`.
         groups: names of submodules of the backbone; by default its stages and all of it.
         weights: of the ``K`` losses; None takes those of the phase where it trains everything, and elsewhere all the
@@ -66,34 +64,9 @@ class GradientDominance(Callback):
         return self._generate_state_key(measure=self.measure)
 
     @property
-    def results(self) -> dict[int, Dominance]:
-        """What was measured, by epoch, as :func:`dominance_figure` takes it; the last where there were two in one."""
-        return {
-            one["epoch"]: Dominance(
-                torch.tensor(one["values"], dtype=torch.float64),
-                tuple(one["groups"]),
-                tuple(one["outputs"]),
-                self.measure,
-            )
-            for one in self.history
-        }
-
-    @property
-    def switches(self) -> list[int]:
-        """Epochs at which another phase was first seen."""
-        pairs = zip(self.history, self.history[1:], strict=False)
-        return [later["epoch"] for earlier, later in pairs if earlier["phase"] != later["phase"]]
-
-    def table(self) -> Table:
-        """One row a time and group, one column an output."""
-        outputs = self.history[0]["outputs"] if self.history else []
-        rows = [
-            [one["epoch"], one["step"], one["phase"], one["train"], group, *values]
-            for one in self.history
-            for group, values in zip(one["groups"], one["values"], strict=True)
-        ]
-        columns = ["epoch", "step", "phase", "phase trains", "gradient of", *(f"by {name}" for name in outputs)]
-        return Table(f"Gradient dominance: {self.measure}", columns, rows)
+    def report(self) -> DominanceHistory:
+        """What was measured so far, as table and figure."""
+        return DominanceHistory(self.history, self.measure)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, before any work.
@@ -144,13 +117,12 @@ class GradientDominance(Callback):
             }
         )
         if trainer.is_global_zero:
-            self.table().save(self._folder / "gradient_dominance.csv")
+            self.report.table().save(self._folder / "gradient_dominance.csv")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what was measured."""
         if trainer.is_global_zero and self.history:
-            figure = dominance_figure(self.results, switches=self.switches)
-            save_figure(figure, self._folder / "gradient_dominance.png")
+            self.report.write(self._folder)
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far."""

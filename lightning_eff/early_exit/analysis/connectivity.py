@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_eff.batch import SplitBatch, batch_size
 from lightning_eff.early_exit.analysis.outputs import Criterion, batches_of, output_names, outputs_of, own_buffers
-from lightning_eff.reporting import Column, Table, progress
+from lightning_eff.reporting import Column, Report, Table, progress
 from lightning_eff.surgery.state import quiet_model, untouched_generators
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Normalise = Literal["filter", "layer", "none"]
 
 
 @dataclass(frozen=True, eq=False)
-class LinearPath:
+class LinearPath(Report):
     """Loss and accuracy along ``(1 - a) * A + a * B``.
 
     Attributes:
@@ -49,7 +52,13 @@ class LinearPath:
             (self.loss - self.loss[0] - self.positions[:, None] * (self.loss[-1] - self.loss[0])).amax(0).clamp(min=0)
         )
 
-    def table(self) -> Table:
+    def figures(self) -> dict[str, Figure]:
+        """Loss and accuracy of every output along the path."""
+        from lightning_eff.early_exit.analysis.figures import path_figure
+
+        return {"path": path_figure(self)}
+
+    def tables(self) -> dict[str, Table]:
         """One row an output: both ends, the worst between, the barrier."""
         loss, accuracy = self.loss, self.accuracy
         columns = {
@@ -63,11 +72,11 @@ class LinearPath:
         }
         headings = [Column(name, ".2%" if "accuracy" in name else ".4f") for name in columns]
         rows = zip(self.outputs, *(values.tolist() for values in columns.values()), strict=True)
-        return Table("Loss on the straight line from A to B", ["output", *headings], rows)
+        return {"path": Table("Loss on the straight line from A to B", ["output", *headings], rows)}
 
 
 @dataclass(frozen=True, eq=False)
-class LossPlane:
+class LossPlane(Report):
     """Loss and accuracy at ``theta + a * u + b * v`` for two random directions ``u`` and ``v``.
 
     Attributes:
@@ -77,10 +86,30 @@ class LossPlane:
         outputs: names of the K outputs.
     """
 
+    data_tables = frozenset({"points"})
+
     positions: Tensor
     loss: Tensor
     accuracy: Tensor
     outputs: tuple[str, ...]
+
+    def tables(self) -> dict[str, Table]:
+        """One row an output: the lowest and highest loss, and the range of accuracy; the losses of every point."""
+        loss, accuracy = self.loss.flatten(0, 1), self.accuracy.flatten(0, 1)
+        ends = [ends.tolist() for ends in (*loss.aminmax(dim=0), *accuracy.aminmax(dim=0))]
+        losses = [Column(name, ".4f") for name in ("lowest loss", "highest loss")]
+        columns = [*losses, Column("lowest accuracy", ".2%"), Column("highest accuracy", ".2%")]
+        outputs = Table("Loss around the network", ["output", *columns], zip(self.outputs, *ends, strict=True))
+        places = product(self.positions.tolist(), self.positions.tolist())
+        points = [(*place, *row) for place, row in zip(places, loss.tolist(), strict=True)]
+        names = ["first direction", "second direction", *(f"loss of {name}" for name in self.outputs)]
+        return {"plane": outputs, "points": Table("Losses of points", names, points)}
+
+    def figures(self) -> dict[str, Figure]:
+        """Contours of the loss of every output."""
+        from lightning_eff.early_exit.analysis.figures import plane_figure
+
+        return {"plane": plane_figure(self)}
 
 
 def linear_path(

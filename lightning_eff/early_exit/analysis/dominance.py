@@ -10,15 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_eff.early_exit.analysis.outputs import Criterion, output_names, outputs_of, own_buffers
-from lightning_eff.reporting import Column, Table
+from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.surgery.state import parameters_require_grad, untouched_generators
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Measure = Literal["share", "cosine", "norm"]
 Groups = Sequence[str] | Mapping[str, Iterable[nn.Parameter]]
@@ -27,8 +30,8 @@ WHOLE = "backbone"
 
 
 @dataclass(frozen=True, eq=False)
-class Dominance:
-    """How strongly each output pulls each group of parameters.
+class Dominance(Report):
+    """How strongly each output pulls each group of parameters: table ``dominance``.
 
     Attributes:
         values: ``[G, K]`` float64 on the CPU.
@@ -42,11 +45,62 @@ class Dominance:
     outputs: tuple[str, ...]
     measure: str
 
-    def table(self) -> Table:
+    def tables(self) -> dict[str, Table]:
         """One row a group, one column an output."""
         columns = [Column("gradient of", align="left"), *(Column(name, ".3f") for name in self.outputs)]
         rows = [[name, *row] for name, row in zip(self.groups, self.values.tolist(), strict=True)]
-        return Table(f"Gradient dominance: {self.measure}", columns, rows)
+        return {"dominance": Table(f"Gradient dominance: {self.measure}", columns, rows)}
+
+
+@dataclass(frozen=True, eq=False)
+class DominanceHistory(Report):
+    """Gradient dominance over a training: table and figure ``gradient_dominance``.
+
+    Attributes:
+        history: a dict each time, of plain Python: epoch, step, phase (its number, from 0), train (what it trains),
+            groups, outputs and values ``[G][K]``.
+        measure: ``"share"``, ``"cosine"`` or ``"norm"``.
+    """
+
+    history: Sequence[Mapping[str, Any]]
+    measure: str
+
+    @property
+    def results(self) -> dict[int, Dominance]:
+        """What was measured, by epoch; the last where there were two in one."""
+        return {
+            one["epoch"]: Dominance(
+                torch.tensor(one["values"], dtype=torch.float64),
+                tuple(one["groups"]),
+                tuple(one["outputs"]),
+                self.measure,
+            )
+            for one in self.history
+        }
+
+    @property
+    def switches(self) -> list[int]:
+        """Epochs at which another phase was first seen."""
+        pairs = zip(self.history, self.history[1:], strict=False)
+        return [later["epoch"] for earlier, later in pairs if earlier["phase"] != later["phase"]]
+
+    def tables(self) -> dict[str, Table]:
+        """One row a time and group, one column an output."""
+        outputs = self.history[0]["outputs"] if self.history else []
+        rows = [
+            [one["epoch"], one["step"], one["phase"], one["train"], group, *values]
+            for one in self.history
+            for group, values in zip(one["groups"], one["values"], strict=True)
+        ]
+        columns: list[str | Column] = ["epoch", "step", "phase", "phase trains", "gradient of"]
+        columns += [Column(f"by {name}", ".3f") for name in outputs]
+        return {"gradient_dominance": Table(f"Gradient dominance: {self.measure}", columns, rows)}
+
+    def figures(self) -> dict[str, Figure]:
+        """Heat map of epoch and output for every group; none where nothing was measured."""
+        from lightning_eff.early_exit.analysis.figures import dominance_figure
+
+        return {"gradient_dominance": dominance_figure(self.results, switches=self.switches)} if self.history else {}
 
 
 def gradient_dominance(

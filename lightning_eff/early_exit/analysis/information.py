@@ -10,15 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_eff.batch import SplitBatch
 from lightning_eff.early_exit.analysis.outputs import batches_of, features_of, output_names, outputs_of
-from lightning_eff.reporting import Column, Table
+from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.surgery.state import quiet_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Noise = float | Literal["total"] | None
 """Standard deviation > 0; None: 0.1 times the root mean variance of a feature; ``"total"``: 0.1 times the root of the
@@ -100,8 +103,8 @@ def prediction_information(predictions: Tensor, target: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class LayerInformation:
-    """Information of every exit's feature and of the backbone's output.
+class LayerInformation(Report):
+    """Information of every exit's feature and of the backbone's output: table and figure ``information``.
 
     Attributes:
         layers: names of the K outputs, ``"final"`` last.
@@ -115,19 +118,26 @@ class LayerInformation:
     predictions: tuple[float, ...]
     samples: int
 
-    def table(self) -> Table:
+    def figures(self) -> dict[str, Figure]:
+        """Bounds of what each layer knows of the input, and what each output knows of the label."""
+        from lightning_eff.early_exit.analysis.figures import information_figure
+
+        return {"information": information_figure({"network": self})}
+
+    def tables(self) -> dict[str, Table]:
         """One row a layer."""
         rows = [
             [name, *feature, prediction]
             for name, feature, prediction in zip(self.layers, self.features, self.predictions, strict=True)
         ]
         columns = [Column(name, ".3f") for name in ("lower", "upper")]
-        return Table(
+        table = Table(
             "Information in nats",
             ["layer", *columns, Column("sigma", ".3g"), Column("prediction", ".3f")],
             rows,
             f"{self.samples} samples: ln n = {math.log(self.samples):.3f}",
         )
+        return {"information": table}
 
 
 def layer_information(

@@ -83,10 +83,9 @@ def test_every_epoch_is_recorded_on_its_first_batch() -> None:
     assert when(callback) == [(0, 0, 0, "backbone"), (1, 3, 0, "backbone"), (2, 6, 1, "all"), (3, 9, 1, "all")]
     assert callback.history[0]["groups"] == ["0", "1", "2", "backbone"]
     assert callback.history[0]["outputs"] == ["0", "1", "final"]
-    assert callback.switches == [2]
+    assert callback.report.switches == [2]
     assert {path.name for path in Path("early_exit").iterdir()} == {
-        "gradient_dominance.csv",
-        "gradient_dominance.png",
+        f"gradient_dominance.{suffix}" for suffix in ("md", "csv", "json", "png")
     }
 
 
@@ -109,7 +108,7 @@ def test_the_first_record_is_the_measure_on_the_first_batch() -> None:
     expected = gradient_dominance(network, x[:16], y[:16], measure="cosine", groups=["1"])
     assert callback.history[0]["values"] == expected.values.tolist()
     assert callback.history[0]["groups"] == ["1"]
-    assert callback.results[0].measure == "cosine"
+    assert callback.report.results[0].measure == "cosine"
 
 
 @pytest.mark.parametrize("regime", ["mixed", "disjoint"])
