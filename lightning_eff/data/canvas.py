@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_eff.arguments import check_choice, check_whole
 from lightning_eff.data.fashion_mnist import TEST, TRAIN, FashionMNISTDataModule
 from lightning_eff.data.images import ImageSet, Sample
-from lightning_eff.data.loading import ResumableLoader, SplitDataModule, TrainerEpochSampler, check_at_least
+from lightning_eff.data.loading import ResumableLoader, SplitDataModule, TrainerEpochSampler
 
 DIGITS = 1797
 FRAGMENT = 8
@@ -122,16 +123,15 @@ class CanvasDataModule(SplitDataModule):
         root: str | Path | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        if dataset not in ("digits", "fashion_mnist"):
-            raise ValueError(f"expected dataset to be 'digits' or 'fashion_mnist', got {dataset!r}")
-        check_at_least("clutter", clutter, 0)
-        check_at_least("val_size", val_size, 0 if dataset == "digits" else 1)
-        check_at_least("test_size", test_size, 1)
-        check_at_least("train_size", 1 if train_size is None else train_size, 1)
+        check_choice("dataset", dataset, ("digits", "fashion_mnist"))
+        check_whole("clutter", clutter, 0)
+        check_whole("val_size", val_size, 0 if dataset == "digits" else 1)
+        check_whole("test_size", test_size, 1)
+        check_whole("train_size", 1 if train_size is None else train_size, 1)
         self.picture_size = (16 if dataset == "digits" else 28) if picture_size is None else picture_size
-        check_at_least("picture_size", self.picture_size, FRAGMENT if clutter else 1)
+        check_whole("picture_size", self.picture_size, FRAGMENT if clutter else 1)
         height, width = (canvas, canvas) if isinstance(canvas, int) else canvas
-        check_at_least("the smaller side of canvas", min(height, width), self.picture_size)
+        check_whole("the smaller side of canvas", min(height, width), self.picture_size)
         if dataset == "digits" and (train_size or 1) + val_size + test_size > DIGITS:
             raise ValueError(
                 f"expected train_size + val_size + test_size <= {DIGITS:,}, got {train_size or 'at least 1'} + "

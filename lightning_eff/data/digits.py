@@ -5,6 +5,7 @@ Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI M
 
 import torch
 
+from lightning_eff.arguments import check_number
 from lightning_eff.data.images import ImageSet
 from lightning_eff.data.loading import SplitDataModule
 
@@ -42,8 +43,7 @@ class DigitsDataModule(SplitDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         for name, fraction in {"val_fraction": val_fraction, "test_fraction": test_fraction}.items():
-            if not 0 < fraction < 1:
-                raise ValueError(f"expected {name} to lie in (0, 1), got {fraction!r}")
+            check_number(name, fraction, above=0, below=1)
         if val_fraction + test_fraction >= 1:
             raise ValueError(f"expected val_fraction + test_fraction < 1, got {val_fraction} + {test_fraction}")
         self.val_fraction, self.test_fraction = val_fraction, test_fraction

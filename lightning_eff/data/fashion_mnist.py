@@ -13,8 +13,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.data.images import ImageSet
-from lightning_eff.data.loading import SplitDataModule, check_at_least, seeded_permutation
+from lightning_eff.data.loading import SplitDataModule, seeded_permutation
 
 MEAN, STD = 0.2860, 0.3530
 """Mean and standard deviation of the pixels of the 60,000 training images, in [0, 1]."""
@@ -70,10 +71,10 @@ class FashionMNISTDataModule(SplitDataModule):
         download: bool = True,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        check_at_least("val_size", val_size, 1)
-        check_at_least("image_size", image_size, 1)
-        check_at_least("train_size", 1 if train_size is None else train_size, 1)
-        check_at_least("test_size", 1 if test_size is None else test_size, 1)
+        check_whole("val_size", val_size, 1)
+        check_whole("image_size", image_size, 1)
+        check_whole("train_size", 1 if train_size is None else train_size, 1)
+        check_whole("test_size", 1 if test_size is None else test_size, 1)
         if channels not in (1, 3):
             raise ValueError(f"expected channels to be 1 or 3, got {channels!r}")
         if val_size + (train_size or 1) > TRAIN:

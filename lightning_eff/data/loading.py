@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_eff.arguments import check_whole
+
 
 class SplitDataModule(LightningDataModule, ABC):
     """Loaders for a training, a validation and a test set; the subclass makes them.
@@ -32,9 +34,9 @@ class SplitDataModule(LightningDataModule, ABC):
 
     def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
-        check_at_least("batch_size", batch_size, 1)
-        check_at_least("num_workers", num_workers, 0)
-        check_at_least("seed", seed, 0)
+        check_whole("batch_size", batch_size, 1)
+        check_whole("num_workers", num_workers, 0)
+        check_whole("seed", seed, 0)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._loaded = False
 
@@ -129,12 +131,6 @@ class TrainerEpochSampler(DistributedSampler[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Take the trainer's epoch, or the one given where there is no trainer."""
         super().set_epoch(self._trainer.current_epoch if self._trainer else epoch)
-
-
-def check_at_least(name: str, value: int, least: int) -> None:
-    """Raise a ValueError unless ``value`` is an integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"expected {name} to be an integer >= {least}, got {value!r}")
 
 
 def seeded_permutation(n: int, seed: int) -> Tensor:

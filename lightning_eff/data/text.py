@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_eff.data.loading import ResumableLoader, SplitDataModule, TrainerEpochSampler, check_at_least
+from lightning_eff.arguments import check_number, check_whole
+from lightning_eff.data.loading import ResumableLoader, SplitDataModule, TrainerEpochSampler
 
 #: Files that are mapped at a time by one process.
 _OPEN_FILES = 64
@@ -56,9 +57,8 @@ class ByteTextDataModule(SplitDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        check_at_least("seq_len", seq_len, 1)
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"expected val_fraction to lie in (0, 1), got {val_fraction!r}")
+        check_whole("seq_len", seq_len, 1)
+        check_number("val_fraction", val_fraction, above=0, below=1)
         self.paths = [str(path)] if isinstance(path, str | Path) else [str(one) for one in path]
         if not self.paths:
             raise ValueError("expected path to name a file, got an empty list")

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_eff.arguments import check_number, check_whole
+
 NO_LINE = 255
 """Value of `line_idx` where there is no return, or one whose line is not known."""
 
@@ -191,8 +193,7 @@ class Downscale:
     """
 
     def __init__(self, factor: int) -> None:
-        if factor < 1:
-            raise ValueError(f"expected factor >= 1, got {factor}")
+        check_whole("factor", factor)
         self.factor = factor
 
     def __call__(self, frame: Mapping[str, Any]) -> LidarSample:
@@ -230,8 +231,7 @@ class RandomFlip:
     """
 
     def __init__(self, p: float = 0.5) -> None:
-        if not 0 <= p <= 1:
-            raise ValueError(f"expected p to lie in [0, 1], got {p}")
+        check_number("p", p, least=0, most=1)
         self.p = p
 
     def __call__(self, frame: Mapping[str, Any]) -> LidarSample:

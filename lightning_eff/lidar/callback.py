@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.batch import SplitBatch
 from lightning_eff.lidar.batches import LidarKeys
 from lightning_eff.lidar.completion.forwarding import Forward
@@ -77,8 +78,8 @@ class LidarSaSCallback(Callback):
         dirpath: str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        if every_n_epochs is not None and (type(every_n_epochs) is not int or every_n_epochs < 1):
-            raise ValueError(f"every_n_epochs must be an int >= 1 or None, got {every_n_epochs!r}")
+        if every_n_epochs is not None:
+            check_whole("every_n_epochs", every_n_epochs)
         estimation = replace(estimation, rounds=1, seed=seed or estimation.seed)
         self.settings = Settings(k, num_lines, game, estimation, spread, None, tuple(baselines), forward)
         self.every_n_epochs, self.dataloader = every_n_epochs, dataloader

@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 
 from torch.utils.data import Dataset, Subset
 
-from lightning_eff.data.loading import SplitDataModule, check_at_least, seeded_permutation
+from lightning_eff.arguments import check_choice, check_whole
+from lightning_eff.data.loading import SplitDataModule, seeded_permutation
 from lightning_eff.lidar.batches import LidarSample, RandomFlip
 from lightning_eff.lidar.datasets import CROP, KittiDepthDataset, KittiScanDataset
 from lightning_eff.lidar.layout import DepthSplit
@@ -59,10 +60,9 @@ class KittiDepthDataModule(SplitDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        check_at_least("num_calibration", 1 if num_calibration is None else num_calibration, 1)
+        check_whole("num_calibration", 1 if num_calibration is None else num_calibration, 1)
         for name, value in {"split": split, "eval_split": eval_split or split}.items():
-            if value not in (known := ("object", *get_args(DepthSplit))):
-                raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {value!r}")
+            check_choice(name, value, ("object", *get_args(DepthSplit)))
         if split == "test":
             raise ValueError("expected a split with truth to train or measure with, got 'test': it can be eval_split")
         if num_calibration is None and eval_split in (None, split):

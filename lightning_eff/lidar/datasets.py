@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_eff.arguments import check_choice
 from lightning_eff.lidar.batches import NO_LINE, BottomCrop, Downscale, LidarSample
 from lightning_eff.lidar.files import read_calibration, read_depth_png, read_image, read_intrinsics, read_velodyne
 from lightning_eff.lidar.layout import DepthFiles, DepthSplit, ScanFiles, find_depth_frames, find_scan_frames
@@ -64,10 +65,7 @@ class KittiDepthDataset(Dataset[LidarSample]):
         scale: int = 1,
         frames: Sequence[DepthFiles] | None = None,
     ) -> None:
-        if line_source not in ("laser_table", "elevation", "scan_order", "official"):
-            raise ValueError(
-                f"expected line_source to be laser_table, elevation, scan_order or official, got {line_source!r}"
-            )
+        check_choice("line_source", line_source, ("laser_table", "elevation", "scan_order", "official"))
         self.line_source, self.table = line_source, table
         self._window = _Window(crop, scale)
         self.frames = list(find_depth_frames(root, split, raw_root, cameras) if frames is None else frames)

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.batch import SplitBatch
 from lightning_eff.lidar.batches import NO_LINE, LidarKeys, check_lines
 
@@ -54,8 +55,7 @@ class LineDropout(Callback):
         seed: int = 0,
     ) -> None:
         _check(p, min_lines, max_lines, mode)
-        if seed < 0:
-            raise ValueError(f"expected seed >= 0, got {seed}")
+        check_whole("seed", seed, 0)
         self.p, self.min_lines, self.max_lines, self.mode = p, min_lines, max_lines, mode
         self.split_batch, self.seed = split_batch or LidarKeys(), seed
 
@@ -133,9 +133,10 @@ def drop_lines(
 
 
 def _check(p: float, min_lines: int, max_lines: int | None, mode: str) -> None:
-    if not 0 <= p <= 1:
-        raise ValueError(f"expected p to lie in [0, 1], got {p}")
-    if min_lines < 0 or (max_lines is not None and max_lines < min_lines):
-        raise ValueError(f"expected 0 <= min_lines <= max_lines, got {min_lines} and {max_lines}")
-    if mode not in ("uniform", "block"):
-        raise ValueError(f"expected mode 'uniform' or 'block', got {mode!r}")
+    check_number("p", p, least=0, most=1)
+    check_whole("min_lines", min_lines, 0)
+    if max_lines is not None:
+        check_whole("max_lines", max_lines, 0)
+        if max_lines < min_lines:
+            raise ValueError(f"max_lines must be at least min_lines, got {max_lines} and {min_lines}")
+    check_choice("mode", mode, ("uniform", "block"))

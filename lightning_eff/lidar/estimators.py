@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.lidar.official import OfficialLineRegression
 from lightning_eff.shapley import (
     ExactShapley,
@@ -94,13 +95,12 @@ class EstimationOptions:
         """Check choices and ranges."""
         if not isinstance(self.estimator, ShapleyEstimator) and self.estimator not in get_args(EstimatorName):
             raise ValueError(
-                f"estimator must be one of {get_args(EstimatorName)} or a ShapleyEstimator, got {self.estimator!r}"
+                f"estimator must be one of {', '.join(get_args(EstimatorName))}, or a ShapleyEstimator, got "
+                f"{self.estimator!r}"
             )
         resolve_budget(self.budget, 1, auto=1)
         for name, least in (("rounds", 1), ("seed", 0)):
-            given = getattr(self, name)
-            if type(given) is not int or given < least:
-                raise ValueError(f"{name} must be an int >= {least}, got {given!r}")
+            check_whole(name, getattr(self, name), least)
 
     def evaluations(self, n_frames: int, n_lines: int) -> int:
         """Evaluations a frame that the budget stands for."""

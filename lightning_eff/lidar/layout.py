@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from lightning_eff.arguments import check_choice
+
 DepthSplit = Literal["train", "val", "val_select", "test"]
 
 _SELECTION = {"val_select": "val_selection_cropped", "test": "test_depth_completion_anonymous"}
@@ -136,8 +138,7 @@ def find_depth_frames(
         ValueError: another split.
         FileNotFoundError: a folder or the partner of a file is missing, or no frame is there.
     """
-    if split not in get_args(DepthSplit):
-        raise ValueError(f"expected split to be one of {', '.join(get_args(DepthSplit))}, got {split!r}")
+    check_choice("split", split, get_args(DepthSplit))
     root, raw = Path(root), Path(root if raw_root is None else raw_root)
     frames = list(_selected(root, split, raw) if split in _SELECTION else _by_drive(root, split, raw))
     frames = [frame for frame in frames if frame.name.camera is None or frame.name.camera in cameras]

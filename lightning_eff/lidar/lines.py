@@ -18,6 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.lidar.batches import NO_LINE
 
 LineMethod = Literal["ring", "scan_order", "laser_table", "elevation", "official"]
@@ -159,8 +160,7 @@ def assign_lines(
     """
     if points.ndim != 2 or points.shape[1] < 3:
         raise ValueError(f"expected points [N, 3] or more columns, got {list(points.shape)}")
-    if not 1 <= num_lines <= NO_LINE:
-        raise ValueError(f"expected num_lines to lie in 1 to {NO_LINE}, got {num_lines}")
+    check_whole("num_lines", num_lines, 1, NO_LINE)
     finite = points[:, :3].isfinite().all(dim=1)
     points = points[finite]  # an angle of NaN is near to no laser, and hides where a line begins
     residuals = torch.full((len(points),), torch.nan)
@@ -175,7 +175,7 @@ def assign_lines(
     elif method == "official":
         lines = _by_official_bins(points, num_lines)
     else:
-        raise ValueError(f"expected method to be one of {', '.join(get_args(LineMethod))}, got {method!r}")
+        raise ValueError(f"method must be one of {', '.join(get_args(LineMethod))}, got {method!r}")
     every_line = torch.full((len(finite),), NO_LINE, dtype=torch.uint8)
     every_line[finite] = lines.to(torch.uint8)
     every_residual = torch.full((len(finite),), torch.nan)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_eff.arguments import check_number
+
 DEVKIT = ("rmse", "mae", "irmse", "imae")
 
 _WIDE = torch.float32 if torch.backends.mps.is_available() else torch.float64  # MPS has no float64
@@ -185,5 +187,5 @@ def _check(names: Sequence[str], min_depth: float, min_target: float) -> None:
     unknown = [name for name in names if name not in _ERRORS]
     if isinstance(names, str) or unknown or not names:
         raise ValueError(f"expected names out of {list(METRICS)}, got {names!r}")
-    if min_depth <= 0 or min_target < 0:
-        raise ValueError(f"expected min_depth > 0 and min_target >= 0, got {min_depth} and {min_target}")
+    check_number("min_depth", min_depth, above=0)
+    check_number("min_target", min_target, least=0)

@@ -51,7 +51,7 @@ def select_lines(
     """
     worth = _checked_values(values)
     if rule not in get_args(Rule):
-        raise ValueError(f"rule must be one of {get_args(Rule)}, got {rule!r}")
+        raise ValueError(f"rule must be one of {', '.join(get_args(Rule))}, got {rule!r}")
     k = _checked_count(k, len(worth))
     place = _places(len(worth), angles)
     if k in (0, len(worth)):
@@ -360,7 +360,7 @@ def _checked_values(values: Tensor) -> list[float]:
 
 def _checked_count(k: int, n: int) -> int:
     if not isinstance(k, int) or isinstance(k, bool) or k < 0:
-        raise ValueError(f"k must be an int >= 0, got {k!r}")
+        raise ValueError(f"k must be a whole number >= 0, got {k!r}")
     if k > n:
         warnings.warn(f"k = {k} lines are wanted, there are {n}: all of them are kept", LidarWarning, stacklevel=3)
     return min(k, n)

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast, get_args
 
 from torch import Tensor
 
+from lightning_eff.arguments import check_choice, check_whole
 from lightning_eff.lidar.completion.forwarding import Forward
 from lightning_eff.lidar.frames import Candidates, Unassigned
 from lightning_eff.lidar.game import CompletionOptions, Metric
@@ -52,8 +53,7 @@ class LineGameOptions:
     def __post_init__(self) -> None:
         """Check choices and ranges."""
         self.completion()
-        if not isinstance(self.min_pixels, int) or self.min_pixels < 1:
-            raise ValueError(f"min_pixels must be an int >= 1, got {self.min_pixels!r}")
+        check_whole("min_pixels", self.min_pixels)
 
     def completion(self, forward: Forward = "auto") -> CompletionOptions:
         """How the network is asked."""
@@ -93,16 +93,14 @@ class Spread:
             ("distance", ("index", "angle")),
             ("refine", ("none", "swap", "greedy")),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), choices)
         if isinstance(self.elevations, str) and self.elevations != "kitti":
             raise ValueError(f'elevations must be angles, "kitti" or None, got {self.elevations!r}')
         if self.distance == "angle" and self.elevations is None:
             raise ValueError('distance "angle" needs elevations, one angle a line of the sensor')
         if self.rule == "auto" and self.options:
             raise ValueError(f'rule "auto" tries out options of its own, got {self.options}')
-        if not isinstance(self.max_swaps, int) or self.max_swaps < 1:
-            raise ValueError(f"max_swaps must be an int >= 1, got {self.max_swaps!r}")
+        check_whole("max_swaps", self.max_swaps)
 
     @property
     def angles(self) -> list[float] | None:
@@ -129,10 +127,8 @@ class Dynamic:
 
     def __post_init__(self) -> None:
         """Check choice and range."""
-        if self.source not in get_args(Source):
-            raise ValueError(f"source must be one of {', '.join(get_args(Source))}, got {self.source!r}")
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be an int >= 1, got {self.steps!r}")
+        check_choice("source", self.source, get_args(Source))
+        check_whole("steps", self.steps)
 
 
 @dataclass(frozen=True)
@@ -150,8 +146,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check what the parts cannot check themselves."""
-        if not isinstance(self.num_lines, int) or not 1 <= self.num_lines <= 255:
-            raise ValueError(f"num_lines must be an int in 1..255, got {self.num_lines!r}")
+        check_whole("num_lines", self.num_lines, 1, 255)
         object.__setattr__(self, "k", check_sizes(self.k, self.num_lines))
         unknown = [name for name in self.baselines if name not in get_args(Baseline)]
         if unknown:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.lidar.batches import LidarSample
 from lightning_eff.lidar.lines import KITTI_HDL64E, LaserTable
 from lightning_eff.lidar.projection import Calibration, project_points, rasterize
@@ -226,16 +227,19 @@ class SyntheticLidarDataset(Dataset[LidarSample]):
         sequence_length: int = 1,
         step: float = 0.5,
     ) -> None:
-        least = {"length": (length, 1), "seed": (seed, 0), "num_boxes": (num_boxes, 0), "noise": (noise, 0)}
-        for name, (value, bound) in (least | {"sequence_length": (sequence_length, 1)}).items():
-            if value < bound:
-                raise ValueError(f"expected {name} >= {bound}, got {value}")
-        if part not in get_args(Part):
-            raise ValueError(f"expected part to be one of {', '.join(get_args(Part))}, got {part!r}")
+        for name, value, bound in (
+            ("length", length, 1),
+            ("seed", seed, 0),
+            ("num_boxes", num_boxes, 0),
+            ("sequence_length", sequence_length, 1),
+        ):
+            check_whole(name, value, bound)
+        check_number("noise", noise, least=0)
+        check_choice("part", part, get_args(Part))
         if scale < 1 or any(side % scale for side in IMAGE_SIZE):
             raise ValueError(f"expected scale to divide {IMAGE_SIZE[0]} and {IMAGE_SIZE[1]}, got {scale}")
-        if not 0 <= dropout < 1 or max_range <= 0:
-            raise ValueError(f"expected dropout in [0, 1) and max_range > 0, got {dropout} and {max_range}")
+        check_number("dropout", dropout, least=0, below=1)
+        check_number("max_range", max_range, above=0)
         self.length, self.part, self.scale, self.seed = length, part, scale, seed
         self.table, self.num_boxes = table, num_boxes
         self.noise, self.dropout, self.max_range = noise, dropout, max_range

@@ -194,17 +194,17 @@ def test_workers_hand_out_the_same_scenes(digits):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "mnist"}, "dataset to be 'digits' or 'fashion_mnist', got 'mnist'"),
-        ({"canvas": 12}, "smaller side of canvas to be an integer >= 16, got 12"),
-        ({"canvas": (96, 20), "picture_size": 24}, "smaller side of canvas to be an integer >= 24, got 20"),
-        ({"clutter": -1}, "clutter to be an integer >= 0, got -1"),
-        ({"clutter": 1, "picture_size": 4}, "picture_size to be an integer >= 8, got 4"),
-        ({"val_size": -1}, "val_size to be an integer >= 0, got -1"),
-        ({"dataset": "fashion_mnist", "val_size": 0}, "val_size to be an integer >= 1, got 0"),
-        ({"test_size": 0}, "test_size to be an integer >= 1, got 0"),
+        ({"dataset": "mnist"}, "dataset must be one of digits, fashion_mnist, got 'mnist'"),
+        ({"canvas": 12}, "smaller side of canvas must be a whole number >= 16, got 12"),
+        ({"canvas": (96, 20), "picture_size": 24}, "smaller side of canvas must be a whole number >= 24, got 20"),
+        ({"clutter": -1}, "clutter must be a whole number >= 0, got -1"),
+        ({"clutter": 1, "picture_size": 4}, "picture_size must be a whole number >= 8, got 4"),
+        ({"val_size": -1}, "val_size must be a whole number >= 0, got -1"),
+        ({"dataset": "fashion_mnist", "val_size": 0}, "val_size must be a whole number >= 1, got 0"),
+        ({"test_size": 0}, "test_size must be a whole number >= 1, got 0"),
         ({"train_size": 1200}, r"train_size \+ val_size \+ test_size <= 1,797, got 1200 \+ 200 \+ 500"),
         ({"dataset": "fashion_mnist", "test_size": 10_001}, "test_size <= 10,000, got at least 1 .* and 10001"),
-        ({"batch_size": 0}, "batch_size to be an integer >= 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused_at_once(options, message):

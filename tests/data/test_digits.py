@@ -85,9 +85,9 @@ def test_setup_and_shuffling_leave_the_global_generator_alone(digits):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "expected batch_size to be an integer >= 1, got 0"),
-        ({"num_workers": -1}, "expected num_workers to be an integer >= 0, got -1"),
-        ({"val_fraction": 1.0}, r"expected val_fraction to lie in \(0, 1\), got 1.0"),
+        ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0"),
+        ({"num_workers": -1}, "num_workers must be a whole number >= 0, got -1"),
+        ({"val_fraction": 1.0}, r"val_fraction must lie in \(0, 1\), got 1.0"),
         ({"val_fraction": 0.6, "test_fraction": 0.5}, "expected val_fraction .* < 1, got 0.6 .* 0.5"),
     ],
 )

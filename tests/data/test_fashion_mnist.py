@@ -144,11 +144,11 @@ def test_download_goes_to_the_cache_and_is_read_from_there(monkeypatch, tmp_path
     ("arguments", "message"),
     [
         ({"channels": 2}, "expected channels to be 1 or 3, got 2"),
-        ({"image_size": 0}, "expected image_size to be an integer >= 1, got 0"),
-        ({"val_size": 0}, "expected val_size to be an integer >= 1, got 0"),
+        ({"image_size": 0}, "image_size must be a whole number >= 1, got 0"),
+        ({"val_size": 0}, "val_size must be a whole number >= 1, got 0"),
         ({"val_size": 30_000, "train_size": 40_000}, r"expected val_size \+ train_size <= 60,000, got 30000 \+ 40000"),
         ({"test_size": 10_001}, "expected test_size <= 10,000, got 10001"),
-        ({"train_size": 1.5}, "expected train_size to be an integer >= 1, got 1.5"),
+        ({"train_size": 1.5}, "train_size must be a whole number >= 1, got 1.5"),
     ],
 )
 def test_arguments_out_of_range_are_refused_before_any_data_is_read(arguments, message):

@@ -208,11 +208,11 @@ def test_the_shortest_text_that_works_gives_one_window_of_validation(tmp_path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 0}, "seq_len to be an integer >= 1, got 0"),
-        ({"batch_size": 0}, "batch_size to be an integer >= 1"),
-        ({"val_fraction": 1.0}, r"val_fraction to lie in \(0, 1\), got 1.0"),
-        ({"val_fraction": 0}, r"val_fraction to lie in \(0, 1\), got 0"),
-        ({"seed": -1}, "seed to be an integer >= 0"),
+        ({"seq_len": 0}, "seq_len must be a whole number >= 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number >= 1"),
+        ({"val_fraction": 1.0}, r"val_fraction must lie in \(0, 1\), got 1.0"),
+        ({"val_fraction": 0}, r"val_fraction must lie in \(0, 1\), got 0"),
+        ({"seed": -1}, "seed must be a whole number >= 0"),
         ({"path": []}, "expected path to name a file, got an empty list"),
     ],
 )

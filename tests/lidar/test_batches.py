@@ -131,8 +131,8 @@ def test_flip_mirrors_every_image():
     ("make", "message"),
     [
         (lambda: BottomCrop(0, 5), "expected height and width of the crop >= 1, got 0 and 5"),
-        (lambda: Downscale(0), "expected factor >= 1, got 0"),
-        (lambda: RandomFlip(1.5), r"expected p to lie in \[0, 1\], got 1.5"),
+        (lambda: Downscale(0), "factor must be a whole number >= 1, got 0"),
+        (lambda: RandomFlip(1.5), r"p must lie in \[0, 1\], got 1.5"),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, message):

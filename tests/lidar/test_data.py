@@ -89,12 +89,12 @@ def test_augmentation_changes_training_frames_only(tree):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_calibration": 0}, "expected num_calibration to be an integer >= 1, got 0"),
-        ({"split": "all"}, "expected split to be one of object, train, val, val_select, test, got 'all'"),
+        ({"num_calibration": 0}, "num_calibration must be a whole number >= 1, got 0"),
+        ({"split": "all"}, "split must be one of object, train, val, val_select, test, got 'all'"),
         ({"split": "test"}, "expected a split with truth"),
         ({"num_calibration": None}, "num_calibration=None takes all frames of split: pass eval_split="),
         ({"crop": None, "batch_size": 2}, "expected batch_size 1 with crop=None"),
-        ({"batch_size": 0}, "expected batch_size to be an integer >= 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_at_once(arguments, message):

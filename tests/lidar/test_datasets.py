@@ -153,10 +153,10 @@ def test_images_of_different_size_are_refused_with_both_paths(small_tree):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"split": "all"}, ValueError, "expected split to be one of train, val, val_select, test, got 'all'"),
+        ({"split": "all"}, ValueError, "split must be one of train, val, val_select, test, got 'all'"),
         ({"split": "val"}, FileNotFoundError, "expected one of the folders .*data_depth_velodyne/val"),
         ({"cameras": (3,)}, FileNotFoundError, r"expected depth images of the cameras \[3\]"),
-        ({"line_source": "ring"}, ValueError, "expected line_source to be laser_table, .* got 'ring'"),
+        ({"line_source": "ring"}, ValueError, "line_source must be one of laser_table, .* got 'ring'"),
         ({"scale": 5}, ValueError, "expected scale to divide the crop of 352 x 1216, got 5"),
     ],
 )

@@ -214,11 +214,11 @@ def test_validation_sees_all_lines(tmp_path):
 
 
 def test_mistakes_are_told_before_training():
-    with pytest.raises(ValueError, match=r"expected p to lie in \[0, 1\], got 75"):
+    with pytest.raises(ValueError, match=r"p must lie in \[0, 1\], got 75"):
         LineDropout(p=75)
-    with pytest.raises(ValueError, match="expected 0 <= min_lines <= max_lines, got 8 and 4"):
+    with pytest.raises(ValueError, match="max_lines must be at least min_lines, got 4 and 8"):
         LineDropout(min_lines=8, max_lines=4)
-    with pytest.raises(ValueError, match="expected mode 'uniform' or 'block', got 'rows'"):
+    with pytest.raises(ValueError, match="mode must be one of uniform, block, got 'rows'"):
         LineDropout(mode="rows")
-    with pytest.raises(ValueError, match="expected seed >= 0, got -1"):
+    with pytest.raises(ValueError, match="seed must be a whole number >= 0, got -1"):
         LineDropout(seed=-1)

@@ -224,7 +224,7 @@ def test_an_empty_cloud_has_no_lines():
 def test_clouds_and_methods_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match=r"expected points \[N, 3\] or more columns, got \[5, 2\]"):
         assign_lines(torch.zeros(5, 2))
-    with pytest.raises(ValueError, match=r"expected method to be one of ring, scan_order, .* got 'rings'"):
+    with pytest.raises(ValueError, match=r"method must be one of ring, scan_order, .* got 'rings'"):
         assign_lines(torch.zeros(5, 3), "rings")
-    with pytest.raises(ValueError, match="expected num_lines to lie in 1 to 255, got 256"):
+    with pytest.raises(ValueError, match="num_lines must be a whole number from 1 to 255, got 256"):
         assign_lines(torch.zeros(5, 3), "scan_order", num_lines=256)

@@ -153,7 +153,7 @@ def test_mistakes_are_told_before_work():
         DepthCompletionMetrics(["rsme"])
     with pytest.raises(ValueError, match="expected reduction 'mean' or 'pooled', got 'sum'"):
         DepthCompletionMetrics(reduction="sum")
-    with pytest.raises(ValueError, match="expected min_depth > 0"):
+    with pytest.raises(ValueError, match="min_depth must be > 0"):
         DepthCompletionMetrics(min_depth=0)
     with pytest.raises(ValueError, match=r"of one shape, got \[1, 1, 4, 4\] and \[1, 1, 4, 5\]"):
         depth_errors(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 5))

@@ -135,7 +135,7 @@ def test_more_lines_than_there_are_means_all_of_them_and_says_so() -> None:
 
 @pytest.mark.parametrize("k", [-1, 1.0, True, "3"])
 def test_a_count_that_is_none_is_refused(k: object) -> None:
-    with pytest.raises(ValueError, match="k must be an int >= 0"):
+    with pytest.raises(ValueError, match="k must be a whole number >= 0"):
         select_lines(VALUES, k)
 
 

@@ -166,12 +166,14 @@ def test_sequences_show_one_scene_from_places_apart():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"length": 0}, "expected length >= 1, got 0"),
-        ({"part": "dev"}, "expected part to be one of train, val, test, got 'dev'"),
+        ({"length": 0}, "length must be a whole number >= 1, got 0"),
+        ({"length": 2.5}, "length must be a whole number >= 1, got 2.5"),
+        ({"noise": float("nan")}, "noise must be >= 0, got nan"),
+        ({"part": "dev"}, "part must be one of train, val, test, got 'dev'"),
         ({"scale": 3}, "expected scale to divide 352 and 1216, got 3"),
-        ({"dropout": 1.0}, r"expected dropout in \[0, 1\)"),
-        ({"noise": -0.1}, "expected noise >= 0, got -0.1"),
-        ({"sequence_length": 0}, "expected sequence_length >= 1, got 0"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
+        ({"noise": -0.1}, "noise must be >= 0, got -0.1"),
+        ({"sequence_length": 0}, "sequence_length must be a whole number >= 1, got 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):

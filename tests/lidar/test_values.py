@@ -492,8 +492,8 @@ def test_a_budget_may_be_a_multiple_of_the_candidates() -> None:
         ({"budget": 0}, "budget must be an int >= 1"),
         ({"budget": 10.0}, "budget must be an int >= 1"),
         ({"budget": "many"}, 'a multiple of the players such as "20n" or "auto", got \'many\''),
-        ({"rounds": 0}, "rounds must be an int >= 1"),
-        ({"seed": -1}, "seed must be an int >= 0"),
+        ({"rounds": 0}, "rounds must be a whole number >= 1"),
+        ({"seed": -1}, "seed must be a whole number >= 0"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, object], message: str) -> None:

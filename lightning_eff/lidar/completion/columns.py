@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_number, check_whole
+
 
 class ColumnInterpolation(nn.Module):
     """Complete depth by linear interpolation of inverse depth, without parameters, differentiable in the depth given.
@@ -28,8 +30,8 @@ class ColumnInterpolation(nn.Module):
 
     def __init__(self, max_gap: int = 8, empty_depth: float = 15.0) -> None:
         super().__init__()
-        if max_gap < 1 or not empty_depth > 0:
-            raise ValueError(f"expected max_gap >= 1 and empty_depth > 0, got {max_gap} and {empty_depth}")
+        check_whole("max_gap", max_gap)
+        check_number("empty_depth", empty_depth, above=0)
         self.max_gap, self.empty_depth = max_gap, empty_depth
 
     def forward(self, rgb: Tensor | None, sparse: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_eff.arguments import check_number
+
 
 class PullPushCompletion(nn.Module):
     """Complete depth by pull and push, without parameters, differentiable in the depth given.
@@ -28,8 +30,7 @@ class PullPushCompletion(nn.Module):
 
     def __init__(self, empty_depth: float = 15.0) -> None:
         super().__init__()
-        if not empty_depth > 0:
-            raise ValueError(f"expected empty_depth > 0, got {empty_depth}")
+        check_number("empty_depth", empty_depth, above=0)
         self.empty_depth = empty_depth
 
     def forward(self, rgb: Tensor | None, sparse: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_eff.arguments import check_choice, check_number
+
 _EMPTY = 0.1  # inverted depths below, and depths below, are none; metres
 _SORT5 = ((0, 1), (3, 4), (2, 4), (2, 3), (1, 4), (0, 3), (0, 2), (1, 3), (1, 2))  # pairs of a sorting network
 
@@ -43,10 +45,9 @@ class IPBasicCompletion(nn.Module):
         empty_depth: float = 15.0,
     ) -> None:
         super().__init__()
-        if blur not in ("gaussian", "bilateral"):
-            raise ValueError(f"expected blur 'gaussian' or 'bilateral', got {blur!r}")
-        if max_depth <= _EMPTY or not empty_depth > 0:
-            raise ValueError(f"expected max_depth > {_EMPTY} and empty_depth > 0, got {max_depth} and {empty_depth}")
+        check_choice("blur", blur, ("gaussian", "bilateral"))
+        check_number("max_depth", max_depth, above=_EMPTY)
+        check_number("empty_depth", empty_depth, above=0)
         self.blur, self.extrapolate = blur, extrapolate
         self.max_depth, self.empty_depth = max_depth, empty_depth
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.lidar.completion.hole_filling import pull_push
 
 
@@ -35,10 +36,8 @@ class LightDepthCompletionNet(nn.Module):
         super().__init__()
         if width < 4 or width % 4:
             raise ValueError(f"expected width to be a multiple of 4, got {width}")
-        if image_channels < 1 or not empty_depth > 0:
-            raise ValueError(
-                f"expected image_channels >= 1 and empty_depth > 0, got {image_channels} and {empty_depth}"
-            )
+        check_whole("image_channels", image_channels)
+        check_number("empty_depth", empty_depth, above=0)
         self.empty_depth = empty_depth
         widths = [width, 2 * width, 4 * width, 4 * width]
         self.image_encoder = _encoder(image_channels, widths)

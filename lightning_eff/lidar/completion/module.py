@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.batch import SplitBatch
 from lightning_eff.lidar.batches import LidarKeys
 from lightning_eff.lidar.completion.forwarding import DepthForward, Forward
@@ -70,14 +71,12 @@ class DepthCompletionModule(LightningModule):
         super().__init__()
         if not isinstance(loss, nn.Module) and loss not in _LOSSES:
             raise ValueError(f"expected loss {' or '.join(map(repr, _LOSSES))} or a module, got {loss!r}")
-        if lr <= 0 or weight_decay < 0 or not 0 <= momentum < 1:
-            raise ValueError(
-                f"expected lr > 0, weight_decay >= 0 and momentum in [0, 1), got {lr}, {weight_decay} and {momentum}"
-            )
-        if optimizer not in ("adam", "adamw", "sgd"):
-            raise ValueError(f"expected optimizer 'adam', 'adamw' or 'sgd', got {optimizer!r}")
-        if decay_every is not None and decay_every < 1:
-            raise ValueError(f"expected decay_every >= 1 epoch, got {decay_every}")
+        check_number("lr", lr, above=0)
+        check_number("weight_decay", weight_decay, least=0)
+        check_number("momentum", momentum, least=0, below=1)
+        check_choice("optimizer", optimizer, ("adam", "adamw", "sgd"))
+        if decay_every is not None:
+            check_whole("decay_every", decay_every)
         DepthForward(net, forward)  # tells now what cannot be called
         objects = {"loss": loss, "forward": forward, "split_batch": split_batch}
         unwritten = [name for name, value in objects.items() if not isinstance(value, str | None)]

@@ -96,5 +96,5 @@ def test_gradients_are_right():
 
 
 def test_mistakes_are_told():
-    with pytest.raises(ValueError, match="expected max_gap >= 1 and empty_depth > 0, got 0 and 15"):
+    with pytest.raises(ValueError, match="max_gap must be a whole number >= 1, got 0"):
         ColumnInterpolation(max_gap=0)

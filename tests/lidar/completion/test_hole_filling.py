@@ -74,5 +74,5 @@ def test_half_precision_and_channels_last_are_taken():
 
 
 def test_empty_depth_must_be_positive():
-    with pytest.raises(ValueError, match="expected empty_depth > 0, got 0"):
+    with pytest.raises(ValueError, match="empty_depth must be > 0, got 0"):
         PullPushCompletion(0)

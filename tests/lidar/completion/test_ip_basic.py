@@ -105,9 +105,9 @@ def test_depth_beyond_the_greatest_is_none():
 
 
 def test_mistakes_are_told():
-    with pytest.raises(ValueError, match="expected blur 'gaussian' or 'bilateral', got 'median'"):
+    with pytest.raises(ValueError, match="blur must be one of gaussian, bilateral, got 'median'"):
         IPBasicCompletion("median")
-    with pytest.raises(ValueError, match=r"expected max_depth > 0\.1"):
+    with pytest.raises(ValueError, match=r"max_depth must be > 0\.1"):
         IPBasicCompletion(max_depth=0)
     with pytest.raises(ValueError, match=r"at least 3 x 3 pixels, got \[1, 1, 2, 9\]"):
         IPBasicCompletion()(None, torch.zeros(1, 1, 2, 9))

@@ -79,5 +79,5 @@ def test_it_learns_what_pull_push_cannot_know():
 def test_mistakes_are_told():
     with pytest.raises(ValueError, match="expected width to be a multiple of 4, got 6"):
         LightDepthCompletionNet(6)
-    with pytest.raises(ValueError, match="expected image_channels >= 1 and empty_depth > 0, got 0"):
+    with pytest.raises(ValueError, match="image_channels must be a whole number >= 1, got 0"):
         LightDepthCompletionNet(image_channels=0)
