@@ -2,7 +2,7 @@
 
 A batch is ``(inputs, target)``, a tuple or a list. Every technique that must know what is input and what is target
 takes ``split_batch``, a callable ``batch -> (inputs, target)``, and hands ``inputs`` to the model by
-:func:`call_model`.
+:func:`call_model`. Every technique that must know a loss takes ``loss_fn``, a :data:`LossFunction`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 SplitBatch = Callable[[Any], tuple[Any, Any]]
+"""``batch -> (inputs, target)``."""
+
+# Any, not nn.Module and Tensor: jsonargparse would look for classes derived from them
+LossFunction = Callable[[Any, Any], Any]
+"""``(model, batch) -> loss``: a scalar tensor, the mean over the samples of the batch."""
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:

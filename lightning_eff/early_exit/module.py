@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self, cast
 
 import torch
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ from lightning_eff.early_exit.training.in_trainer import check_trainer, first_ba
 from lightning_eff.early_exit.training.losses import ExitLosses, loss_weights
 from lightning_eff.early_exit.training.metrics import ExitMetrics, only_with_heads, output_names
 from lightning_eff.early_exit.training.phased_module import PhasedModule
-from lightning_eff.early_exit.training.phases import OptimizerCallable, Phase, phases_from
+from lightning_eff.early_exit.training.phases import Phase, phases_from
 from lightning_eff.early_exit.training.schedules import Schedule
 from lightning_eff.surgery.structure import prunable
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from lightning_eff.glimpse.crop import take_glimpse
 from lightning_eff.glimpse.geometry import views_of
 from lightning_eff.glimpse.in_trainer import check_trainer, progress, share_buffers, tell_of_missed_checkpoints
 from lightning_eff.glimpse.observation import Observation
-from lightning_eff.glimpse.scheduling.options import OptimizerCallable, options_from
+from lightning_eff.glimpse.scheduling.options import options_from
 from lightning_eff.glimpse.scheduling.phases import (
     Counts,
     Phase,

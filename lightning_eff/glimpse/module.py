@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from lightning_eff.glimpse.episodic_module import EpisodicModule
 from lightning_eff.glimpse.exploration import Predictions, Trajectory, explore, needs_scores
 from lightning_eff.glimpse.metrics import PolicyMetrics
 from lightning_eff.glimpse.policies import Policy, PolicyLike, make_policy
-from lightning_eff.glimpse.scheduling.options import OptimizerCallable, paper_optimizer, plain_arguments
+from lightning_eff.glimpse.scheduling.options import paper_optimizer, plain_arguments
 from lightning_eff.glimpse.tasks.base import Task
 
 

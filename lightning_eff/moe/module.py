@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
 from lightning_eff.batch import SplitBatch, call_model
 from lightning_eff.batch import split_batch as split_pair
@@ -23,8 +24,6 @@ from lightning_eff.moe.decoder import DecoderConfig
 from lightning_eff.moe.distributed import Experts, shard_model
 from lightning_eff.moe.model import DecoderLM
 from lightning_eff.moe.window import LossWindow
-
-OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
 #: Targets that count in no loss, as torch's cross-entropy has it.
 IGNORED_TARGET = -100

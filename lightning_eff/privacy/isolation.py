@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from lightning_eff.batch import LossFunction
 from lightning_eff.privacy.batches import number_of_examples, some_examples
 from lightning_eff.privacy.engine import PerSampleEngine
 from lightning_eff.reporting import Column, Report, Table
@@ -137,7 +138,7 @@ class IsolationReport(Report):
 
 def check_sample_isolation(
     module: nn.Module,
-    loss_fn: Callable[[nn.Module, Any], Tensor],
+    loss_fn: LossFunction,
     batch: Any,
     tol: float | None = None,
 ) -> IsolationReport:
@@ -150,7 +151,7 @@ def check_sample_isolation(
 
     Args:
         module: the module; trainable are the parameters with ``requires_grad``.
-        loss_fn: takes module and batch, returns the loss: scalar, the mean over the examples.
+        loss_fn: ``(model, batch) -> loss``, the mean over the batch.
         batch: at least two examples, of several classes if there are classes; each runs once by itself.
         tol: relative difference that counts as rounding; None is 1e-4, or 0.05 in half precision and under autocast.
 
@@ -175,7 +176,7 @@ def check_sample_isolation(
 class _Comparison:
     """Runs a step on a batch, on single examples, and on the batch with other examples in it."""
 
-    def __init__(self, module: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, n: int) -> None:
+    def __init__(self, module: nn.Module, loss_fn: LossFunction, batch: Any, n: int) -> None:
         self.engine = PerSampleEngine(module, tune=False)
         self._module, self._loss_fn, self._batch, self._n = module, loss_fn, batch, n
         self._without_dropout = _NoDropout()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from typing import Any
@@ -15,10 +15,9 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
+from lightning_eff.batch import LossFunction
 from lightning_eff.surgery.state import quiet_model, untouched_generators
 
-# (module, batch) -> scalar. Any, not Tensor: jsonargparse would look for classes derived from Tensor.
-LossFunction = Callable[[Any, Any], Any]
 # A data module stands for its training loader.
 PublicSource = LightningDataModule | Dataset[Any] | DataLoader[Any] | Sequence[Any]
 
@@ -142,7 +141,8 @@ def mean_gradients(
         module: the network or LightningModule.
         batches: of public data.
         parameters: by name, whose gradients are wanted.
-        loss_fn: ``(module, batch) -> loss``; None asks ``training_step`` of a copy of the module.
+        loss_fn: ``(model, batch) -> loss``, the mean over the batch; None asks ``training_step`` of a copy of the
+            module.
         most: batches at most; None takes all.
         seed: of the loader's order. The global generators are given back as they were.
 
@@ -154,7 +154,7 @@ def mean_gradients(
     """
     if loss_fn is None and not isinstance(module, LightningModule):
         raise ValueError(
-            f"{type(module).__name__} has no training_step: pass loss_fn, a function (module, batch) -> loss"
+            f"{type(module).__name__} has no training_step: pass loss_fn, a function (model, batch) -> loss"
         )
     device = next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -195,7 +195,7 @@ def _loss(module: nn.Module, model: nn.Module, ask: LossFunction, batch: Any, de
     if not isinstance(loss, Tensor) or loss.ndim:
         raise ValueError(
             f"expected the loss of a public batch as a scalar tensor, got {type(loss).__name__}: pass loss_fn, a "
-            "function (module, batch) -> loss"
+            "function (model, batch) -> loss"
         )
     return loss
 
@@ -212,7 +212,7 @@ def _training_step(model: Any) -> LossFunction:
     if not model.automatic_optimization:
         raise ValueError(
             f"{type(model).__name__} optimizes by hand, so its training_step does not say what the loss is: pass "
-            "loss_fn, a function (module, batch) -> loss"
+            "loss_fn, a function (model, batch) -> loss"
         )
     numbered = is_param_in_hook_signature(model.training_step, "batch_idx", min_args=2)
 

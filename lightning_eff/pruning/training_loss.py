@@ -12,9 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-# (model, batch) -> scalar. Any, not Tensor: jsonargparse would look for classes derived from Tensor.
-LossFunction = Callable[[Any, Any], Any]
-
 
 def check_training_step(pl_module: LightningModule) -> None:
     """Raise ValueError where the training step does not say what the loss of a batch is."""

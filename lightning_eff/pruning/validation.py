@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_eff.batch import batch_size
+from lightning_eff.batch import LossFunction, batch_size
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.memory import digest
 
@@ -94,7 +94,7 @@ class LossScore:
         known_as: tells the loss from another one.
     """
 
-    def __init__(self, loss_fn: Callable[[Any, Any], Any], batches: Sequence[Any], known_as: Any = None) -> None:
+    def __init__(self, loss_fn: LossFunction, batches: Sequence[Any], known_as: Any = None) -> None:
         self._loss_fn = loss_fn
         self._batches = batches
         self._name = f"LossScore({digest(known_as, batches)})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
@@ -11,10 +11,11 @@ import numpy as np
 from torch import nn
 
 from lightning_eff.accounting import Adjacency
+from lightning_eff.arguments import check_choice, check_number, check_whole
+from lightning_eff.synthesis.features.objective import Estimator
 
 InputRange = Literal["auto", "unit", "signed", "any"]
 Weighting = Literal["conditional", "proportional", "joint"]
-Estimator = Literal["u", "v"]
 Schedule = Literal["cosine", "step", "constant"]
 
 

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_eff.early_exit.network import MultiExitNetwork
 from lightning_eff.early_exit.training.in_trainer import steps_per_epoch
-from lightning_eff.early_exit.training.phases import OptimizerCallable, Phase, PhaseClock, timetable
+from lightning_eff.early_exit.training.phases import Phase, PhaseClock, timetable
 from lightning_eff.early_exit.training.schedules import Schedule, build_schedule, check_schedule
 from lightning_eff.surgery.in_trainer import rewrap
 

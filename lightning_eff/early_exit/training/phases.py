@@ -6,16 +6,15 @@ a backbone that stands still (``"heads"``), with an optimizer and a schedule of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from torch.optim import Optimizer
+from lightning.pytorch.cli import OptimizerCallable
 
 from lightning_eff.early_exit.training.losses import Weights
 from lightning_eff.early_exit.training.schedules import Schedule
 
-OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 Unit = Literal["epoch", "step"]
 
 REGIMES = {"mixed": ("backbone", "all"), "joint": ("all",), "disjoint": ("backbone", "heads")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
@@ -10,7 +10,6 @@ from torch.optim import AdamW, Optimizer
 
 from lightning_eff.glimpse.config import AgentConfig, ReplayOptions
 
-OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 Options = TypeVar("Options")
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, default_collate
 
 from lightning_eff.arguments import check_choice, check_number, check_whole
-from lightning_eff.batch import SplitBatch, split_batch
+from lightning_eff.batch import LossFunction, SplitBatch
+from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.privacy.prepruning.masks import (
     Masks,
     PruningUnit,
@@ -25,7 +26,7 @@ from lightning_eff.privacy.prepruning.masks import (
     pruning_targets,
 )
 from lightning_eff.privacy.prepruning.scores import SynFlow, magnitude_scores, snip_scores
-from lightning_eff.privacy.public_data import LossFunction, PublicSource, check_not_private, public_loader
+from lightning_eff.privacy.public_data import PublicSource, check_not_private, public_loader
 from lightning_eff.privacy.selection.granularity import Scope
 from lightning_eff.privacy.selection.plan import check_masks
 from lightning_eff.privacy.selection.selected import Selection, pack_bits, unpack_bits
@@ -60,7 +61,8 @@ class DPPrePruneCallback(Callback):
         seed: of random choices.
         public_batches: how many public batches ``snip`` averages over, >= 1.
         rounds: of ``synflow``, >= 1.
-        loss_fn: for ``snip``: ``(module, batch) -> loss``; None asks the training step of a copy of the module.
+        loss_fn: for ``snip``: ``(model, batch) -> loss``, the mean over the batch; None asks the training step of a
+            copy of the module.
         split_batch: ``batch -> (inputs, target)``, for batches of another form; ``synflow`` without ``input_shape``
             reads one.
 
@@ -252,7 +254,7 @@ class DPPrePruneCallback(Callback):
             )
         collate = getattr(loader, "collate_fn", None) or default_collate
         batch = trainer.strategy.batch_to_device(collate([dataset[0]]), pl_module.device)
-        return (self.split_batch or split_batch)(batch)[0]
+        return (self.split_batch or split_pair)(batch)[0]
 
     def _same_everywhere(self, trainer: Trainer, masks: Masks) -> Masks:
         """The first process's masks: public loaders and sums on accelerators may differ between processes."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_eff.batch import call_model
-from lightning_eff.privacy.public_data import LossFunction, mean_gradients
+from lightning_eff.batch import LossFunction, call_model
+from lightning_eff.privacy.public_data import mean_gradients
 from lightning_eff.surgery.state import parameters_require_grad, quiet_model
 
 Scores = dict[str, Tensor]

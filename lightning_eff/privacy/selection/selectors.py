@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eff.arguments import check_choice, check_whole
+from lightning_eff.batch import LossFunction
 from lightning_eff.privacy.public_data import (
-    LossFunction,
     PublicSource,
     check_not_private,
     mean_gradients,
@@ -121,7 +121,8 @@ class PublicGradientSelector(Selector):
             of it may be private.
         rule: ``"gradient"`` is |g|, ``"taylor"`` is |theta g|, the first-order change of the loss without it.
         batches: how many batches the gradient is averaged over, >= 1.
-        loss_fn: ``(module, batch) -> loss``; None asks the training step of a copy of the module.
+        loss_fn: ``(model, batch) -> loss``, the mean over the batch; None asks the training step of a copy of the
+            module.
 
     Raises:
         ValueError: an argument lies outside its range.

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from lightning_eff.batch import SplitBatch
-from lightning_eff.pruning.criteria.registry import LossFunction, Needs, check_needs, register_criterion
+from lightning_eff.batch import LossFunction, SplitBatch
+from lightning_eff.pruning.criteria.registry import Needs, check_needs, register_criterion
 from lightning_eff.pruning.dirichlet.options import DirichletOptions
 from lightning_eff.pruning.dirichlet.scoring import dirichlet_scores
 from lightning_eff.pruning.samples import Samples

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.batch import SplitBatch
+from lightning_eff.batch import LossFunction, SplitBatch
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.surgery import ChannelGraph
 
 # (model, graph, batches, loss_fn) -> {group: scores [C], higher = keep}. Any: jsonargparse would look for classes.
 Criterion = Callable[[Any, Any, Any, Any], Any]
-LossFunction = Callable[[Any, Any], Any]  # (model, batch) -> scalar
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -94,7 +93,7 @@ def check_needs(criterion: str | Criterion, batches: Sequence[Any], loss_fn: Los
     if data and not len(batches):
         missing.append("calibration data: pass batches, a list of batches on the model's device")
     if loss and loss_fn is None:
-        missing.append("a loss: pass loss_fn, a function (model, batch) -> scalar")
+        missing.append("a loss: pass loss_fn, a function (model, batch) -> loss")
     if missing:
         raise ValueError(f"criterion {describe(criterion)} needs {'; and '.join(missing)}")
 
@@ -128,7 +127,7 @@ def importance(
         criterion: a name in :data:`CRITERIA`, an object such as ``Taylor(granularity="batch")``, or any callable
             ``(model, graph, batches, loss_fn) -> {group or producer: scores [C]}``.
         batches: calibration batches on the model's device, where the criterion needs data.
-        loss_fn: ``(model, batch) -> scalar``, the mean over the batch, where the criterion needs a loss.
+        loss_fn: ``(model, batch) -> loss``, the mean over the batch, where the criterion needs a loss.
         split_batch: ``batch -> (inputs, target)``, for batches of another form.
         seed: of everything random.
 

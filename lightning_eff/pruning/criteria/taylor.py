@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.batch import batch_size
+from lightning_eff.batch import LossFunction, batch_size
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.criteria.derivatives import derivatives, gates_for_derivatives
-from lightning_eff.pruning.criteria.registry import LossFunction, Needs, check_needs, register_criterion
+from lightning_eff.pruning.criteria.registry import Needs, check_needs, register_criterion
 from lightning_eff.pruning.settings import check_choices
 from lightning_eff.surgery import ChannelGraph
 
@@ -44,7 +44,7 @@ class Taylor:
             model: the network, left as it was.
             graph: its channel graph.
             batches: trees of tensors whose first dimension is the batch.
-            loss_fn: ``(model, batch) -> scalar``, the mean over the samples of the batch.
+            loss_fn: ``(model, batch) -> loss``, the mean over the batch.
 
         Raises:
             ValueError: there is no batch or no loss, the loss is no scalar or does not depend on the channels, or a

@@ -16,7 +16,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_eff.batch import call_model, take
+from lightning_eff.batch import LossFunction, SplitBatch, call_model, take
+from lightning_eff.documents import write_text
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.callback import StructuredPruningCallback
 from lightning_eff.pruning.dirichlet.data import Data, Likelihood
@@ -31,7 +32,7 @@ from lightning_eff.pruning.report import Scores
 from lightning_eff.pruning.scoring import Scoring
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule
 from lightning_eff.pruning.trainer_data import silent_loggers
-from lightning_eff.pruning.training_loss import LossFunction, check_training_step, scoring_autocast, training_loss
+from lightning_eff.pruning.training_loss import check_training_step, scoring_autocast, training_loss
 from lightning_eff.pruning.values import Value
 from lightning_eff.reporting import Table, progress, save_figure
 from lightning_eff.surgery.state import untouched_generators

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from lightning_eff.batch import LossFunction
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.dirichlet.data import Data, Likelihood, size_of
 from lightning_eff.pruning.dirichlet.gradients import SwitchGradients
@@ -38,7 +39,7 @@ def dirichlet_scores(
     model: nn.Module,
     graph: ChannelGraph,
     dataloader: Iterable[Any],
-    loss_fn: Callable[[nn.Module, Any], Tensor],
+    loss_fn: LossFunction,
     *,
     options: DirichletOptions = DirichletOptions(),  # noqa: B008 (frozen)
     device: torch.device | str | None = None,
@@ -51,7 +52,7 @@ def dirichlet_scores(
         model: a trained network. Nothing about it changes, nor do the global random generators.
         graph: its channel graph.
         dataloader: batches, trees of tensors whose first dimension is the batch; run through ``options.epochs`` times.
-        loss_fn: ``(model, batch) -> scalar``: negative log-likelihood, mean over the batch.
+        loss_fn: ``(model, batch) -> loss``: negative log-likelihood, mean over the batch.
         options: how switches are trained.
         device: where batches are moved to; None for where the model is.
         seed: of the draws and of shuffling.

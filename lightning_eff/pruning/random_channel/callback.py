@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_eff.arguments import check_number, check_whole
-from lightning_eff.batch import SplitBatch
+from lightning_eff.batch import LossFunction, SplitBatch
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.callback import StructuredPruningCallback
 from lightning_eff.pruning.criteria import Criterion, importance, needs
@@ -30,7 +30,7 @@ from lightning_eff.pruning.repair import Repair
 from lightning_eff.pruning.report import Scores
 from lightning_eff.pruning.settings import Allocation, Calibration, Layers, Schedule, check_choices, is_count_or_share
 from lightning_eff.pruning.trainer_data import NO_VALIDATION, TrainerData, silent_loggers
-from lightning_eff.pruning.training_loss import LossFunction, check_training_step, scoring_autocast, training_loss
+from lightning_eff.pruning.training_loss import check_training_step, scoring_autocast, training_loss
 from lightning_eff.pruning.validation import LossScore, ValidationScore
 from lightning_eff.pruning.values import Value
 from lightning_eff.surgery import ChannelGraph
@@ -98,7 +98,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         layers: which layers may be pruned.
         calibration: data for the criterion and for the repair; the training loader by default.
         split_batch: ``batch -> (inputs, target)``, for batches of another form, e.g. ``BatchKeys("image", "label")``.
-        loss_fn: ``(model, batch) -> loss`` where ``training_step`` cannot serve.
+        loss_fn: ``(model, batch) -> loss``, the mean over the batch, where ``training_step`` cannot serve.
         value: what the network is worth on a sample, for the report; None takes ``search.monitor``, and the accuracy
             where there is none.
         repair: how the remaining weights are corrected, of candidates and of what is kept.

@@ -21,7 +21,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from lightning_eff.arguments import check_choice
-from lightning_eff.batch import SplitBatch
+from lightning_eff.batch import LossFunction, SplitBatch
 from lightning_eff.pruning.criteria import Criterion, Random, check_needs, importance, resolve_criterion
 from lightning_eff.pruning.random_channel.bench import Bench, ScoreFunction, judged, take_moments
 from lightning_eff.pruning.random_channel.candidates import Mode
@@ -257,7 +257,7 @@ def compare_criteria(
     batches: Sequence[Any],
     score_fn: ScoreFunction,
     mode: Mode = "max",
-    loss_fn: Callable[[Any, Any], Any] | None = None,
+    loss_fn: LossFunction | None = None,
     repair: Repair = Repair("gram"),  # noqa: B008 (frozen)
     fine_tune: Callable[[nn.Module], float] | None = None,
     split_batch: SplitBatch | None = None,
@@ -277,7 +277,7 @@ def compare_criteria(
         batches: calibration batches on the model's device.
         score_fn: ``model -> score``; called in evaluation mode without gradients.
         mode: whether the ``"max"`` or the ``"min"`` score is best.
-        loss_fn: ``(model, batch) -> scalar`` for criteria that need a loss.
+        loss_fn: ``(model, batch) -> loss``, the mean over the batch, for criteria that need a loss.
         repair: how weights are corrected; every field means what it says, BatchNorm statistics included.
         fine_tune: trains the smaller network that it is given, a copy, and returns its score; called once for each
             criterion and configuration, always with the same state of the global random generators.

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_eff.arguments import check_choice, check_whole
-from lightning_eff.batch import SplitBatch
+from lightning_eff.batch import LossFunction, SplitBatch
 from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.pruning.criteria import Criterion, check_needs, importance
 from lightning_eff.pruning.memory import fingerprint
@@ -89,7 +89,7 @@ def random_search(
     n: int = 100,
     configs: Tensor | None = None,
     criterion: str | Criterion = "l1",
-    loss_fn: Callable[[Any, Any], Any] | None = None,
+    loss_fn: LossFunction | None = None,
     repair: Repair = Repair(),  # noqa: B008 (frozen)
     recalibrate: Recalibrate = "auto",
     top_k: int = 5,
@@ -118,7 +118,7 @@ def random_search(
         n: candidates, >= 1.
         configs: channel counts ``[n, G]`` of :func:`sample_configs` instead of ``amount``.
         criterion: which channels of a layer stay; a name or a callable, see :func:`importance`.
-        loss_fn: ``(model, batch) -> scalar`` for criteria that need a loss.
+        loss_fn: ``(model, batch) -> loss``, the mean over the batch, for criteria that need a loss.
         repair: how weights are corrected.
         recalibrate: new BatchNorm statistics for candidates that are being ranked: ``"auto"`` where weights are not
             corrected; finalists get them in any case, as ``repair`` says.
