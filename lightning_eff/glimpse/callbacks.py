@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.batch import take
 from lightning_eff.glimpse.evaluation import PolicyCurve
 from lightning_eff.glimpse.exploration import Trajectory
@@ -57,10 +58,10 @@ class GlimpseReport(Callback):
         explored: int = 500,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        if every_n_epochs is not None and every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be >= 1 or None, got {every_n_epochs}")
-        if shown < 1 or explored < shown:
-            raise ValueError(f"expected 1 <= shown <= explored, got {shown} and {explored}")
+        if every_n_epochs is not None:
+            check_whole("every_n_epochs", every_n_epochs)
+        check_whole("shown", shown)
+        check_whole("explored", explored, shown)
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.every_n_epochs, self.shown, self.explored = every_n_epochs, shown, explored
         self.class_names = None if class_names is None else list(class_names)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
+
+from lightning_eff.arguments import check_choice, check_number, check_whole
 
 StatePart = Literal["patch", "box", "importance", "latent"]
 RewardKind = Literal["difference", "score", "score_normalized"]
@@ -56,12 +57,11 @@ class GlimpseConfig:
         if len(sides) not in (1, 2):
             raise ValueError(f"image_size must be a side or (height, width), got {self.image_size!r}")
         for side in sides:
-            _check_whole("image_size", side)
+            check_whole("image_size", side)
         for name in ("num_glimpses", "patch_size", "grid"):
-            _check_whole(name, getattr(self, name))
-        _check_choice("first_glimpse", self.first_glimpse, ("policy", "full"))
-        if not 0 < self.max_scale <= 1:
-            raise ValueError(f"max_scale must lie in (0, 1], got {self.max_scale}")
+            check_whole(name, getattr(self, name))
+        check_choice("first_glimpse", self.first_glimpse, ("policy", "full"))
+        check_number("max_scale", self.max_scale, above=0, most=1)
         for name in ("fixed_scale", "stop_threshold"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -127,7 +127,7 @@ class ViTSize:
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads"):
-            _check_whole(name, getattr(self, name))
+            check_whole(name, getattr(self, name))
         if self.dim % 8 or self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of 8 and of heads = {self.heads}, got {self.dim}")
 
@@ -160,9 +160,9 @@ class ReplayOptions:
 
     def __post_init__(self) -> None:
         for name in ("buffer_size", "batch_size", "updates_per_step"):
-            _check_whole(name, getattr(self, name))
-        _check_whole("random_steps", self.random_steps, least=0)
-        _check_choice("latent_dtype", self.latent_dtype, ("float32", "float16"))
+            check_whole(name, getattr(self, name))
+        check_whole("random_steps", self.random_steps, least=0)
+        check_choice("latent_dtype", self.latent_dtype, ("float32", "float16"))
         if self.buffer_size < self.batch_size:
             raise ValueError(f"buffer_size must be >= batch_size = {self.batch_size}, got {self.buffer_size}")
 
@@ -203,26 +203,26 @@ class AgentConfig:
     replay: ReplayOptions = field(default_factory=ReplayOptions)
 
     def __post_init__(self) -> None:
-        _check_whole("hidden", self.hidden)
-        _check_whole("heads", self.heads)
+        check_whole("hidden", self.hidden)
+        check_whole("heads", self.heads)
         parts = tuple(self.state_parts)
         object.__setattr__(self, "state_parts", parts)
         if not parts or len(set(parts)) < len(parts):
             raise ValueError(f"state_parts must name one part or more, none twice, got {parts}")
         for part in parts:
-            _check_choice("state_parts", part, get_args(StatePart))
+            check_choice("state_parts", part, get_args(StatePart))
         if self.hidden % self.heads:
             raise ValueError(f"hidden must be a multiple of heads = {self.heads}, got {self.hidden}")
         if 2 * self.hidden % len(parts):
             raise ValueError(f"2 * hidden must be a multiple of the {len(parts)} state_parts, got {2 * self.hidden}")
-        _check_number("lr", self.lr, above=0)
-        _check_number("tau", self.tau, above=0, most=1)
+        check_number("lr", self.lr, above=0)
+        check_number("tau", self.tau, above=0, most=1)
         for name in ("weight_decay", "gamma"):
-            _check_number(name, getattr(self, name), least=0, most=1 if name == "gamma" else math.inf)
-        _check_number("target_entropy", self.target_entropy)
-        _check_choice("update", self.update, ("fused", "sb3"))
+            check_number(name, getattr(self, name), least=0, most=1 if name == "gamma" else None)
+        check_number("target_entropy", self.target_entropy)
+        check_choice("update", self.update, ("fused", "sb3"))
         if self.gradient_clip is not None:
-            _check_number("gradient_clip", self.gradient_clip, above=0)
+            check_number("gradient_clip", self.gradient_clip, above=0)
         self._check_ent_coef()
 
     def _check_ent_coef(self) -> None:
@@ -231,9 +231,9 @@ class AgentConfig:
             head, _, tail = given.partition("_")
             start = tail or "1" if head == "auto" and given != "auto_" else "nan"
         try:
-            _check_number("ent_coef", float(start), above=0)
+            check_number("ent_coef", float(start), above=0)
         except ValueError:
-            raise ValueError(f"ent_coef must be a number > 0, 'auto' or 'auto_<start>', got {given!r}") from None
+            raise ValueError(f"ent_coef must be > 0, 'auto' or 'auto_<start>', got {given!r}") from None
 
 
 @dataclass(frozen=True)
@@ -255,9 +255,9 @@ class RewardOptions:
     scale_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_choice("kind", self.kind, get_args(RewardKind))
-        _check_number("scale", self.scale, above=0)
-        _check_number("scale_penalty", self.scale_penalty, least=0)
+        check_choice("kind", self.kind, get_args(RewardKind))
+        check_number("scale", self.scale, above=0)
+        check_number("scale_penalty", self.scale_penalty, least=0)
 
 
 @dataclass(frozen=True)
@@ -295,31 +295,12 @@ class TrainingPlan:
     warmup_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        _check_whole("pretrain_epochs", self.pretrain_epochs, least=0)
-        _check_whole("rl_only_epochs", self.rl_only_epochs, least=0)
-        _check_whole("alternate_every", self.alternate_every)
-        _check_whole("pretrain_tries", self.pretrain_tries)
-        _check_choice("regime", self.regime, get_args(Regime))
-        _check_choice("alternate_unit", self.alternate_unit, ("epoch", "batch"))
-        _check_choice("loss_at", self.loss_at, get_args(LossAt))
-        _check_choice("learning_rates", self.learning_rates, get_args(LearningRates))
-        if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction must lie in [0, 1), got {self.warmup_fraction}")
-
-
-def _check_whole(name: str, value: object, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
-
-
-def _check_number(
-    name: str, value: float, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
-) -> None:
-    if not (math.isfinite(value) and value > above and least <= value <= most):
-        low = f"> {above}" if above > -math.inf else f">= {least}"
-        raise ValueError(f"{name} must be a number {low}{f' and <= {most}' if most < math.inf else ''}, got {value}")
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        check_whole("pretrain_epochs", self.pretrain_epochs, least=0)
+        check_whole("rl_only_epochs", self.rl_only_epochs, least=0)
+        check_whole("alternate_every", self.alternate_every)
+        check_whole("pretrain_tries", self.pretrain_tries)
+        check_choice("regime", self.regime, get_args(Regime))
+        check_choice("alternate_unit", self.alternate_unit, ("epoch", "batch"))
+        check_choice("loss_at", self.loss_at, get_args(LossAt))
+        check_choice("learning_rates", self.learning_rates, get_args(LearningRates))
+        check_number("warmup_fraction", self.warmup_fraction, least=0, below=1)

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.moe.balance import forget_loads, update_balance_biases
-from lightning_eff.moe.config import check_count
 from lightning_eff.moe.layer import FineGrainedMoE
 from lightning_eff.moe.load_history import LoadHistory
 from lightning_eff.moe.metrics import load_measures
@@ -50,7 +50,7 @@ class ExpertLoadMonitor(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50, dirpath: str | Path | None = None) -> None:
-        check_count("every_n_steps", every_n_steps)
+        check_whole("every_n_steps", every_n_steps)
         self.every_n_steps, self.dirpath = every_n_steps, None if dirpath is None else Path(dirpath)
         self._reset()
 

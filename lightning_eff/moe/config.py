@@ -5,11 +5,12 @@ Letters: E expansion rate, G granularity, n = E G experts, k experts a token use
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+from lightning_eff.arguments import check_number, check_whole
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu"]
 Backend = Literal["auto", "fused", "grouped", "reference"]
@@ -56,13 +57,12 @@ class Routing:
     def __post_init__(self) -> None:
         check_literals(self)
         if self.weight_scale != "auto":
-            _check_positive("weight_scale", self.weight_scale)
+            check_number("weight_scale", self.weight_scale, above=0)
         if self.capacity_factor is not None:
-            _check_positive("capacity_factor", self.capacity_factor)
-        if not 0 <= self.jitter < 1:
-            raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}")
+            check_number("capacity_factor", self.capacity_factor, above=0)
+        check_number("jitter", self.jitter, least=0, below=1)
         if self.group_size is not None:
-            check_count("group_size", self.group_size)
+            check_whole("group_size", self.group_size)
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,8 @@ class Balance:
     def __post_init__(self) -> None:
         check_literals(self)
         for name in ("weight", "z_weight"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        _check_positive("bias_rate", self.bias_rate)
+            check_number(name, getattr(self, name), least=0)
+        check_number("bias_rate", self.bias_rate, above=0)
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class Initialisation:
 
     def __post_init__(self) -> None:
         check_literals(self)
-        _check_positive("scale", self.scale)
+        check_number("scale", self.scale, above=0)
 
 
 @dataclass(frozen=True)
@@ -165,11 +164,11 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_literals(self)
-        check_count("expansion_rate", self.expansion_rate)
-        check_count("granularity", self.granularity)
-        check_count("n_shared", self.n_shared, least=0)
+        check_whole("expansion_rate", self.expansion_rate)
+        check_whole("granularity", self.granularity)
+        check_whole("n_shared", self.n_shared, least=0)
         if self.top_k is not None:
-            check_count("top_k", self.top_k)
+            check_whole("top_k", self.top_k)
             if self.top_k > self.n_experts:
                 raise ValueError(
                     f"top_k must be at most expansion_rate * granularity = {self.n_experts} experts, got {self.top_k}"
@@ -312,14 +311,3 @@ def check_literals(options: Any) -> None:
 def _strings(hint: Any) -> list[str]:
     """Strings that an annotation of literals and unions lets through."""
     return [hint] if isinstance(hint, str) else [s for part in get_args(hint) for s in _strings(part)]
-
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raise a ValueError unless ``value`` is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a number > 0, got {value!r}")

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.moe.config import (
     Activation,
     Initialisation,
     MoEConfig,
     Norm,
-    check_count,
     check_literals,
     check_names,
 )
@@ -76,11 +76,10 @@ class DecoderConfig:
             object.__setattr__(self, "moe", MoEConfig.of(moe))
         check_literals(self)
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len", "moe_every"):
-            check_count(name, getattr(self, name))
+            check_whole(name, getattr(self, name))
         if self.d_ff is not None:
-            check_count("d_ff", self.d_ff)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+            check_whole("d_ff", self.d_ff)
+        check_number("dropout", self.dropout, least=0, below=1)
         if self.d_model % self.n_heads:
             raise ValueError(f"n_heads must divide d_model = {self.d_model}, got {self.n_heads}")
         if self.positions == "rope" and self.d_model // self.n_heads % 2:

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_eff.moe.config import MoEConfig, Norm, check_count
+from lightning_eff.arguments import check_whole
+from lightning_eff.moe.config import MoEConfig, Norm
 from lightning_eff.moe.dense import DenseFFN, truncated_normal_
 from lightning_eff.moe.expert_parallel import expert_parallel_ffn
 from lightning_eff.moe.experts.activations import width
@@ -82,7 +83,7 @@ class FineGrainedMoE(nn.Module):
         self.config = config = MoEConfig.of(config, **overrides)
         self.d_model, self.d_ff = d_model, 4 * d_model if d_ff is None else d_ff
         for name in ("d_model", "d_ff"):
-            check_count(name, getattr(self, name))
+            check_whole(name, getattr(self, name))
         n, h = config.n_experts, config.d_expert(self.d_ff)
         if n > 8 * d_model:
             warnings.warn(

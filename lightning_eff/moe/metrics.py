@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_eff.moe.config import check_count
+from lightning_eff.arguments import check_whole
 from lightning_eff.moe.layer import FineGrainedMoE
 
 
@@ -52,8 +52,8 @@ class ExpertLoad(Metric):
 
     def __init__(self, n_layers: int, n_experts: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_count("n_layers", n_layers)
-        check_count("n_experts", n_experts)
+        check_whole("n_layers", n_layers)
+        check_whole("n_experts", n_experts)
         for name in ("load", "computed"):
             zeros = torch.zeros(n_layers, n_experts, dtype=torch.int64)
             self.add_state(name, default=zeros, dist_reduce_fx="sum")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import AdamW
 
+from lightning_eff.arguments import check_choice, check_number
 from lightning_eff.batch import SplitBatch, call_model
 from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.data import ByteTextDataModule
@@ -79,17 +80,14 @@ class MoEScalingModule(LightningModule):
         experts: Experts = "gather",
     ) -> None:
         super().__init__()
-        if not 0 <= warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction must lie in [0, 1), got {warmup_fraction}")
+        check_number("warmup_fraction", warmup_fraction, least=0, below=1)
         if not callable(optimizer):
             raise ValueError(
                 f"optimizer must be a function that makes one of the parameters, got {type(optimizer).__name__}; for "
                 "example lambda p: AdamW(p, lr=2e-4)"
             )
-        if experts not in get_args(Experts):
-            raise ValueError(f"experts must be one of {', '.join(get_args(Experts))}, got {experts!r}")
-        if not 0 <= final_lr_fraction <= 1:
-            raise ValueError(f"final_lr_fraction must lie in [0, 1], got {final_lr_fraction}")
+        check_choice("experts", experts, get_args(Experts))
+        check_number("final_lr_fraction", final_lr_fraction, least=0, most=1)
         self.decoder = DecoderConfig.of(decoder)
         self.save_hyperparameters(ignore=["decoder", "optimizer", "split_batch"])
         if "_instantiator" in self.hparams:  # built by LightningCLI, which gives everything as plain data

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lightning_eff.arguments import check_choice
 from lightning_eff.moe.config import MoEConfig
 from lightning_eff.moe.dense import truncated_normal_
 from lightning_eff.moe.injection import DropInMoE, share_aux_losses
@@ -80,8 +81,7 @@ def replace_ffn(
         ['0']
     """
     for name, value, allowed in (("init", init, get_args(Init)), ("aux_mode", aux_mode, get_args(AuxMode))):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        check_choice(name, value, allowed)
     matched = _matched(model, match)
     plans: dict[int, _Plan] = {}
     for name, module in matched.items():

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_number
 from lightning_eff.moe.injection import HINT, set_aux_scale
 from lightning_eff.moe.layer import FineGrainedMoE
 from lightning_eff.moe.replace import AuxMode, Init, replace_ffn
@@ -27,8 +28,7 @@ class AuxLossScale(L.Callback):
     """
 
     def __init__(self, scale: float = 1.0) -> None:
-        if not 0 < scale < float("inf"):
-            raise ValueError(f"scale must be a number > 0, got {scale}")
+        check_number("scale", scale, above=0)
         self.scale = scale
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check_whole
+
 
 class LossWindow:
     """The last losses, kept where they were computed: adding one waits for no device.
@@ -17,8 +19,7 @@ class LossWindow:
     """
 
     def __init__(self, size: int) -> None:
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"loss_window must be a whole number >= 1, got {size!r}")
+        check_whole("loss_window", size)
         self.size = size
         self._ring = torch.empty(0)
         self._added = 0

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.documents import write_text
 from lightning_eff.reporting import results_folder, save_figure
 from lightning_eff.synthesis.figures import loss_figure, signal_figure
 from lightning_eff.synthesis.module import DPNTKGenerator
-from lightning_eff.synthesis.options import check_integer
 
 
 class SynthesisFigures(Callback):
@@ -41,8 +41,9 @@ class SynthesisFigures(Callback):
         class_names: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        check_integer("every_n_steps", every_n_steps, least=1)
-        check_integer("per_class", per_class, least=1)
+        check_whole("every_n_steps", every_n_steps, least=1)
+        check_whole("per_class", per_class, least=1)
+        check_whole("seed", seed, least=0)
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.every_n_steps, self.per_class, self.seed = every_n_steps, per_class, seed
         self.class_names = None if class_names is None else list(class_names)
@@ -126,7 +127,7 @@ class SyntheticDataWriter(Callback):
     def __init__(
         self, n: int, dirpath: str | Path | None = None, labels: int | str | None = None, seed: int | None = None
     ) -> None:
-        check_integer("n", n, least=1)
+        check_whole("n", n, least=1)
         self.n, self.labels, self.seed = n, labels, seed
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.written: list[Path] = []

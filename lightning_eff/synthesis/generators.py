@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_eff.synthesis.options import check_integer
+from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.synthesis.tables import Head, TableSchema
 
 Output = Literal["sigmoid", "tanh", "identity"]
@@ -128,7 +128,7 @@ class ResNetImageGenerator(nn.Module):
         output: Output = "sigmoid",
     ) -> None:
         super().__init__()
-        check_integer("width", width, least=1)
+        check_whole("width", width, least=1)
         channels, height, size = _image_shape(image_shape, multiple=8)
         self.num_classes, self.noise_dim = num_classes, latent_dim
         self.first = nn.ConvTranspose2d(latent_dim + num_classes, 8 * width, (height // 8, size // 8))
@@ -192,8 +192,7 @@ class TabularGenerator(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be > 0, got {temperature}")
+        check_number("temperature", temperature, above=0)
         edges = [0, *(head.stop for head in heads)]
         if not heads or [head.start for head in heads] != edges[:-1]:
             raise ValueError(f"heads must cover the coordinates from 0 without a gap, got {list(heads)}")
@@ -238,7 +237,7 @@ def _drawn(logits: Tensor, gumbel: Tensor, temperature: float) -> Tensor:
 def _mlp(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for width in widths:
-        check_integer("each of widths", width, least=1)
+        check_whole("each of widths", width, least=1)
         layers += [nn.Linear(inputs, width), nn.BatchNorm1d(width), nn.ReLU()]
         inputs = width
     return nn.Sequential(*layers, nn.Linear(inputs, outputs))
@@ -258,6 +257,5 @@ def _image_shape(shape: Sequence[int], multiple: int) -> tuple[int, int, int]:
 
 
 def _output(output: Output) -> Output:
-    if output not in _OUTPUTS:
-        raise ValueError(f"output must be one of {list(_OUTPUTS)}, got {output!r}")
+    check_choice("output", output, _OUTPUTS)
     return output

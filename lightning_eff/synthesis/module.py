@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_eff.accounting import PrivacyLedger, gaussian_sigma
+from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.batch import SplitBatch
 from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.surgery.state import quiet_model
@@ -35,7 +36,6 @@ from lightning_eff.synthesis.options import (
     FeatureOptions,
     MatchingOptions,
     ReleaseOptions,
-    check_integer,
     options_from,
     plain_options,
 )
@@ -127,11 +127,10 @@ class DPNTKGenerator(DataFreeModule):
         self.release_options = options_from(ReleaseOptions, release_options)
         self.feature_options = options_from(FeatureOptions, feature_options)
         self.matching = options_from(MatchingOptions, matching)
-        check_integer("latent_dim", latent_dim, least=1)
-        check_integer("samples_per_class", samples_per_class, least=2 if self.matching.estimator == "u" else 1)
-        check_integer("steps_per_epoch", steps_per_epoch, least=1)
-        if not lr > 0:
-            raise ValueError(f"lr must be > 0, got {lr}")
+        check_whole("latent_dim", latent_dim, least=1)
+        check_whole("samples_per_class", samples_per_class, least=2 if self.matching.estimator == "u" else 1)
+        check_whole("steps_per_epoch", steps_per_epoch, least=1)
+        check_number("lr", lr, above=0)
         self.epsilon, self.delta = float(epsilon), float(delta)
         self.space = RecordSpace.of(schema, num_classes, input_shape, self.feature_options.input_range)
         self.schema = self.space.schema
@@ -242,8 +241,8 @@ class DPNTKGenerator(DataFreeModule):
         Raises:
             ValueError: ``n`` or ``batch_size`` is below 1, or a class is out of range.
         """
-        check_integer("n", n, least=1)
-        check_integer("batch_size", batch_size, least=1)
+        check_whole("n", n, least=1)
+        check_whole("batch_size", batch_size, least=1)
         if not self.steps_trained:
             rank_zero_warn("the generator has not been trained: its samples are arbitrary")
         elif self._trained_on not in (None, self._in_use):

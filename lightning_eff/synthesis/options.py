@@ -56,13 +56,13 @@ class ReleaseOptions:
         check_choice("adjacency", self.adjacency, get_args(Adjacency))
         for name in ("num_records", "max_contributions", "batch_size"):
             if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), least=1)
-        if self.count_weight is not None and not 0 < self.count_weight < math.inf:
-            raise ValueError(f"count_weight must be > 0, got {self.count_weight}")
-        if self.max_epsilon is not None and not self.max_epsilon > 0:
-            raise ValueError(f"max_epsilon must be > 0, got {self.max_epsilon}")
+                check_whole(name, getattr(self, name), least=1)
+        if self.count_weight is not None:
+            check_number("count_weight", self.count_weight, above=0)
+        if self.max_epsilon is not None and self.max_epsilon != math.inf:
+            check_number("max_epsilon", self.max_epsilon, above=0)
         if self.noise_seed is not None:
-            check_integer("noise_seed", self.noise_seed, least=0)
+            check_whole("noise_seed", self.noise_seed, least=0)
         if not isinstance(self.label_prior, str):
             shares = [float(share) for share in self.label_prior]
             if not all(share >= 0 for share in shares) or not abs(math.fsum(shares) - 1) <= 1e-6:  # NaN neither
@@ -121,9 +121,9 @@ class FeatureOptions:
     def __post_init__(self) -> None:
         _make_plain(self)
         check_choice("input_range", self.input_range, get_args(InputRange))
-        check_integer("seed", self.seed, least=0)
+        check_whole("seed", self.seed, least=0)
         if self.sketch_dim is not None:
-            check_integer("sketch_dim", self.sketch_dim, least=1)
+            check_whole("sketch_dim", self.sketch_dim, least=1)
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ class MatchingOptions:
         check_choice("weighting", self.weighting, get_args(Weighting))
         check_choice("estimator", self.estimator, get_args(Estimator))
         check_choice("lr_schedule", self.lr_schedule, get_args(Schedule))
-        check_integer("lr_period", self.lr_period, least=1)
-        check_integer("seed", self.seed, least=0)
+        check_whole("lr_period", self.lr_period, least=1)
+        check_whole("seed", self.seed, least=0)
 
 
 Options = TypeVar("Options", ReleaseOptions, FeatureOptions, MatchingOptions)
@@ -184,15 +184,3 @@ def _make_plain(options: ReleaseOptions | FeatureOptions | MatchingOptions) -> N
     for field in fields(options):
         if isinstance(value := getattr(options, field.name), np.generic):
             object.__setattr__(options, field.name, value.item())
-
-
-def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
-    """Raise a ValueError unless ``value`` is one of ``known``."""
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
-
-
-def check_integer(name: str, value: Any, *, least: int) -> None:
-    """Raise a ValueError unless ``value`` is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_eff.accounting import PrivacyBudgetExceeded, PrivacyLedger, gaussian_sigma
+from lightning_eff.arguments import check_whole
 from lightning_eff.batch import SplitBatch
 from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.reporting import progress as progress_bar
@@ -23,7 +24,7 @@ from lightning_eff.surgery.state import untouched_generators
 from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.features import ClassSums, NTKFeatures
 from lightning_eff.synthesis.noise import NormalNoise
-from lightning_eff.synthesis.options import ReleaseOptions, check_integer
+from lightning_eff.synthesis.options import ReleaseOptions
 from lightning_eff.synthesis.processes import Processes
 from lightning_eff.synthesis.reading import PrivateData, Shard, records_of, shard_of
 
@@ -73,7 +74,7 @@ def release_mean_embedding(
         RuntimeError: This process is one of several that have no process group yet, or another one failed.
     """
     options = options or ReleaseOptions()
-    check_integer("num_classes", num_classes, least=1)
+    check_whole("num_classes", num_classes, least=1)
     prior = _prior(options, num_classes)
     # one part in 10^12 more noise: what is recorded must not round to an epsilon above the one asked for
     sigma = gaussian_sigma(epsilon, delta) * (1 + 1e-12)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.surgery.state import quiet_model
 from lightning_eff.synthesis.generators import (
     ConvImageGenerator,
@@ -19,7 +20,7 @@ from lightning_eff.synthesis.generators import (
     ResNetImageGenerator,
     TabularGenerator,
 )
-from lightning_eff.synthesis.options import InputRange, check_integer
+from lightning_eff.synthesis.options import InputRange
 from lightning_eff.synthesis.reading import check_finite
 from lightning_eff.synthesis.tables import TableSchema, schema_from
 
@@ -72,12 +73,12 @@ class RecordSpace:
                 "expected schema= for a table, or num_classes= and input_shape= for images and vectors "
                 f"(num_classes=1 without labels), got num_classes={num_classes}, input_shape={input_shape}"
             )
-        check_integer("num_classes", num_classes, least=1)
+        check_whole("num_classes", num_classes, least=1)
         shape = tuple(input_shape)
         if not shape:
             raise ValueError("input_shape must have at least one axis, got ()")
         for size in shape:
-            check_integer("each of input_shape", size, least=1)
+            check_whole("each of input_shape", size, least=1)
         if input_range == "auto":
             input_range = "unit" if len(shape) == 3 else "any"
         return cls(int(num_classes), tuple(map(int, shape)), input_range)

@@ -101,9 +101,9 @@ def test_a_prediction_leaves_every_trajectory(tmp_path: Path) -> None:
 
 
 def test_what_it_cannot_tell_of_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="every_n_epochs must be >= 1 or None, got 0"):
+    with pytest.raises(ValueError, match="every_n_epochs must be a whole number >= 1, got 0"):
         GlimpseReport(every_n_epochs=0)
-    with pytest.raises(ValueError, match="1 <= shown <= explored, got 6 and 2"):
+    with pytest.raises(ValueError, match="explored must be a whole number >= 6, got 2"):
         GlimpseReport(explored=2)
     with pytest.raises(ValueError, match="got a ImageClassifier"):
         trainer(GlimpseReport(), tmp_path).test(ImageClassifier(SmallCNN(width=1)), data())

@@ -433,13 +433,13 @@ def test_a_sketch_of_the_features_is_released_and_trained_on_in_the_same_way():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n": 0}, "n must be an integer >= 1, got 0"),
-        ({"n": -3}, "n must be an integer >= 1"),
+        ({"n": 0}, "n must be a whole number >= 1, got 0"),
+        ({"n": -3}, "n must be a whole number >= 1"),
         ({"n": 5, "labels": 7}, r"labels must lie in 0..2, got 7..7"),
         ({"n": 5, "labels": -1}, r"labels must lie in 0..2"),
         ({"n": 5, "labels": [0, 1]}, "one class or n = 5 of them"),
         ({"n": 5, "labels": 0.5}, "labels must be integers"),
-        ({"n": 5, "batch_size": 0}, "batch_size must be an integer >= 1"),
+        ({"n": 5, "batch_size": 0}, "batch_size must be a whole number >= 1"),
     ],
 )
 def test_what_cannot_be_generated_is_told(arguments, message):
@@ -459,17 +459,17 @@ def test_samples_of_an_untrained_generator_are_warned_of():
     [
         ({"epsilon": 0}, "epsilon must be > 0"),
         ({"delta": 2.0}, "delta must lie in"),
-        ({"latent_dim": 0}, "latent_dim must be an integer >= 1"),
-        ({"samples_per_class": 1}, "samples_per_class must be an integer >= 2"),
-        ({"steps_per_epoch": 0}, "steps_per_epoch must be an integer >= 1"),
+        ({"latent_dim": 0}, "latent_dim must be a whole number >= 1"),
+        ({"samples_per_class": 1}, "samples_per_class must be a whole number >= 2"),
+        ({"steps_per_epoch": 0}, "steps_per_epoch must be a whole number >= 1"),
         ({"lr": 0.0}, "lr must be > 0"),
-        ({"num_classes": 0}, "num_classes must be an integer >= 1"),
+        ({"num_classes": 0}, "num_classes must be a whole number >= 1"),
         ({"input_shape": ()}, "input_shape must have at least one axis"),
         ({"input_shape": None}, "expected schema= for a table, or num_classes= and input_shape="),
         ({"release_options": {"adjacancy": "replace_one"}}, "expected ReleaseOptions or a dict with some of"),
         ({"matching": {"weighting": "fair"}}, "weighting must be one of"),
         ({"feature_options": {"input_range": "bytes"}}, "input_range must be one of"),
-        ({"feature_options": {"sketch_dim": 0}}, "sketch_dim must be an integer >= 1"),
+        ({"feature_options": {"sketch_dim": 0}}, "sketch_dim must be a whole number >= 1"),
     ],
 )
 def test_arguments_out_of_range_are_told_at_construction(arguments, message):

@@ -221,7 +221,7 @@ def test_records_are_written_by_predict_without_data(tmp_path):
     assert "predict_dataloader" not in vars(data)
     with pytest.raises(RuntimeError, match="prediction makes records and takes none"):
         run.predict(module, DataLoader(TensorDataset(*records()), batch_size=101))
-    with pytest.raises(ValueError, match="n must be an integer >= 1"):
+    with pytest.raises(ValueError, match="n must be a whole number >= 1"):
         SyntheticDataWriter(0)
 
 
@@ -262,5 +262,5 @@ def test_pictures_are_written_while_training(tmp_path):
         "loss.png", "samples-00005.png", "samples-00007.png", "signal_to_noise.png",
     ]  # fmt: skip
     assert all(path.exists() for path in figures.written)
-    with pytest.raises(ValueError, match="every_n_steps must be an integer >= 1"):
+    with pytest.raises(ValueError, match="every_n_steps must be a whole number >= 1"):
         SynthesisFigures(every_n_steps=0)

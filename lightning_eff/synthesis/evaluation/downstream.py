@@ -18,6 +18,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.reporting import progress as progress_bar
 from lightning_eff.synthesis.evaluation.classifiers import (
@@ -101,8 +102,7 @@ def train_synthetic_test_real(
     """
     names = (*classifiers, MAJORITY)
     check_classifiers(names)
-    if seeds < 1:
-        raise ValueError(f"expected seeds >= 1, got {seeds}")
+    check_whole("seeds", seeds)
     sources = {"synthetic": _arrays("synthetic", synthetic)}
     if real is not None:
         sources["real"] = _arrays("real", real)

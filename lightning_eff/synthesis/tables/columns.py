@@ -82,7 +82,9 @@ class NumericColumn:
             )
         for argument, known in {"encoding": get_args(Encoding), "transform": ("none", "log1p")}.items():
             if getattr(self, argument) not in known:
-                raise ValueError(f"{where}expected {argument} to be one of {known}, got {getattr(self, argument)!r}")
+                raise ValueError(
+                    f"{where}{argument} must be one of {', '.join(known)}, got {getattr(self, argument)!r}"
+                )
         if self.transform == "log1p" and self.low < 0:
             raise ValueError(f"{where}expected low >= 0 for the transform log1p, got {self.low!r}")
         if self.zero_inflated and not self.low <= 0 <= self.high:

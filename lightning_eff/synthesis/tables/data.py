@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.synthesis.tables.schema import Rows, TableSchema, columns_of, schema_from
 
 
@@ -57,13 +58,11 @@ class TabularDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= test_fraction < 1:
-            raise ValueError(f"expected test_fraction to lie in [0, 1), got {test_fraction!r}")
+        check_number("test_fraction", test_fraction, least=0, below=1)
         if test_fraction and test_path is not None:
             raise ValueError("expected test_path or test_fraction, got both")
         for argument, value, least in (("batch_size", batch_size, 1), ("skip_lines", skip_lines, 0)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"expected {argument} to be an integer >= {least}, got {value!r}")
+            check_whole(argument, value, least)
         if len(separator) != 1:
             raise ValueError(f"expected separator to be one character, got {separator!r}")
         self.path, self.val_path, self.test_path = path, val_path, test_path

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_eff.arguments import check_choice
 from lightning_eff.documents import reading, write_text
 from lightning_eff.reporting import Table
 from lightning_eff.synthesis.tables.columns import (
@@ -95,8 +96,7 @@ class TableSchema:
             ("out_of_range", out_of_range, ("clamp", "error")),
             ("unknown", unknown, ("error", "missing")),
         ):
-            if value not in known:
-                raise ValueError(f"expected {name} to be one of {known}, got {value!r}")
+            check_choice(name, value, known)
         self.out_of_range, self.unknown = out_of_range, unknown
         self.missing_values = tuple(missing_values)
         self.heads: list[Head] = []

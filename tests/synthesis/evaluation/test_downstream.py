@@ -107,7 +107,7 @@ def test_rows_of_one_class_teach_nothing_but_that_class():
         ({"synthetic": (np.eye(2), np.zeros(3, int))}, r"expected synthetic rows \[N, D\] and classes \[N\]"),
         ({"classifiers": ["svm"]}, "expected classifiers out of"),
         ({"classifiers": ["mlp", "mlp"]}, "none twice"),
-        ({"seeds": 0}, "expected seeds >= 1"),
+        ({"seeds": 0}, "seeds must be a whole number >= 1"),
         ({"num_classes": 1}, r"expected classes in 0\.\.0, got 1"),
     ],
 )

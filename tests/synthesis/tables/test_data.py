@@ -128,11 +128,11 @@ def test_errors_tell_which_rows_they_are_about(path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"test_fraction": 1.0}, r"expected test_fraction to lie in \[0, 1\)"),
+        ({"test_fraction": 1.0}, r"test_fraction must lie in \[0, 1\)"),
         ({"test_fraction": 0.1, "test_path": "x"}, "test_path or test_fraction"),
-        ({"batch_size": 0}, "expected batch_size to be an integer >= 1"),
+        ({"batch_size": 0}, "batch_size must be a whole number >= 1"),
         ({"separator": ", "}, "expected separator to be one character"),
-        ({"skip_lines": -1}, "expected skip_lines"),
+        ({"skip_lines": -1}, "skip_lines must be a whole number >= 0, got -1"),
     ],
 )
 def test_options_outside_their_range_are_refused(options, message):

@@ -119,7 +119,7 @@ def test_yaml_and_dictionaries_give_the_same_schema_back(schema, tmp_path):
         ({"columns": [{"name": "a", "categories": [1, 2], "low": 0}]}, "column 'a': a CategoricalColumn needs"),
         ({"columns": ["a"]}, "expected a NumericColumn"),
         ({"columns": [{"name": "a", "low": 0, "high": 1}] * 2}, "expected every name once"),
-        ({"columns": [{"name": "a", "low": 0, "high": 1}], "unknown": "drop"}, "expected unknown to be one of"),
+        ({"columns": [{"name": "a", "low": 0, "high": 1}], "unknown": "drop"}, "unknown must be one of"),
     ],
 )  # fmt: skip
 def test_a_schema_is_fully_declared(plain, message):
