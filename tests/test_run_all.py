@@ -76,7 +76,7 @@ def test_one_row_a_headline_with_ratio_aim_and_verdict(folder):
     assert row == ["Adding", "adding", "500 ms", "3 s", "by hand 1.0", "6x", "≥ 5x", "yes", "`sums.py`"]
     text = (folder / "results.md").read_text()
     assert text.startswith("abacus, 2 cores, desk, Python 3.11; torch 1.0,")
-    assert "Aims met: 1 of 1, with all further cases 1 of 1." in text
+    assert "Aims met (before rounding): 1 of 1, with all further cases 1 of 1." in text
     assert "Further cases" not in text
     assert "| `sums.py` | ok " in text
     (kept,) = json.loads((folder / "results.json").read_text())["benchmarks"].values()
@@ -92,7 +92,7 @@ def test_further_cases_stand_apart_and_their_aims_are_counted(folder):
     table, further = text.split("**Further cases**")
     assert "| adding " in table
     assert "subtracting" not in table
-    assert "Aims met: 1 of 1, with all further cases 1 of 2." in table
+    assert "Aims met (before rounding): 1 of 1, with all further cases 1 of 2." in table
     assert "| subtracting |  2 s |  3 s | by hand 1.0 |" in further
     assert "| no  |" in further
 

@@ -171,14 +171,15 @@ def configurations() -> Table:
     return Table("Multiply-adds of one configuration", columns, rows, caption)
 
 
-def search(full: int = FULL, parts: bool = True) -> list[Table]:
-    """Whole searches: 30 candidates of half the multiply-adds."""
+def search(short: bool = False) -> list[Table]:
+    """Whole searches for half the multiply-adds; ``short`` with a third of the candidates, one of them by hand."""
+    n, top_k, full, by_hand = (CANDIDATES // 3, 2, 2 * RANKING, 1) if short else (CANDIDATES, TOP_K, FULL, 2)
     reference, theirs, ours = Reference("resnet18"), Clock(), Clock()
     model, graph, images = reference.model, reference.graph, torch.randn(BATCH * full, 3, 64, 64)
     validation = [(x, _run(model, [(x, x)]).argmax(1)) for x in images.split(BATCH)]
     calibration = validation[:CALIBRATION]
     reference.assert_equal(calibration)
-    draws, accepted = _rejection(graph)
+    draws, accepted = _rejection(graph, n)
     theirs("outputs of the whole network", reference.watch, calibration, Repair().positions)
 
     def candidate(config: Config) -> None:
@@ -187,45 +188,46 @@ def search(full: int = FULL, parts: bool = True) -> list[Table]:
         theirs("validation", _right, net, validation)
 
     def searched() -> list[Config]:
-        options: Any = {"amount": AMOUNT, "n": CANDIDATES, "top_k": TOP_K, "progress": False}
+        options: Any = {"amount": AMOUNT, "n": n, "top_k": top_k, "progress": False}
         options["score_fn"] = lambda net: ours("scores on 10 batches", _right, net, validation[:RANKING])
         options["final_score_fn"] = lambda net: ours("scores on all batches", _right, net, validation)
         return [found.config for found in random_search(model, graph, batches=calibration, **options).candidates]
 
     candidate(accepted[0])
     configs = ours("all", searched)
-    candidate(accepted[1])
+    _ = [candidate(config) for config in accepted[1:by_hand]]
     _ = [theirs("draws", reference.draw, config) for config in draws[:4]]
-    scale = {"draws": len(draws) / 6, "fits and norms": CANDIDATES / 2, "validation": CANDIDATES / 2}
+    scale = {"draws": len(draws) / (4 + by_hand), "fits and norms": n / by_hand, "validation": n / by_hand}
     theirs.update({name: theirs[name] * factor for name, factor in scale.items()})
     whole, total, scoring = sum(theirs.values()), ours.pop("all"), sum(ours.values())
-    if parts:
+    if not short:
         ours.update(_parts(reference, calibration, configs))
     bare, ours_bare = whole - theirs["validation"], total - scoring
     rows = [("all", whole, total, whole / total), ("without validation", bare, ours_bare, bare / ours_bare)]
     caption = (
-        f"ResNet-18, 64 x 64, {CANDIDATES} candidates of {AMOUNT:.0%} of the multiply-adds, {BATCH * full:,} images "
-        f"for validation; ours ranks on {BATCH * RANKING} and judges {TOP_K} on all. The reference is measured on 2 "
-        f"candidates and 6 draws and scaled to {CANDIDATES} and to the {len(draws)} draws that find them; {machine()}"
+        f"ResNet-18, 64 x 64, {n} candidates of {AMOUNT:.0%} of the multiply-adds, {BATCH * full:,} images "
+        f"for validation; ours ranks on {BATCH * RANKING} and judges {top_k} on all. The reference is measured on "
+        f"{by_hand} candidate(s) and {4 + by_hand} draws and scaled to {n} and to the {len(draws)} draws that find "
+        f"them; {machine()}"
     )
     columns = ["", Column("reference [s]", ".1f"), Column("lightning_eff [s]", ".1f"), Column("faster [x]", ".1f")]
     repeated = f"Scores as in the search; other parts repeated one by one, one finalist times {TOP_K}"
     share = ["part", Column("CPU s", ".2f"), Column("share", ".1%")]
     return [
-        Table("Random search", columns, rows, caption),
+        Table(f"Random search, {n} candidates", columns, rows, caption),
         Table("Time of the reference", share, [(name, s, s / whole) for name, s in theirs.items()]),
         Table("Time of lightning_eff, parts", share, [(name, s, s / total) for name, s in ours.items()], repeated),
     ]
 
 
-def _rejection(graph: ChannelGraph) -> tuple[list[Config], list[Config]]:
-    """Uniform draws until 30 meet the budget, told in closed form; and those that meet it."""
+def _rejection(graph: ChannelGraph, wanted: int) -> tuple[list[Config], list[Config]]:
+    """Uniform draws until as many as wanted meet the budget, told in closed form; and those that meet it."""
     sizes = torch.tensor(list(graph.sizes.values()))
     ratios = torch.rand(20_000, len(sizes), generator=torch.Generator().manual_seed(0))
     ratios[:, [name not in graph.prunable for name in graph.sizes]] = 1
     counts = ((MIN_RATIO + (1 - MIN_RATIO) * ratios) * sizes).round().long()
     near = (graph.macs(counts) / graph.macs() - (1 - AMOUNT)).abs() <= TOLERANCE
-    numbers = near.nonzero().flatten()[:CANDIDATES]
+    numbers = near.nonzero().flatten()[:wanted]
     drawn = [config_of(graph, row) for row in counts[: numbers[-1] + 1]]
     return drawn, [drawn[number] for number in numbers]
 
@@ -298,7 +300,7 @@ def tables() -> list[Table]:
 
 
 def headlines(tables: list[Table]) -> list[Headline]:
-    by_hand = "torch-pruning, rejection by hand"
+    by_hand = "torch-pruning, rejection by hand, scaled"
     lines = []
     for name in ("resnet18", "resnet50"):
         theirs = 1e3 * entry(tables, "Multiply-adds", name, "torch-pruning: copy, cut, count [ms]")
@@ -316,8 +318,9 @@ def headlines(tables: list[Table]) -> list[Headline]:
         )
     for part, aim in (("all", None), ("without validation", 20)):
         seconds = (entry(tables, "Random search", part, f"{who} [s]") for who in ("lightning_eff", "reference"))
-        work = f"search of {CANDIDATES} candidates, ResNet-18, {part}"
-        lines.append(Headline(work, *seconds, f"{by_hand}, scaled from two candidates", target=aim))
+        title = next(table.title for table in tables if table.title.startswith("Random search"))
+        work = f"{title}, ResNet-18, {part}"
+        lines.append(Headline(work, *seconds, by_hand, target=aim))
     divergence = next(table for table in tables if table.title.startswith("Importance"))
     exact, second, _, spearman, _ = divergence.rows[0]
     work = "importance of 224 channels by KL, second order"
@@ -339,7 +342,7 @@ def headlines(tables: list[Table]) -> list[Headline]:
 
 def short() -> list[Table]:
     with one_thread():
-        return [configurations(), *search(full=2 * RANKING, parts=False), criteria()]
+        return [configurations(), *search(short=True), criteria()]
 
 
 if __name__ == "__main__":

@@ -256,7 +256,7 @@ CASES = {"lenet": lenet, "vgg": vgg, "resnet": resnet, "exact": exact, "until_pr
 
 
 def short() -> list[Table]:
-    return [*lenet(repeats=1), *vgg(block=8), *resnet(block=8), *exact(), *until_precise(repeats=1)]
+    return [*lenet(repeats=1), *vgg(block=16), *resnet(block=16), *exact(), *until_precise(repeats=1)]
 
 
 def headlines(tables: list[Table]) -> list[Headline]:
