@@ -31,13 +31,13 @@ from lightning_eff.glimpse import (
     GlimpseReport,
     Oracle,
     PolicyCurve,
+    PolicyCurves,
     ReplayOptions,
     TrainingPlan,
     UniformLowRes,
     curve_figure,
     evaluate_policies,
     make_policy,
-    policy_table,
     stopping_curve,
 )
 from lightning_eff.models import SmallCNN
@@ -87,7 +87,7 @@ def build(
     return model, CanvasDataModule("digits", canvas=SCENE, batch_size=64, val_size=0, **sizes), trainer
 
 
-def measure(model: AdaGlimpseModule, data: CanvasDataModule, everything: bool) -> list[PolicyCurve]:
+def measure(model: AdaGlimpseModule, data: CanvasDataModule, everything: bool) -> PolicyCurves:
     """Accuracy of the trained backbone with glimpses of several policies."""
     names = ["random", "full_then_random"]
     if everything:
@@ -152,7 +152,7 @@ def main() -> None:
         found = measure(model, data, everything=seed == seeds[0])
         curves += found
         rows += [[seed, curve.policy, *curve.values] for curve in found]
-        policy_table(found, f"Digits in {SCENE} x {SCENE} pixels, seed {seed}").print()
+        PolicyCurves(found, f"Digits in {SCENE} x {SCENE} pixels, seed {seed}").print()
         second = model.explore(torch.cat([images for images, _ in data.test_dataloader()])).actions[:, 1]
         print(
             "spread of the second glimpse's (y, x, zoom) over images:", [f"{one:.2f}" for one in second.std(0).tolist()]

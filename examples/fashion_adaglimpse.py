@@ -33,6 +33,7 @@ from lightning_eff.glimpse import (
     GlimpseReport,
     Oracle,
     PolicyCurve,
+    PolicyCurves,
     ReconstructionTask,
     ReplayOptions,
     RewardOptions,
@@ -41,7 +42,6 @@ from lightning_eff.glimpse import (
     curve_figure,
     evaluate_policies,
     make_policy,
-    policy_table,
 )
 from lightning_eff.glimpse.backbones.base import Encoded, Seen
 from lightning_eff.glimpse.backbones.transformer import Block
@@ -154,7 +154,7 @@ def references(model: AdaGlimpseModule, data: CanvasDataModule, fast: bool) -> d
 
 def run(
     task: str, seed: int, batches: int, *, everything: bool, fast: bool = False
-) -> tuple[AdaGlimpseModule, CanvasDataModule, list[PolicyCurve]]:
+) -> tuple[AdaGlimpseModule, CanvasDataModule, PolicyCurves]:
     """Train with one seed; measure the agent, and if `everything` whatever it is compared with."""
     model, data, trainer = build(task, seed, batches, fast)
     start = time.process_time()
@@ -186,7 +186,7 @@ def main() -> None:
         curves += found
         rows += [[seed, curve.policy, *curve.values] for curve in found if curve.policy in ("random", "learned")]
         if seed == seeds[0]:
-            policy_table(found, f"Fashion-MNIST, {args.task}, seed {seed}").print()
+            PolicyCurves(found, f"Fashion-MNIST, {args.task}, seed {seed}").print()
     metric = curves[0].metric
     digits = ".2f" if args.task == "reconstruction" else ".3f"
     columns = ["seed", "policy", *(Column(f"{metric}@{t}", digits) for t in range(1, model.glimpse.num_glimpses + 1))]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from lightning_eff.glimpse.callbacks import GlimpseReport
     from lightning_eff.glimpse.environments import GlimpseEnv, GlimpseVecEnv
-    from lightning_eff.glimpse.evaluation import PolicyCurve, evaluate_policies, policy_table, stopping_curve
+    from lightning_eff.glimpse.evaluation import PolicyCurve, PolicyCurves, evaluate_policies, stopping_curve
     from lightning_eff.glimpse.exploration import Trajectory, explore
     from lightning_eff.glimpse.figures import (
         coverage_figure,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         UniformLowRes,
         make_policy,
     )
+    from lightning_eff.glimpse.report import ExplorationReport
     from lightning_eff.glimpse.tasks import ClassificationTask, ReconstructionTask, SegmentationTask, Task
     from lightning_eff.glimpse.world import GlimpseWorld, Step
 
@@ -63,7 +64,7 @@ _PLACES = {
     ),
     "callbacks": ("GlimpseReport",),
     "environments": ("GlimpseEnv", "GlimpseVecEnv"),
-    "evaluation": ("PolicyCurve", "evaluate_policies", "policy_table", "stopping_curve"),
+    "evaluation": ("PolicyCurve", "PolicyCurves", "evaluate_policies", "stopping_curve"),
     "exploration": ("Trajectory", "explore"),
     "figures": (
         "coverage_figure",
@@ -90,6 +91,7 @@ _PLACES = {
         "UniformLowRes",
         "make_policy",
     ),
+    "report": ("ExplorationReport",),
     "tasks": ("ClassificationTask", "ReconstructionTask", "SegmentationTask", "Task"),
     "world": ("GlimpseWorld", "Step"),
 }
@@ -103,6 +105,7 @@ __all__ = [
     "ClassHead",
     "ClassificationTask",
     "ElasticViT",
+    "ExplorationReport",
     "FineToCoarse",
     "FixedGrid",
     "FixedSequence",
@@ -122,6 +125,7 @@ __all__ = [
     "Oracle",
     "Policy",
     "PolicyCurve",
+    "PolicyCurves",
     "RandomPolicy",
     "ReconstructionTask",
     "RepeatFullView",
@@ -143,7 +147,6 @@ __all__ = [
     "importance_figure",
     "make_policy",
     "make_sac",
-    "policy_table",
     "save_animation",
     "scale_figure",
     "steps_figure",

@@ -12,20 +12,11 @@ from torch import Tensor
 
 from lightning_eff.arguments import check_whole
 from lightning_eff.batch import take
-from lightning_eff.glimpse.evaluation import PolicyCurve
 from lightning_eff.glimpse.exploration import Trajectory
-from lightning_eff.glimpse.figures import (
-    coverage_figure,
-    curve_figure,
-    exploration_figure,
-    save_animation,
-    scale_figure,
-    steps_figure,
-)
+from lightning_eff.glimpse.figures import exploration_figure, save_animation
 from lightning_eff.glimpse.module import AdaGlimpseModule
-from lightning_eff.reporting import Column, Table, results_folder, save_figure
-
-_LEARNED = "learned"  # as tables call the agent
+from lightning_eff.glimpse.report import ExplorationReport
+from lightning_eff.reporting import results_folder, save_figure
 
 
 class GlimpseReport(Callback):
@@ -110,24 +101,18 @@ class GlimpseReport(Callback):
         assert isinstance(pl_module, AdaGlimpseModule)
         if not trainer.is_global_zero:
             return
-        table = results_table(pl_module)
-        table.print()
-        for suffix in ("md", "csv", "json"):
-            self._note(table.save(self._folder / f"policies.{suffix}"))
-        if pl_module.every_glimpse and pl_module.glimpse.stop_threshold is None:
-            self._save("curves.png", curve_figure(_curves(pl_module), learned=_LEARNED))
-        if not self._kept:
-            return
-        images, target = self._first()
-        few, truth = images[: self.shown], None if target is None else target[: self.shown]
-        seen = pl_module.explore(few, predictions="all")
-        self._save("exploration.png", exploration_figure(few, seen, truth, self.class_names, self.shown))
-        self._save("steps.png", steps_figure(few, seen, 0, truth, self.class_names))
-        gif = self._folder / "exploration.gif"
-        self._note(save_animation(few, seen, gif, target=truth, class_names=self.class_names))
-        places = pl_module.explore(images, predictions="none")
-        self._save("coverage.png", coverage_figure(places))
-        self._save("scales.png", scale_figure(places))
+        report = ExplorationReport(pl_module)
+        if self._kept:
+            images, target = self._first()
+            few, truth = images[: self.shown], None if target is None else target[: self.shown]
+            seen = pl_module.explore(few, predictions="all")
+            gif = self._folder / "exploration.gif"
+            self._note(save_animation(few, seen, gif, target=truth, class_names=self.class_names))
+            places = pl_module.explore(images, predictions="none")
+            report = ExplorationReport(pl_module, few, seen, truth, places, self.class_names)
+        report.print()
+        for path in report.write(self._folder):
+            self._note(path)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to collect trajectories."""
@@ -178,57 +163,3 @@ class GlimpseReport(Callback):
     def _note(self, path: Path) -> None:
         if path not in self.written:
             self.written.append(path)
-
-
-def results_table(module: AdaGlimpseModule, stage: str = "test") -> Table:
-    """Return a row a policy of the last pass: the task's first metric after glimpses, mean glimpses, pixels.
-
-    Args:
-        module: That was validated or tested.
-        stage: ``"test"`` or ``"val"``.
-
-    Raises:
-        ValueError: There was no such pass.
-    """
-    if stage not in module.results:
-        raise ValueError(
-            f"the module has no results of {stage!r}, only of {sorted(module.results)}: run that pass first"
-        )
-    metric, steps = _metric(module, stage)
-    results = module.results[stage]
-    digits = ".3f" if all(abs(values[f"{metric}@{t}"]) <= 1 for values in results.values() for t in steps) else ".2f"
-    columns: list[str | Column] = ["policy", *(Column(f"{metric}@{t}", digits) for t in steps)]
-    columns += [Column("glimpses", ".2f"), Column("pixel %", ".2f")]
-    rows = [
-        [
-            _LEARNED if name == "policy" else name,
-            *(values[f"{metric}@{t}"] for t in steps),
-            values["avg_glimpses"],
-            values["pixel_percent"],
-        ]
-        for name, values in results.items()
-    ]
-    better = "higher" if module.task.higher_is_better else "lower"
-    return Table("Policies", columns, rows, caption=f"{metric} after each number of glimpses, {better} is better")
-
-
-def _metric(module: AdaGlimpseModule, stage: str) -> tuple[str, list[int]]:
-    """Return the name of the task's first metric, and the numbers of glimpses it is known after."""
-    names = [name.split("@") for name in module.results[stage]["policy"] if "@" in name]
-    metric = names[0][0]
-    return metric, [int(t) for name, t in names if name == metric]
-
-
-def _curves(module: AdaGlimpseModule) -> list[PolicyCurve]:
-    metric, steps = _metric(module, "test")
-    return [
-        PolicyCurve(
-            policy=_LEARNED if name == "policy" else name,
-            metric=metric,
-            higher_is_better=module.task.higher_is_better,
-            values=tuple(values[f"{metric}@{t}"] for t in steps),
-            glimpses=tuple(map(float, steps)),
-            pixel_percent=tuple(map(module.glimpse.pixel_percent, steps)),
-        )
-        for name, values in module.results["test"].items()
-    ]

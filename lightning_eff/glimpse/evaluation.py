@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -21,8 +21,11 @@ from lightning_eff.glimpse.exploration import Trajectory, explore, needs_scores,
 from lightning_eff.glimpse.policies.base import Policy, PolicyLike
 from lightning_eff.glimpse.tasks.base import Task
 from lightning_eff.glimpse.world import GlimpseWorld
-from lightning_eff.reporting import Column, Table, human
+from lightning_eff.reporting import Column, Report, Table, human
 from lightning_eff.surgery.state import parameters_require_grad
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COUNTED = 16  # images of which operations are counted
 
@@ -60,6 +63,66 @@ class PolicyCurve:
         return self.values[-1]
 
 
+@dataclass(frozen=True)
+class PolicyCurves(Sequence[PolicyCurve], Report):
+    """Curves of several policies side by side: table and figure ``policies``.
+
+    Args:
+        curves: Of one task and one number of glimpses, at least one.
+        title: Of the table.
+        every: The table shows each so many glimpses, the last in any case, >= 1.
+
+    Raises:
+        ValueError: There are no curves, or they do not belong together.
+    """
+
+    curves: Sequence[PolicyCurve]
+    title: str = "Policies"
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        kinds = {(curve.metric, len(curve.values)) for curve in self.curves}
+        if len(kinds) != 1:
+            raise ValueError(f"expected curves of one metric and one number of glimpses, got {sorted(kinds)}")
+
+    @overload
+    def __getitem__(self, index: int) -> PolicyCurve: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[PolicyCurve]: ...
+    def __getitem__(self, index: int | slice) -> PolicyCurve | Sequence[PolicyCurve]:
+        return self.curves[index]
+
+    def __len__(self) -> int:
+        return len(self.curves)
+
+    def tables(self) -> dict[str, Table]:
+        """A row a policy: its metric after glimpses, mean glimpses, pixels and operations."""
+        metric, count = self.curves[0].metric, len(self.curves[0].values)
+        shown = sorted({*range(self.every, count + 1, self.every), count})
+        digits = ".3f" if all(abs(value) <= 1 for curve in self.curves for value in curve.values) else ".2f"
+        columns: list[str | Column] = ["policy", *(Column(f"{metric}@{t}", digits) for t in shown)]
+        columns += [Column("glimpses", ".2f"), Column("pixel %", ".2f"), Column("FLOPs/image", human)]
+        rows = [
+            [
+                curve.policy,
+                *(curve.values[t - 1] for t in shown),
+                curve.glimpses[-1],
+                curve.pixel_percent[-1],
+                curve.flops,
+            ]
+            for curve in self.curves
+        ]
+        better = "higher" if self.curves[0].higher_is_better else "lower"
+        caption = f"{metric} after each number of glimpses, {better} is better"
+        return {"policies": Table(self.title, columns, rows, caption)}
+
+    def figures(self) -> dict[str, Figure]:
+        """The metric against pixels captured, a line a policy."""
+        from lightning_eff.glimpse.figures import curve_figure
+
+        return {"policies": curve_figure(self.curves)}
+
+
 def evaluate_policies(
     world: GlimpseWorld,
     batches: Iterable[Any],
@@ -70,7 +133,7 @@ def evaluate_policies(
     teacher: Callable[[Tensor], Tensor] | None = None,
     scored: bool = False,
     flops: bool = True,
-) -> list[PolicyCurve]:
+) -> PolicyCurves:
     """Let every policy look at all images.
 
     Args:
@@ -110,7 +173,7 @@ def evaluate_policies(
             tallies[name].add(images, target, told, policy)
     if not tallies:
         raise ValueError("expected at least one batch, got none")
-    return [tally.curve() for tally in tallies.values()]
+    return PolicyCurves(tuple(tally.curve() for tally in tallies.values()))
 
 
 class _Tally:
@@ -176,43 +239,6 @@ def _flops(
     with frozen, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         explore(world, images, policy, target, teacher=teacher)
     return float(counter.get_total_flops()) / len(images)
-
-
-def policy_table(curves: Sequence[PolicyCurve], title: str = "Policies", *, every: int = 1) -> Table:
-    """Return a row a policy: its metric after glimpses, mean glimpses, pixels and operations.
-
-    Args:
-        curves: Of one task and one number of glimpses.
-        title: Of the table.
-        every: Show each so many glimpses, the last in any case, >= 1.
-
-    Raises:
-        ValueError: There are no curves, or they do not belong together.
-    """
-    kinds = {(curve.metric, len(curve.values)) for curve in curves}
-    if len(kinds) != 1:
-        raise ValueError(f"expected curves of one metric and one number of glimpses, got {sorted(kinds)}")
-    ((metric, count),) = kinds
-    shown = sorted({*range(every, count + 1, every), count})
-    digits = ".3f" if all(abs(value) <= 1 for curve in curves for value in curve.values) else ".2f"
-    columns: list[str | Column] = [
-        "policy",
-        *(Column(f"{metric}@{t}", digits) for t in shown),
-        Column("glimpses", ".2f"),
-    ]
-    columns += [Column("pixel %", ".2f"), Column("FLOPs/image")]
-    rows = [
-        [
-            curve.policy,
-            *(curve.values[t - 1] for t in shown),
-            curve.glimpses[-1],
-            curve.pixel_percent[-1],
-            None if curve.flops is None else human(curve.flops),
-        ]
-        for curve in curves
-    ]
-    better = "higher" if curves[0].higher_is_better else "lower"
-    return Table(title, columns, rows, caption=f"{metric} after each number of glimpses, {better} is better")
 
 
 def stopping_curve(

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError, MetricCollection
 
 from lightning_eff.glimpse.backbones.canvas import CanvasBackbone
-from lightning_eff.glimpse.callbacks import GlimpseReport, results_table
+from lightning_eff.glimpse.callbacks import GlimpseReport
 from lightning_eff.glimpse.config import AgentConfig, GlimpseConfig, ReplayOptions, TrainingPlan
 from lightning_eff.glimpse.module import AdaGlimpseModule
+from lightning_eff.glimpse.report import ExplorationReport
 from lightning_eff.glimpse.tasks.base import Task
 from lightning_eff.glimpse.tasks.classification import ClassificationTask
 from lightning_eff.models import ImageClassifier, SmallCNN
@@ -108,7 +109,7 @@ def test_what_it_cannot_tell_of_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got a ImageClassifier"):
         trainer(GlimpseReport(), tmp_path).test(ImageClassifier(SmallCNN(width=1)), data())
     with pytest.raises(ValueError, match="no results of 'test'"):
-        results_table(module())
+        ExplorationReport(module())
 
 
 class Brightness(Task):

@@ -10,7 +10,7 @@ from lightning_eff.batch import BatchKeys
 from lightning_eff.glimpse.backbones.base import Encoded, GlimpseBackbone, Seen
 from lightning_eff.glimpse.backbones.canvas import CanvasBackbone
 from lightning_eff.glimpse.config import GlimpseConfig
-from lightning_eff.glimpse.evaluation import count_flops, evaluate_policies, policy_table, stopping_curve
+from lightning_eff.glimpse.evaluation import PolicyCurves, count_flops, evaluate_policies, stopping_curve
 from lightning_eff.glimpse.exploration import explore
 from lightning_eff.glimpse.metrics import PolicyMetrics
 from lightning_eff.glimpse.policies import FixedGrid, GreedyLookahead, RandomPolicy
@@ -113,7 +113,7 @@ def test_a_teacher_scores_and_batches_may_have_another_form_or_images_alone(
     world, grid = classes(), {"grid": FixedGrid(CONFIG)}
     (plain,) = evaluate_policies(world, batches, grid)
     told = [{"x": images, "y": target} for images, target in batches]
-    assert evaluate_policies(world, told, grid, split_batch=BatchKeys("x", "y")) == [plain]
+    assert evaluate_policies(world, told, grid, split_batch=BatchKeys("x", "y"))[:] == (plain,)
     world.task.score_kind = "kl"  # type: ignore[assignment]
     policies = grid | {"ahead": GreedyLookahead(CONFIG, tries=2)}
     for curve in evaluate_policies(
@@ -170,13 +170,13 @@ def test_operations_are_those_of_crops_and_of_one_prediction() -> None:
 
 def test_the_table_has_a_row_a_policy_and_a_column_a_glimpse(batches: list[tuple[Tensor, Tensor]]) -> None:
     curves = evaluate_policies(classes(), batches, {"grid": FixedGrid(CONFIG), "random": RandomPolicy(CONFIG)})
-    table = policy_table(curves)
+    table = curves.table()
     names = [column.name for column in table.columns]
     assert names == ["policy", *(f"accuracy@{t}" for t in range(1, 5)), "glimpses", "pixel %", "FLOPs/image"]
     assert table.rows[1][:2] == ("random", curves[1].values[0])
     assert table.rows[0][-3:-1] == (4.0, 25.0)
     assert "higher is better" in table.caption
-    short = [column.name for column in policy_table(curves, every=3).columns]
+    short = [column.name for column in PolicyCurves(curves.curves, every=3).table().columns]
     assert short[1:3] == ["accuracy@3", "accuracy@4"]
     with pytest.raises(ValueError, match="expected curves of one metric and one number of glimpses, got \\[\\]"):
-        policy_table([])
+        PolicyCurves([])

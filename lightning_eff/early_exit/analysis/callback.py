@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
+from lightning_eff.arguments import check_choice, check_whole
 from lightning_eff.early_exit.analysis.dominance import Dominance, DominanceHistory, Measure, gradient_dominance
 from lightning_eff.early_exit.module import EarlyExitModule
 from lightning_eff.reporting import results_folder
@@ -25,8 +26,8 @@ class GradientDominance(Callback):
 
     Args:
         every_n_epochs: n, >= 1.
-        dirpath: where ``gradient_dominance`` is written, as CSV while it goes and with figure at the end; None takes the
-            folder ``early_exit`` beside what the trainer logs.
+        dirpath: where ``gradient_dominance`` is written, as CSV while it goes and with a figure at the end; None takes
+            the folder ``early_exit`` beside what the trainer logs.
         measure: ``"share"``, ``"cosine"`` or ``"norm"``, see :func:`gradient_dominance`.
         groups: names of submodules of the backbone; by default its stages and all of it.
         weights: of the ``K`` losses; None takes those of the phase where it trains everything, and elsewhere all the
@@ -49,10 +50,8 @@ class GradientDominance(Callback):
         groups: list[str] | None = None,
         weights: list[float] | None = None,
     ) -> None:
-        if every_n_epochs < 1:
-            raise ValueError(f"expected every_n_epochs >= 1, got {every_n_epochs}")
-        if measure not in get_args(Measure):
-            raise ValueError(f"expected measure to be one of {', '.join(get_args(Measure))}, got {measure!r}")
+        check_whole("every_n_epochs", every_n_epochs)
+        check_choice("measure", measure, get_args(Measure))
         self.every_n_epochs = every_n_epochs
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.measure, self.groups, self.weights = measure, groups, weights
