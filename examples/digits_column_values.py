@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_eff import shapley
 from lightning_eff.reporting import Column, Table, save_figure
 from lightning_eff.shapley.diagnostics import convergence_curve, cost_benefit
-from lightning_eff.shapley.figures import draw_values
+from lightning_eff.shapley.figures import values_figure
 from lightning_eff.shapley.interaction import shapley_interactions
 from lightning_eff.shapley.oracle import compare_ranks, oracle_rank, oracle_sets
 
@@ -89,8 +89,8 @@ def main() -> None:
     for name, table in {**tables, "cost_benefit": benefit.table(), "convergence": course.table()}.items():
         table.save(args.out / f"{name}.md")
         print(table, end="\n\n")
-    figures = {"ranks": ranks.figure(), "cost_benefit": benefit.figure(), "convergence": course.figure()}
-    for name, figure in {**figures, "values": draw_values(walks, kept=walks.top(4)).figure}.items():
+    figures = {**ranks.figures(), **benefit.figures(), **course.figures()}
+    for name, figure in {**figures, "values": values_figure(walks, kept=walks.top(4))}.items():
         save_figure(figure, args.out / f"{name}.png")
     print(f"{game.misses} coalitions evaluated, {game.hits} answered from memory; tables and figures in {args.out}")
 

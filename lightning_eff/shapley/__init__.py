@@ -12,7 +12,7 @@ from lightning_eff.shapley.diagnostics import (
 )
 from lightning_eff.shapley.estimator import Request, ShapleyEstimator, ShapleyWarning, StopRule
 from lightning_eff.shapley.exact import ExactShapley, LeaveOneOut
-from lightning_eff.shapley.figures import draw_histogram, draw_values
+from lightning_eff.shapley.figures import histogram_figure, values_figure
 from lightning_eff.shapley.games import (
     Game,
     GroupedGame,
@@ -66,15 +66,15 @@ __all__ = [
     "compare_ranks",
     "convergence_curve",
     "cost_benefit",
-    "draw_histogram",
-    "draw_values",
     "evaluate",
     "evaluate_tour",
     "evaluate_walks",
+    "histogram_figure",
     "oracle_rank",
     "oracle_sets",
     "rank_stability",
     "shapley_interaction",
     "shapley_interactions",
     "shapley_values",
+    "values_figure",
 ]

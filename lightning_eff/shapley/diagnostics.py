@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_eff.reporting import Column, Table
+from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.shapley.estimator import Progress, ShapleyEstimator, ShapleyWarning, StopRule, kendall_tau
 from lightning_eff.shapley.exact import ExactShapley
 from lightning_eff.shapley.games import Game
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class ConvergenceCurve:
-    """Values of `n` players after each of `B` budgets.
+class ConvergenceCurve(Report):
+    """Values of `n` players after each of `B` budgets: table and figure `convergence`.
 
     Attributes:
         evaluations: int64 `[B]`, evaluations really spent.
@@ -39,7 +39,7 @@ class ConvergenceCurve:
     stderr: Tensor
     names: list[str] | None = None
 
-    def table(self) -> Table:
+    def tables(self) -> dict[str, Table]:
         """One row a budget: evaluations, largest and mean standard error, agreement with the last ranking."""
         rows = [
             (int(spent), stderr.max(), stderr.mean(), None if values.isnan().any() else kendall_tau(values, last))
@@ -49,17 +49,14 @@ class ConvergenceCurve:
         ]
         columns = [Column("evaluations", ","), Column("largest stderr", ".3g"), Column("mean stderr", ".3g")]
         last = Column("Kendall's tau", ".3f")
-        return Table("Convergence", [*columns, last], rows, "Kendall's tau: with the ranking of the last row.")
+        caption = "Kendall's tau: with the ranking of the last row."
+        return {"convergence": Table("Convergence", [*columns, last], rows, caption)}
 
-    def figure(self, players: Sequence[int] | None = None) -> Figure:
-        """Value with standard error against evaluations.
+    def figures(self) -> dict[str, Figure]:
+        """Value with standard error against evaluations, of the eight players that rank highest at the end."""
+        from lightning_eff.shapley.figures import convergence_figure
 
-        Args:
-            players: whose; by default of the eight that rank highest at the end, or of all where there are fewer.
-        """
-        from lightning_eff.shapley.figures import draw_convergence
-
-        return draw_convergence(self, players)
+        return {"convergence": convergence_figure(self)}
 
 
 def convergence_curve(
@@ -101,8 +98,8 @@ def convergence_curve(
 
 
 @dataclass(frozen=True, eq=False)
-class RankStability:
-    """How much of a ranking would come out the same another time.
+class RankStability(Report):
+    """How much of a ranking would come out the same another time: table `stability`.
 
     Attributes:
         kendall: mean Kendall's tau between the compared rankings, in [-1, 1].
@@ -111,6 +108,12 @@ class RankStability:
 
     kendall: float
     top: Tensor
+
+    def tables(self) -> dict[str, Table]:
+        """One row a number of players kept: how often they are the same set."""
+        columns = [Column("best players", "d"), Column("the same set", ".1%")]
+        caption = f"Mean Kendall's tau between rankings: {self.kendall:.3f}."
+        return {"stability": Table("Stability of ranks", columns, enumerate(self.top.tolist(), 1), caption)}
 
 
 def rank_stability(
@@ -179,8 +182,8 @@ class CostBenefitCell:
 
 
 @dataclass(frozen=True, eq=False)
-class CostBenefit:
-    """What each estimator makes of each budget.
+class CostBenefit(Report):
+    """What each estimator makes of each budget: table and figure `cost_benefit`.
 
     Attributes:
         exact: float64 `[n]`, the Shapley values.
@@ -190,7 +193,7 @@ class CostBenefit:
     exact: Tensor
     cells: tuple[CostBenefitCell, ...]
 
-    def table(self) -> Table:
+    def tables(self) -> dict[str, Table]:
         """One row an estimator and budget: medians over the seeds, and quartiles of the error."""
         rows = [
             (
@@ -212,13 +215,13 @@ class CostBenefit:
         ]
         seeds = max((len(cell.error) for cell in self.cells), default=0)
         caption = f"Medians over {seeds} seeds; error: |estimate - exact|^2 / |exact|^2 of {len(self.exact)} players."
-        return Table("Cost and benefit", columns, rows, caption)
+        return {"cost_benefit": Table("Cost and benefit", columns, rows, caption)}
 
-    def figure(self) -> Figure:
+    def figures(self) -> dict[str, Figure]:
         """Error and Spearman against evaluations: a line for the median, a band between the quartiles."""
-        from lightning_eff.shapley.figures import draw_cost_benefit
+        from lightning_eff.shapley.figures import cost_benefit_figure
 
-        return draw_cost_benefit(self)
+        return {"cost_benefit": cost_benefit_figure(self)}
 
 
 def cost_benefit(

@@ -1,6 +1,6 @@
 """Figures of Shapley values, of rankings against the oracle and of estimators against each other.
 
-Functions that take an axis draw on it and return it; the others return a figure for `reporting.save_figure`.
+Every function returns a figure for `reporting.save_figure`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ _SMALL = 8  # points, of legends
 _FEW = 40  # bars with a label each; more stand without gaps
 
 
-def draw_values(result: ShapleyResult, kept: Tensor | Sequence[int] | None = None, axis: Axes | None = None) -> Axes:
+def values_figure(result: ShapleyResult, kept: Tensor | Sequence[int] | None = None) -> Figure:
     """Bars of the values, highest first, with 95 % intervals; removed players in another colour.
 
     Args:
         result: values of a scalar game, or of one component (`result.select(d)`).
         kept: players that stay: bool `[n]`, or their indices; None colours all alike.
-        axis: where to draw; by default a figure of its own, `axis.figure`.
 
     Raises:
         ValueError: vector values, a player without value, or players that do not exist.
@@ -42,9 +41,8 @@ def draw_values(result: ShapleyResult, kept: Tensor | Sequence[int] | None = Non
 
     order, n = result.rank(), len(result.values)
     stays = torch.ones(n, dtype=torch.bool) if kept is None else _mask(kept, n)
-    if axis is None:
-        _, axes = new_figure(width=max(3.2, min(6.4, 0.3 * n + 1.6)), height=3.2)
-        axis = axes[0, 0]
+    figure, axes = new_figure(width=max(3.2, min(6.4, 0.3 * n + 1.6)), height=3.2)
+    axis = axes[0, 0]
     values, half = result.values[order].tolist(), (result.interval()[1] - result.values)[order]
     colours = [KEPT if stay else REMOVED for stay in stays[order].tolist()]
     axis.bar(range(n), values, width=0.8 if n <= _FEW else 1.0, color=colours)
@@ -73,10 +71,10 @@ def draw_values(result: ShapleyResult, kept: Tensor | Sequence[int] | None = Non
     handles = [*colours_told, *axis.get_legend_handles_labels()[0]]
     if handles:
         axis.legend(handles=handles, frameon=False, fontsize=_SMALL)
-    return axis
+    return figure
 
 
-def draw_histogram(results: Mapping[str, ShapleyResult], columns: int = 4) -> Figure:
+def histogram_figure(results: Mapping[str, ShapleyResult], columns: int = 4) -> Figure:
     """Histograms of the values of several games (layers of a network), one panel each, on a common scale.
 
     Args:
@@ -87,7 +85,7 @@ def draw_histogram(results: Mapping[str, ShapleyResult], columns: int = 4) -> Fi
         ValueError: no results, or one that cannot be ranked.
     """
     if not results:
-        raise ValueError("draw_histogram needs at least one result")
+        raise ValueError("histogram_figure needs at least one result")
     for result in results.values():
         result.rank()  # raises where there is no single number for every player
     every = torch.cat([result.values for result in results.values()])
@@ -110,7 +108,7 @@ def draw_histogram(results: Mapping[str, ShapleyResult], columns: int = 4) -> Fi
     return figure
 
 
-def draw_rank_report(report: RankReport) -> Figure:
+def ranks_figure(report: RankReport) -> Figure:
     """Value of the kept set and overlap with the oracle sets, each against the number of players kept."""
     figure, axes = new_figure(1, 2, width=8.4, height=3.8)
     value, overlap = axes[0]
@@ -136,7 +134,7 @@ def draw_rank_report(report: RankReport) -> Figure:
     return figure
 
 
-def draw_convergence(curve: ConvergenceCurve, players: Sequence[int] | None = None) -> Figure:
+def convergence_figure(curve: ConvergenceCurve, players: Sequence[int] | None = None) -> Figure:
     """Value with a band of one standard error for each player, against evaluations."""
     n = curve.values.shape[1]
     if players is None:
@@ -158,7 +156,7 @@ def draw_convergence(curve: ConvergenceCurve, players: Sequence[int] | None = No
     return figure
 
 
-def draw_cost_benefit(comparison: CostBenefit) -> Figure:
+def cost_benefit_figure(comparison: CostBenefit) -> Figure:
     """Relative squared error and Spearman correlation against evaluations, a line an estimator.
 
     Errors below 1e-12 are rounding, above 10 those of something else than Shapley values: neither is shown.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_eff.reporting import Column, Table
+from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.shapley.estimator import Progress, ShapleyWarning
 from lightning_eff.shapley.exact import ExactShapley
 from lightning_eff.shapley.games import Game, TableGame, nested_coalitions
@@ -30,7 +30,7 @@ _ROUNDING = 1e-12  # values this near, as a share of the largest, are one value
 
 
 @dataclass(eq=False)
-class OracleSets:
+class OracleSets(Report):
     """The best sets of a game with `n` players. They need not be nested, so that no ranking need meet all of them.
 
     Attributes:
@@ -82,7 +82,7 @@ class OracleSets:
         members = coalitions_of(codes[first], self.n_players)
         return [(_players(row), float(self.game.values[code])) for row, code in zip(members, codes[first], strict=True)]
 
-    def table(self) -> Table:
+    def tables(self) -> dict[str, Table]:
         """One row a size: the set kept, its value, how many are as good, whether it is part of the next."""
         names = self.names or [str(player) for player in range(self.n_players)]
         nested: list[str | None] = [*("yes" if inside else "no" for inside in self.nested.tolist()), None]
@@ -97,7 +97,7 @@ class OracleSets:
             "ties",
             "part of the next",
         ]
-        return Table("Oracle sets", columns, rows, "ties: other sets of the size that are as good.")
+        return {"oracle": Table("Oracle sets", columns, rows, "ties: other sets of the size that are as good.")}
 
     def _row(self, k: int) -> int:
         found = (self.sizes == k).nonzero().flatten().tolist()
@@ -202,8 +202,8 @@ class RankQuality:
 
 
 @dataclass(frozen=True, eq=False)
-class RankReport:
-    """Rankings beside the oracle.
+class RankReport(Report):
+    """Rankings beside the oracle: table and figure `ranks`.
 
     Attributes:
         oracle: the oracle sets of sizes 1..n-1.
@@ -217,7 +217,7 @@ class RankReport:
     kmax: int
     rankings: dict[str, RankQuality]
 
-    def table(self) -> Table:
+    def tables(self) -> dict[str, Table]:
         """One row a ranking, the best mean value first, the Oracle sets themselves above."""
         columns: list[str | Column] = [
             "ranking",
@@ -234,13 +234,13 @@ class RankReport:
             f"{self.kmax} players; correlations and displacement against the Oracle rank. "
             f"{int(self.oracle.nested.sum())} of {len(self.oracle.nested)} oracle sets are part of the next."
         )
-        return Table("Rankings against the oracle", columns, [oracle, *rows], caption)
+        return {"ranks": Table("Rankings against the oracle", columns, [oracle, *rows], caption)}
 
-    def figure(self) -> Figure:
+    def figures(self) -> dict[str, Figure]:
         """Value of the kept set, and overlap with the oracle sets, against the number of players kept."""
-        from lightning_eff.shapley.figures import draw_rank_report
+        from lightning_eff.shapley.figures import ranks_figure
 
-        return draw_rank_report(self)
+        return {"ranks": ranks_figure(self)}
 
 
 def compare_ranks(

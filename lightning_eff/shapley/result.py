@@ -6,17 +6,23 @@ import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_eff.documents import parsed, reading, write_text
+from lightning_eff.reporting import Column, Report, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(eq=False)
-class ShapleyResult:
+class ShapleyResult(Report):
     """Shapley values (or partial ones) of a game with `n` players, all tensors float64 on the CPU.
+
+    Table and figure `values`; `save` and `load` are for the result itself.
 
     Attributes:
         values: `[n]`, or `[n, D]` for a vector-valued game, in the unit of the game. NaN: the budget never reached
@@ -114,6 +120,31 @@ class ShapleyResult:
             v_full=None if self.v_full is None else self.v_full[d],
             state=None,
         )
+
+    def tables(self) -> dict[str, Table]:
+        """One row a player in the order of the game: value, standard error and place; a vector has columns for each."""
+        names = self.names or [str(player) for player in range(len(self.values))]
+        scalar = self.values.ndim == 1
+        values, stderr = (one.reshape(len(names), -1).T.tolist() for one in (self.values, self.stderr))
+        marks = [""] if scalar else [f" {d}" for d in range(len(values))]
+        columns: list[str | Column] = [Column("player", align="left")]
+        columns += [Column(f"{what}{mark}", ".4g") for mark in marks for what in ("value", "stderr")]
+        told = [column for pair in zip(values, stderr, strict=True) for column in pair]
+        if scalar and not bool(self.values.isnan().any()):
+            columns.append("place")
+            told.append([place + 1 for place in self.rank().argsort().tolist()])
+        partial = "" if self.depth >= len(names) or self.method == "greedy_backward" else f", depth {self.depth}"
+        caption = f"{self.method}{partial}; {self.n_evals:,} evaluations, {self.n_unique:,} of them distinct."
+        if not self.converged:
+            caption += " The work or precision asked for was not reached."
+        return {"values": Table("Shapley values", columns, zip(names, *told, strict=True), caption)}
+
+    def figures(self) -> dict[str, Figure]:
+        """Bars of the values with 95 % intervals; none of vectors, or where a player has no value."""
+        from lightning_eff.shapley.figures import values_figure
+
+        drawn = self.values.ndim == 1 and not bool(self.values.isnan().any())
+        return {"values": values_figure(self)} if drawn else {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python (numbers, strings, lists, dicts), fit for JSON and for checkpoints with `weights_only=True`."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_eff.batch import batch_size, call_model
+from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.surgery.counting import measure_costs
 from lightning_eff.surgery.state import quiet_model
 
@@ -26,8 +27,8 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Costs of one network.
+class Profile(Report):
+    """Costs of one network: table `profile`.
 
     Attributes:
         macs: multiply-adds per sample.
@@ -40,6 +41,15 @@ class Profile:
     params: int
     bytes: int
     latency: Latency | None = None
+
+    def tables(self) -> dict[str, Table]:
+        """One row: MACs, parameters, bytes and, where it was measured, latency."""
+        columns: list[Column] = [Column("MACs", ","), Column("parameters", ","), Column("bytes", ",")]
+        row: list[float] = [self.macs, self.params, self.bytes]
+        if self.latency is not None:
+            columns += [Column(name, ".3f") for name in ("latency [ms]", "5 %", "95 %")]
+            row += [self.latency.median, self.latency.low, self.latency.high]
+        return {"profile": Table("Costs of the network", columns, [row], "MACs of one sample.")}
 
 
 def profile(model: nn.Module, example_inputs: Any, *, latency: bool = False, repeats: int = 20) -> Profile:

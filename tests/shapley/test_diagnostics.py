@@ -22,7 +22,7 @@ from lightning_eff.shapley import (
     as_game,
 )
 from lightning_eff.shapley.diagnostics import convergence_curve, cost_benefit, rank_stability
-from lightning_eff.shapley.figures import draw_histogram, draw_values
+from lightning_eff.shapley.figures import convergence_figure, histogram_figure, values_figure
 
 GAME = saturating_game(6)
 
@@ -102,13 +102,13 @@ def test_convergence_is_told_by_a_table_and_drawn_with_the_names():
     assert rows[-1][3] == 1
     assert rows[0][1] == math.inf
     assert rows[-1][1] == curve.stderr[-1].max().item()
-    axis = curve.figure(players=[3, 1]).axes[0]
+    axis = convergence_figure(curve, players=[3, 1]).axes[0]
     assert [line.get_label() for line in axis.lines] == ["c3", "c1"]
     assert axis.lines[0].get_ydata().tolist() == curve.values[:, 3].tolist()
     best = curve.values[-1].argsort(descending=True)[:8]
-    assert [line.get_label() for line in curve.figure().axes[0].lines] == [f"c{player}" for player in best]
+    assert [line.get_label() for line in convergence_figure(curve).axes[0].lines] == [f"c{player}" for player in best]
     with pytest.raises(ValueError, match=r"players must lie in 0\.\.9, got \[10\]"):
-        curve.figure([10])
+        convergence_figure(curve, [10])
 
 
 # Stability of the ranking.
@@ -238,7 +238,7 @@ def test_comparison_has_a_row_and_a_line_for_each_estimator():
     table = compared.table()
     assert len(table.rows) == 18
     assert table.rows[0][3] == torch.quantile(compared.cells[0].error, 0.5).item()
-    figure = compared.figure()
+    figure = compared.figures()["cost_benefit"]
     error, spearman = figure.axes
     assert error.get_xscale() == error.get_yscale() == spearman.get_xscale() == "log"
     looks = {(line.get_color(), line.get_marker()) for line in error.lines}
@@ -249,7 +249,7 @@ def test_comparison_has_a_row_and_a_line_for_each_estimator():
 def test_neither_rounding_errors_nor_other_scores_stretch_the_axis_of_errors(tmp_path):
     methods = {"exact": ExactShapley(), "regression": RegressionShapley(), "greedy": GreedyBackward()}
     compared = cost_benefit(GAME, {**methods, "walks": PermutationShapley()}, [64], 3)
-    figure = compared.figure()
+    figure = compared.figures()["cost_benefit"]
     save_figure(figure, tmp_path / "f.png")
     assert (tmp_path / "f.png").stat().st_size > 1000
     error = {cell.estimator: cell.error.median().item() for cell in compared.cells}
@@ -264,7 +264,7 @@ def test_neither_rounding_errors_nor_other_scores_stretch_the_axis_of_errors(tmp
 
 def test_bars_are_sorted_named_and_coloured_by_what_stays():
     result = result_of([0.1, 0.4, -0.2], [0.01, 0.02, 0.0], names=["a", "b", "c"])
-    axis = draw_values(result, kept=[1, 0])
+    axis = values_figure(result, kept=[1, 0]).axes[0]
     bars = axis.patches[:3]
     assert [bar.get_height() for bar in bars] == [0.4, 0.1, -0.2]
     assert [bar.get_facecolor() for bar in bars] == [matplotlib.colors.to_rgba(c) for c in (KEPT, KEPT, REMOVED)]
@@ -273,11 +273,10 @@ def test_bars_are_sorted_named_and_coloured_by_what_stays():
     assert [segment[1][1] for segment in upper] == pytest.approx([0.4 + 1.96 * 0.02, 0.1 + 1.96 * 0.01, -0.2], abs=1e-4)
 
 
-def test_mask_of_kept_players_is_as_good_as_their_indices_and_an_axis_may_be_given():
-    axis = draw_values(result_of([1.0, 2.0]), kept=torch.tensor([True, False]))
-    again = draw_values(result_of([1.0, 2.0]), kept=[0], axis=draw_values(result_of([1.0, 2.0])).figure.axes[0])
-    for one in (axis, again):
-        assert [bar.get_facecolor() for bar in one.patches[-2:]] == [
+def test_mask_of_kept_players_is_as_good_as_their_indices():
+    for kept in (torch.tensor([True, False]), [0]):
+        axis = values_figure(result_of([1.0, 2.0]), kept=kept).axes[0]
+        assert [bar.get_facecolor() for bar in axis.patches[-2:]] == [
             matplotlib.colors.to_rgba(colour) for colour in (REMOVED, KEPT)
         ]
 
@@ -285,40 +284,40 @@ def test_mask_of_kept_players_is_as_good_as_their_indices_and_an_axis_may_be_giv
 @pytest.mark.parametrize("kept", [[3], [-1], [0.5], [True], torch.tensor([True, False])])
 def test_players_that_do_not_exist_are_refused(kept):
     with pytest.raises(ValueError, match=r"kept must be bool \[3\] or indices in 0\.\.2"):
-        draw_values(result_of([1.0, 2.0, 3.0]), kept=kept)
+        values_figure(result_of([1.0, 2.0, 3.0]), kept=kept)
 
 
 def test_nothing_kept_is_all_removed():
-    colours = {bar.get_facecolor() for bar in draw_values(result_of([1.0, 2.0]), kept=[]).patches}
+    colours = {bar.get_facecolor() for bar in values_figure(result_of([1.0, 2.0]), kept=[]).axes[0].patches}
     assert colours == {matplotlib.colors.to_rgba(REMOVED)}
 
 
 def test_many_players_stand_without_labels():
-    axis = draw_values(result_of(torch.arange(100.0).tolist()))
+    axis = values_figure(result_of(torch.arange(100.0).tolist())).axes[0]
     assert axis.get_xlabel() == "place among 100 players"
     assert len(axis.get_xticks()) < 20
 
 
 def test_partial_values_are_called_so():
-    assert draw_values(result_of([1.0, 2.0], depth=1)).get_ylabel() == "partial value, depth 1"
+    assert values_figure(result_of([1.0, 2.0], depth=1)).axes[0].get_ylabel() == "partial value, depth 1"
 
 
 def test_histograms_share_their_scale_and_count_every_player():
     games = {f"layer {number}": saturating_game(5, number) for number in range(5)}
     results = {name: PermutationShapley(4).estimate(game, generator=1) for name, game in games.items()}
-    axes = [axis for axis in draw_histogram(results, columns=3).axes if axis.get_visible()]
+    axes = [axis for axis in histogram_figure(results, columns=3).axes if axis.get_visible()]
     assert [axis.get_title() for axis in axes] == [f"layer {number} (5)" for number in range(5)]
     for axis in axes:
         assert sum(bar.get_height() for bar in axis.patches) == 5
     assert len({axis.patches[0].get_x() for axis in axes}) == 1
     with pytest.raises(ValueError, match="at least one result"):
-        draw_histogram({})
+        histogram_figure({})
 
 
 def test_drawing_opens_no_window_and_changes_no_setting():
     before = dict(matplotlib.rcParams)
-    draw_values(result_of([1.0, 2.0]))
-    cost_benefit(GAME, {"walks": PermutationShapley()}, [60], 2).figure()
+    values_figure(result_of([1.0, 2.0]))
+    cost_benefit(GAME, {"walks": PermutationShapley()}, [60], 2).figures()
     assert matplotlib.pyplot.get_fignums() == []
     assert dict(matplotlib.rcParams) == before
     assert len(SERIES) == 8

@@ -242,7 +242,7 @@ def test_tables_say_what_was_found():
 def test_figure_draws_every_ranking_below_the_oracle_curve():
     game = saturating_game(6)
     report = compare_ranks({"index": torch.arange(6), "reverse": torch.arange(6).flip(0)}, game)
-    value, overlap = report.figure().axes
+    value, overlap = report.figures()["ranks"].axes
     lines = {line.get_label(): torch.tensor(line.get_ydata()) for line in value.lines}
     assert set(lines) == {"oracle sets", "index", "reverse"}
     assert (lines["index"] <= lines["oracle sets"] + 1e-12).all()
