@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from lightning_eff.arguments import check_choice, check_number, check_whole
+
 
 class LeNet(nn.Module):
     """Two convolutions, three fully connected layers without activation between them.
@@ -39,8 +41,7 @@ class LeNet(nn.Module):
         super().__init__()
         if len(channels) != 4 or min(channels) < 1:
             raise ValueError(f"expected channels to be four widths >= 1 (c1, c3, c5, f6), got {list(channels)}")
-        if image_size < 16:
-            raise ValueError(f"expected image_size >= 16, got {image_size}")
+        check_whole("image_size", image_size, 16)
         _check_classes(in_channels, num_classes)
         c1, c3, c5, f6 = channels
         side = ((image_size - 4) // 2 - 4) // 2
@@ -72,8 +73,7 @@ class SmallCNN(nn.Module):
     def __init__(self, in_channels: int = 1, num_classes: int = 10, width: int = 32) -> None:
         super().__init__()
         _check_classes(in_channels, num_classes)
-        if width < 1:
-            raise ValueError(f"expected width >= 1, got {width}")
+        check_whole("width", width)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i, out_channels in enumerate((width, width, 2 * width, 2 * width, 4 * width), start=1):
             layers[f"conv{i}"] = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -112,8 +112,7 @@ class SmallResNet(nn.Module):
 
         super().__init__()
         _check_classes(in_channels, num_classes)
-        if width < 1:
-            raise ValueError(f"expected width >= 1, got {width}")
+        check_whole("width", width)
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
@@ -168,14 +167,10 @@ class ImageClassifier(LightningModule):
         example_input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if lr <= 0:
-            raise ValueError(f"expected lr > 0, got {lr}")
-        if optimizer not in ("adam", "adamw", "sgd"):
-            raise ValueError(f"expected optimizer 'adam', 'adamw' or 'sgd', got {optimizer!r}")
-        if weight_decay < 0:
-            raise ValueError(f"expected weight_decay >= 0, got {weight_decay}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"expected momentum to lie in [0, 1), got {momentum}")
+        check_number("lr", lr, above=0)
+        check_choice("optimizer", optimizer, ("adam", "adamw", "sgd"))
+        check_number("weight_decay", weight_decay, least=0)
+        check_number("momentum", momentum, least=0, below=1)
         self.save_hyperparameters(ignore=["net"])
         if "_instantiator" in self.hparams:  # built by LightningCLI, which gives the net as class_path and init_args
             self.save_hyperparameters()
@@ -225,5 +220,5 @@ class ImageClassifier(LightningModule):
 
 
 def _check_classes(in_channels: int, num_classes: int) -> None:
-    if in_channels < 1 or num_classes < 1:
-        raise ValueError(f"expected in_channels and num_classes >= 1, got {in_channels} and {num_classes}")
+    check_whole("in_channels", in_channels)
+    check_whole("num_classes", num_classes)

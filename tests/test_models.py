@@ -54,13 +54,16 @@ def test_small_cnn_takes_images_of_any_size(size):
     ("make", "message"),
     [
         (lambda: LeNet(channels=(1, 2, 3)), "expected channels to be four widths"),
-        (lambda: LeNet(image_size=8), "expected image_size >= 16, got 8"),
-        (lambda: SmallCNN(width=0), "expected width >= 1, got 0"),
-        (lambda: SmallCNN(num_classes=0), "expected in_channels and num_classes >= 1, got 1 and 0"),
-        (lambda: ImageClassifier(SmallCNN(), lr=0), "expected lr > 0, got 0"),
-        (lambda: ImageClassifier(SmallCNN(), optimizer="lion"), "expected optimizer .* got 'lion'"),
-        (lambda: ImageClassifier(SmallCNN(), weight_decay=-1), "expected weight_decay >= 0, got -1"),
-        (lambda: ImageClassifier(SmallCNN(), momentum=1), r"expected momentum to lie in \[0, 1\), got 1"),
+        (lambda: LeNet(image_size=8), "image_size must be a whole number >= 16, got 8"),
+        (lambda: SmallCNN(width=0), "width must be a whole number >= 1, got 0"),
+        (lambda: SmallCNN(num_classes=0), "num_classes must be a whole number >= 1, got 0"),
+        (lambda: ImageClassifier(SmallCNN(), lr=0), "lr must be > 0, got 0"),
+        (
+            lambda: ImageClassifier(SmallCNN(), optimizer="lion"),
+            "optimizer must be one of adam, adamw, sgd, got 'lion'",
+        ),
+        (lambda: ImageClassifier(SmallCNN(), weight_decay=-1), "weight_decay must be >= 0, got -1"),
+        (lambda: ImageClassifier(SmallCNN(), momentum=1), r"momentum must lie in \[0, 1\), got 1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, message):

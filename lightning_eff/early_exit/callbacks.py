@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_eff.arguments import check_choice, check_number
 from lightning_eff.early_exit.training.metrics import output_names
 from lightning_eff.early_exit.training.phased_module import PhasedModule
 
@@ -45,12 +46,10 @@ class PhaseEarlyStopping(Callback):
         restore_best: bool = True,
     ) -> None:
         each = patience if isinstance(patience, list) else [patience]
-        if not each or not all(isinstance(one, int) and one >= 1 for one in each):
+        if not each or not all(isinstance(one, int) and not isinstance(one, bool) and one >= 1 for one in each):
             raise ValueError(f"expected a patience of at least one validation, got {patience}")
-        if mode not in ("max", "min"):
-            raise ValueError(f"expected mode 'max' or 'min', got {mode!r}")
-        if not 0 <= min_delta < math.inf:
-            raise ValueError(f"expected min_delta >= 0, got {min_delta}")
+        check_choice("mode", mode, ("max", "min"))
+        check_number("min_delta", min_delta, least=0)
         self.patience, self.monitor, self.mode = patience, monitor, mode
         self.min_delta, self.restore_best = min_delta, restore_best
         self._reset()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.batch import SplitBatch, batch_size, call_model
 from lightning_eff.early_exit.attaching.attachment import Engine, attach, given_inputs, hooks_from_dict
 from lightning_eff.early_exit.attaching.costs import ExitCosts, exit_costs
@@ -91,14 +92,10 @@ class MultiExitNetwork(nn.Module):
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"expected num_classes >= 1, got {num_classes}")
-        if engine not in ENGINES:
-            raise ValueError(f"expected engine to be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
-        if not 0 <= compact_min_fraction <= 1:
-            raise ValueError(f"expected compact_min_fraction to lie in [0, 1], got {compact_min_fraction}")
-        if clone_features not in (True, False, "auto"):
-            raise ValueError(f"expected clone_features to be True, False or 'auto', got {clone_features!r}")
+        check_whole("num_classes", num_classes)
+        check_choice("engine", engine, ENGINES)
+        check_number("compact_min_fraction", compact_min_fraction, least=0, most=1)
+        check_choice("clone_features", clone_features, (True, False, "auto"))
         self.num_exits = number_of_exits(exits)
         self.backbone = backbone
         self.heads = nn.ModuleList()

@@ -250,7 +250,7 @@ def test_what_cannot_be_exported_writes_nothing(tmp_path):
     [
         ("net.zip", "single", r"ends in \.pt2 for mode='single', got 'net\.zip'"),
         ("net.pt2", "stages", r"ends in \.zip for mode='stages'"),
-        ("net.pt2", "both", "expected mode to be 'single' or 'stages', got 'both'"),
+        ("net.pt2", "both", "mode must be one of single, stages, got 'both'"),
     ],
 )
 def test_other_endings_and_modes_are_refused(tmp_path, name, mode, message):

@@ -74,10 +74,17 @@ def test_head_that_cannot_read_the_feature_says_so(kind, shape, message):
 
 
 @pytest.mark.parametrize(
-    "options", [{"kind": "big"}, {"layers": 0}, {"hidden": 0}, {"token": "last"}, {"channels": "middle"}]
+    ("options", "message"),
+    [
+        ({"kind": "big"}, "the kind of a head must be one of auto, .*got 'big'"),
+        ({"layers": 0}, "layers must be a whole number >= 1, got 0"),
+        ({"hidden": 2.5}, "hidden must be a whole number >= 1, got 2.5"),
+        ({"token": "last"}, "token must be one of first, mean, None, got 'last'"),
+        ({"channels": "middle"}, "channels must be one of first, last, None, got 'middle'"),
+    ],
 )
-def test_head_options_that_cannot_be_are_told(options):
-    with pytest.raises(ValueError, match="expected"):
+def test_head_options_that_cannot_be_are_told(options, message):
+    with pytest.raises(ValueError, match=message):
         Head(**options)
 
 

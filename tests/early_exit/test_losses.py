@@ -150,12 +150,12 @@ def test_a_network_without_exits_has_nothing_to_distil() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"weights": "rising"}, "expected weights"),
-        ({"gradient_scaling": "yes"}, "'none' or 'equilibrium'"),
-        ({"distill": "first"}, "'last', 'later', 'next'"),
-        ({"distill_temperature": 0.0}, "distill_temperature > 0"),
-        ({"distill_weight": -1.0}, r"distill_weight to lie in \[0, inf\]"),
-        ({"distill_weight": 1.5, "distill_temperature": 2.0}, r"distill_weight to lie in \[0, 1\]"),
+        ({"weights": "rising"}, "weights must be one of"),
+        ({"gradient_scaling": "yes"}, "gradient_scaling must be one of none, equilibrium, got 'yes'"),
+        ({"distill": "first"}, "distill must be one of last, later, next, None, got 'first'"),
+        ({"distill_temperature": 0.0}, "distill_temperature must be > 0"),
+        ({"distill_weight": -1.0}, "distill_weight must be >= 0, got -1.0"),
+        ({"distill_weight": 1.5, "distill_temperature": 2.0}, r"distill_weight must lie in \[0, 1\]"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"label_smoothing": 0.1, "criterion": nn.CrossEntropyLoss()}, "give it to the criterion"),
     ],

@@ -304,7 +304,11 @@ def test_names_that_are_logged_in_each_phase() -> None:
         in_val = {"loss", "accuracy", "cost", "auc", "exit_rate0", "exit_rate1", "exit_rate_final"}
         in_val |= {"accuracy_exit0", "accuracy_exit1", "accuracy_final"}
         in_val |= {f"accuracy@{budget}" for budget in ("25", "50", "75", "100", "max")}
-        assert names.at[1] >= {f"val/{name}" for name in in_val} | {f"train/loss_{late}", "train/loss_exit0", "early_exit/phase"}
+        assert names.at[1] >= {f"val/{name}" for name in in_val} | {
+            f"train/loss_{late}",
+            "train/loss_exit0",
+            "early_exit/phase",
+        }
         assert names.at[1] - names.at[0] >= {f"val/{name}" for name in in_val - {"loss", "accuracy_final"}}
 
 
@@ -546,9 +550,9 @@ def test_a_loss_that_is_no_number_is_told_with_its_head_and_phase() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"regime": "half"}, "'mixed', 'joint', 'disjoint'"),
-        ({"phase_split": 1.5}, r"phase_split to lie in \[0, 1\]"),
-        ({"start_phase": 2}, "start_phase to be one of 2 phases"),
+        ({"regime": "half"}, "regime must be one of mixed, joint, disjoint, or a list of phases, got 'half'"),
+        ({"phase_split": 1.5}, r"phase_split must lie in \[0, 1\]"),
+        ({"start_phase": 2}, "start_phase must be a whole number from 0 to 1, got 2"),
         ({"budgets": (0.0,)}, "expected budgets in"),
         ({"cost": "joules"}, "'flops', 'latency' or a list"),
         ({"cost": [1.0, 2.0]}, r"3 costs that are finite and > 0, one an output, got \[1.0, 2.0\]"),

@@ -243,8 +243,8 @@ def test_removed_exits_leave_the_backbone_as_it_came():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "fast"}, "expected engine to be one of 'auto', 'hooks', 'staged', 'off'"),
-        ({"clone_features": "no"}, "expected clone_features"),
+        ({"engine": "fast"}, "engine must be one of auto, hooks, staged, off, got 'fast'"),
+        ({"clone_features": "no"}, "clone_features must be one of True, False, auto, got"),
         ({"thresholds": [0.5]}, "expected 2 thresholds, one an exit, got 1"),
         ({"thresholds": math.nan}, "threshold"),
         ({"policy": "sure"}, "policy"),
@@ -805,7 +805,7 @@ def test_an_example_of_equal_samples_hides_no_mixing_of_samples(example):
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1])
 def test_fraction_of_deferred_copies_is_checked(fraction):
-    with pytest.raises(ValueError, match=r"compact_min_fraction to lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"compact_min_fraction must lie in \[0, 1\]"):
         small(compact_min_fraction=fraction)
 
 

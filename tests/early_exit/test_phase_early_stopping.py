@@ -181,9 +181,10 @@ def test_other_modules_are_refused() -> None:
     ("options", "told"),
     [
         ({"patience": 0}, "patience of at least one"),
+        ({"patience": True}, "patience of at least one"),
         ({"patience": []}, "patience of at least one"),
-        ({"mode": "up"}, "'max' or 'min'"),
-        ({"min_delta": -0.1}, "min_delta >= 0"),
+        ({"mode": "up"}, "mode must be one of max, min, got 'up'"),
+        ({"min_delta": -0.1}, "min_delta must be >= 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, Any], told: str) -> None:

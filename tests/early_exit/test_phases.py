@@ -30,7 +30,7 @@ def test_regimes_are_lists_of_phases() -> None:
 @pytest.mark.parametrize(
     ("regime", "told"),
     [
-        ("half", "'mixed', 'joint', 'disjoint'"),
+        ("half", "one of mixed, joint, disjoint, or a list of phases, got 'half'"),
         ([], "at least one phase"),
         ([{"train": "head"}], "'backbone', 'all', 'heads', got 'head'"),
         ([{"train": "all", "epochs": 0}], "at least one epoch"),

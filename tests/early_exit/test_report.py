@@ -172,7 +172,7 @@ def test_data_is_read_as_in_validation() -> None:
     [
         ({}, "one of budget, target_accuracy and max_drop"),
         ({"budget": 0.5, "max_drop": 0.1}, "one of budget, target_accuracy and max_drop"),
-        ({"budget": -1}, "budget must lie in"),
+        ({"budget": -1}, "budget must be > 0"),
         ({"budget": 1, "method": "best"}, "got 'best'"),
         ({"budget": 1, "min_exit_samples": -3}, "got -3"),
     ],

@@ -195,7 +195,7 @@ def test_group_sizes_below_one_are_refused_before_anything_is_read():
         yield torch.zeros(0)
 
     net, _, _ = network("chain")
-    with pytest.raises(ValueError, match="merge_batch >= 1, got 0"):
+    with pytest.raises(ValueError, match="merge_batch must be a whole number >= 1, got 0"):
         net.stream(loader(), 0)
 
 

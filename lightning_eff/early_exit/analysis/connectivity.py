@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_eff.arguments import check_choice
 from lightning_eff.batch import SplitBatch, batch_size
 from lightning_eff.early_exit.analysis.outputs import Criterion, batches_of, output_names, outputs_of, own_buffers
 from lightning_eff.reporting import Column, Report, Table, progress
@@ -233,8 +234,7 @@ def random_direction(
     Raises:
         ValueError: an unknown ``normalise``.
     """
-    if normalise not in get_args(Normalise):
-        raise ValueError(f"expected normalise to be one of {', '.join(get_args(Normalise))}, got {normalise!r}")
+    check_choice("normalise", normalise, get_args(Normalise))
     direction = {}
     for name, parameter in network.named_parameters():
         drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_eff.arguments import check_choice
 from lightning_eff.early_exit.analysis.outputs import Criterion, output_names, outputs_of, own_buffers
 from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.surgery.state import parameters_require_grad, untouched_generators
@@ -138,8 +139,7 @@ def gradient_dominance(
     Raises:
         ValueError: an unknown measure or group, weights of another number, negative, not finite or all zero.
     """
-    if measure not in get_args(Measure):
-        raise ValueError(f"expected measure to be one of {', '.join(get_args(Measure))}, got {measure!r}")
+    check_choice("measure", measure, get_args(Measure))
     backbone = getattr(network, "backbone", network)
     named = _parameters(backbone, groups)
     unique = list(dict.fromkeys(parameter for members in named.values() for parameter in members))

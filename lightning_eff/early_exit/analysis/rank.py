@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.batch import SplitBatch
 from lightning_eff.early_exit.analysis.outputs import batches_of, features_of, output_names
 from lightning_eff.surgery.state import quiet_model
@@ -133,12 +134,10 @@ def layer_ranks(
 
 
 def _check(rtol: float, kind: str, n_max: int, max_columns: int) -> None:
-    if kind not in get_args(Kind):
-        raise ValueError(f"expected kind to be one of {', '.join(get_args(Kind))}, got {kind!r}")
-    if not 0 < rtol < 1:
-        raise ValueError(f"rtol must lie in (0, 1), got {rtol}")
-    if n_max < 2 or max_columns < 1:
-        raise ValueError(f"expected n_max >= 2 and max_columns >= 1, got {n_max} and {max_columns}")
+    check_choice("kind", kind, get_args(Kind))
+    check_number("rtol", rtol, above=0, below=1)
+    check_whole("n_max", n_max, 2)
+    check_whole("max_columns", max_columns)
 
 
 def _drawn(n: int, most: int, generator: torch.Generator) -> Tensor:

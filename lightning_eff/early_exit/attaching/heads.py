@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_eff.arguments import check_choice, check_whole
+
 HeadBuilder = Callable[[Sequence[int], int], nn.Module]
 """``(shape of one sample's feature, number of classes) -> head``."""
 
@@ -48,16 +50,15 @@ class Head:
 
     def __post_init__(self) -> None:
         """Check choices and ranges."""
-        if self.kind not in KINDS:
-            raise ValueError(f"expected a head of kind {', '.join(map(repr, KINDS))}, got {self.kind!r}")
-        if self.layers < 1 or (self.hidden is not None and self.hidden < 1):
-            raise ValueError(f"expected head layers and hidden >= 1, got {self.layers} and {self.hidden}")
+        check_choice("the kind of a head", self.kind, KINDS)
+        check_whole("layers", self.layers)
+        if self.hidden is not None:
+            check_whole("hidden", self.hidden)
         for name, value, known in (
             ("token", self.token, ("first", "mean", None)),
             ("channels", self.channels, ("first", "last", None)),
         ):
-            if value not in known:
-                raise ValueError(f"expected head {name} to be one of {known}, got {value!r}")
+            check_choice(name, value, known)
 
     def on(self, backbone: nn.Module, channels: Literal["first", "last"] | None) -> Head:
         """Fill in what the network decides: class token or mean, and where channels are."""

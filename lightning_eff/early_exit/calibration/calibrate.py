@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.documents import parsed
 from lightning_eff.early_exit.calibration import search
 from lightning_eff.early_exit.calibration.problem import Goal, Problem, Setting
@@ -151,19 +152,17 @@ def check_goal(budget: float | None, target_accuracy: float | None, max_drop: fl
     given = {name: value for name, value in goals.items() if value is not None}
     if len(given) != 1:
         raise ValueError(f"expected one of budget, target_accuracy and max_drop, got {given or 'none'}")
-    if budget is not None and not 0 < budget < math.inf:
-        raise ValueError(f"budget must lie in (0, inf), got {budget}")
     for name, value in given.items():
-        if name != "budget" and not 0 <= value <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        if name == "budget":
+            check_number(name, value, above=0)
+        else:
+            check_number(name, value, least=0, most=1)
 
 
 def check_method(method: str, min_exit_samples: int) -> None:
     """Raise ValueError for an unknown method or a number of samples that is none."""
-    if method not in get_args(Method):
-        raise ValueError(f"expected a method out of {', '.join(get_args(Method))}, got {method!r}")
-    if not isinstance(min_exit_samples, int) or min_exit_samples < 0:
-        raise ValueError(f"expected a whole number min_exit_samples >= 0, got {min_exit_samples!r}")
+    check_choice("method", method, get_args(Method))
+    check_whole("min_exit_samples", min_exit_samples, 0)
 
 
 def _problem(scores: Any, correct: Any, costs: Any, min_exit_samples: int) -> Problem:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from lightning_eff.arguments import check_choice
 from lightning_eff.batch import batch_size
 from lightning_eff.early_exit.attaching.probe import samples
 from lightning_eff.early_exit.inference.exported import MANIFEST, VERSION, ExportedNetwork, load_early_exit
@@ -76,8 +77,7 @@ def export_early_exit(
         )
     path = Path(path)
     endings = {"single": ".pt2", "stages": ".zip"}
-    if mode not in endings:
-        raise ValueError(f"expected mode to be 'single' or 'stages', got {mode!r}")
+    check_choice("mode", mode, endings)
     if path.suffix != endings[mode]:
         raise ValueError(f"expected a path that ends in {endings[mode]} for mode={mode!r}, got {path.name!r}")
     if isinstance(example, dict):

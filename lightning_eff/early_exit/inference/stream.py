@@ -16,6 +16,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.batch import SplitBatch, batch_size
 from lightning_eff.early_exit.attaching.features import BatchDim, Layout
 from lightning_eff.early_exit.inference.leaving import ExitOutput
@@ -56,8 +57,8 @@ def stream(
     Raises:
         ValueError: ``merge_batch`` below 1.
     """
-    if merge_batch is not None and merge_batch < 1:
-        raise ValueError(f"expected merge_batch >= 1, got {merge_batch}")
+    if merge_batch is not None:
+        check_whole("merge_batch", merge_batch)
     answers = Departures()
     lines: _Lines | None = None
     device = network.score_thresholds.device

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_eff.arguments import check_choice, check_number
+
 WeightSchedule = Callable[[int, int, Any], Any]
 """``(epoch in the phase from 1, epochs of the phase, costs of the K outputs) -> weights of the outputs``."""
 
@@ -57,9 +59,7 @@ def loss_weights(
     n = exits + final
     if isinstance(weights, str):
         if weights not in NAMED_WEIGHTS:
-            raise ValueError(
-                f"expected weights to be one of {_listed(NAMED_WEIGHTS)}, a list or a callable, got {weights!r}"
-            )
+            raise ValueError(f"weights must be one of {_listed(NAMED_WEIGHTS)}, a list or a callable, got {weights!r}")
         return _named(weights, exits, n, epoch, epochs, costs)
     given = list(weights(epoch, epochs, costs) if callable(weights) else weights)
     if len(given) not in {n, exits + 1}:
@@ -147,17 +147,14 @@ class ExitLosses:
         """Check the ranges; lists of weights are checked when the number of exits is known."""
         if isinstance(self.weights, str) and self.weights not in NAMED_WEIGHTS:
             loss_weights(self.weights, 1)
-        if self.gradient_scaling not in ("none", "equilibrium"):
-            raise ValueError(f"expected gradient_scaling 'none' or 'equilibrium', got {self.gradient_scaling!r}")
-        if self.distill is not None and self.distill not in DISTILLATIONS:
-            raise ValueError(f"expected distill to be None or one of {_listed(DISTILLATIONS)}, got {self.distill!r}")
-        if self.distill_temperature is not None and not 0 < self.distill_temperature < math.inf:
-            raise ValueError(f"expected distill_temperature > 0, got {self.distill_temperature}")
-        most = math.inf if self.distill_temperature is None else 1.0
-        if self.distill_weight is not None and not 0 <= self.distill_weight <= most:
-            raise ValueError(f"expected distill_weight to lie in [0, {most:g}], got {self.distill_weight}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"expected label_smoothing to lie in [0, 1), got {self.label_smoothing}")
+        check_choice("gradient_scaling", self.gradient_scaling, ("none", "equilibrium"))
+        check_choice("distill", self.distill, (*DISTILLATIONS, None))
+        if self.distill_temperature is not None:
+            check_number("distill_temperature", self.distill_temperature, above=0)
+        if self.distill_weight is not None:
+            most = None if self.distill_temperature is None else 1
+            check_number("distill_weight", self.distill_weight, least=0, most=most)
+        check_number("label_smoothing", self.label_smoothing, least=0, below=1)
         if self.criterion is not None and self.label_smoothing:
             raise ValueError("label_smoothing belongs to the cross entropy: give it to the criterion instead")
 

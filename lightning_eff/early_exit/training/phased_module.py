@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.early_exit.network import MultiExitNetwork
 from lightning_eff.early_exit.training.in_trainer import steps_per_epoch
 from lightning_eff.early_exit.training.phases import Phase, PhaseClock, timetable
@@ -49,10 +50,8 @@ class PhasedModule(L.LightningModule):
         lr_scheduler: Schedule | None,
     ) -> None:
         super().__init__()
-        if not 0 <= phase_split <= 1:
-            raise ValueError(f"expected phase_split to lie in [0, 1], got {phase_split}")
-        if not 0 <= start_phase < len(phases):
-            raise ValueError(f"expected start_phase to be one of {len(phases)} phases, from 0, got {start_phase}")
+        check_number("phase_split", phase_split, least=0, most=1)
+        check_whole("start_phase", start_phase, 0, len(phases) - 1)
         for schedule in (lr_scheduler, *(phase.lr_scheduler for phase in phases)):
             check_schedule(schedule)
         self.network = network

@@ -62,7 +62,7 @@ def phases_from(regime: str | Sequence[Phase | Mapping[str, Any]]) -> tuple[Phas
     """
     if isinstance(regime, str):
         if regime not in REGIMES:
-            raise ValueError(f"expected regime to be one of {', '.join(map(repr, REGIMES))} or phases, got {regime!r}")
+            raise ValueError(f"regime must be one of {', '.join(REGIMES)}, or a list of phases, got {regime!r}")
         return tuple(Phase(part) for part in REGIMES[regime])  # type: ignore[arg-type]
     if not regime:
         raise ValueError(f"expected at least one phase, or one of {', '.join(map(repr, REGIMES))}")

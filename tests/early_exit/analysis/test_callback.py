@@ -204,9 +204,9 @@ def test_other_precisions_are_measured(precision: str) -> None:
 def test_other_modules_and_arguments_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match="outputs of an EarlyExitModule, got a BoringModel"):
         trainer(GradientDominance()).fit(BoringModel())
-    with pytest.raises(ValueError, match="expected every_n_epochs >= 1, got 0"):
+    with pytest.raises(ValueError, match="every_n_epochs must be a whole number >= 1, got 0"):
         GradientDominance(0)
-    with pytest.raises(ValueError, match="expected measure to be one of share, cosine, norm, got 'angle'"):
+    with pytest.raises(ValueError, match="measure must be one of share, cosine, norm, got 'angle'"):
         GradientDominance(measure="angle")
 
 

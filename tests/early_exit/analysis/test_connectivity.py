@@ -277,7 +277,7 @@ def test_loaders_and_numbers_that_cannot_work_are_refused() -> None:
         loss_plane(network, [data()], steps=1)
     with pytest.raises(ValueError, match="expected steps >= 2 and radius > 0, got 21 and 0"):
         loss_plane(network, [data()], radius=0)
-    with pytest.raises(ValueError, match="expected normalise to be one of filter, layer, none, got 'rows'"):
+    with pytest.raises(ValueError, match="normalise must be one of filter, layer, none, got 'rows'"):
         loss_plane(network, [data()], normalise="rows")
     x, y = data(3)
     with pytest.raises(ValueError, match="batches of one sample: give larger batches or recompute_bn=False"):

@@ -221,7 +221,7 @@ def test_table_names_exits_and_groups() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"measure": "angle"}, "expected measure to be one of share, cosine, norm, got 'angle'"),
+        ({"measure": "angle"}, "measure must be one of share, cosine, norm, got 'angle'"),
         ({"weights": [1, 1]}, "expected 3 finite weights >= 0"),
         ({"weights": [1, -1, 1]}, "expected 3 finite weights >= 0"),
         ({"weights": [1, math.nan, 1]}, "expected 3 finite weights >= 0"),

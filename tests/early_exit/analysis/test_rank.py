@@ -109,11 +109,11 @@ def test_batches_of_another_form_are_split() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "full"}, "expected kind to be one of numerical, stable, effective, got 'full'"),
+        ({"kind": "full"}, "kind must be one of numerical, stable, effective, got 'full'"),
         ({"rtol": 0.0}, r"rtol must lie in \(0, 1\), got 0.0"),
         ({"rtol": 1.0}, r"rtol must lie in \(0, 1\), got 1.0"),
-        ({"n_max": 1}, "expected n_max >= 2"),
-        ({"max_columns": 0}, "max_columns >= 1, got 4000 and 0"),
+        ({"n_max": 1}, "n_max must be a whole number >= 2, got 1"),
+        ({"max_columns": 0}, "max_columns must be a whole number >= 1, got 0"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
