@@ -17,14 +17,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_eff.batch import LossFunction, SplitBatch, call_model, take
-from lightning_eff.documents import write_text
+from lightning_eff.documents import whole_state, write_text
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.callback import StructuredPruningCallback
 from lightning_eff.pruning.dirichlet.data import Data, Likelihood
-from lightning_eff.pruning.dirichlet.figures import cut_figure, feature_figure, posterior_figure, share_figure
+from lightning_eff.pruning.dirichlet.figures import feature_figure
 from lightning_eff.pruning.dirichlet.memory import SwitchMemory
 from lightning_eff.pruning.dirichlet.options import DirichletOptions
 from lightning_eff.pruning.dirichlet.posterior import DirichletPosterior
+from lightning_eff.pruning.dirichlet.report import SwitchReport
 from lightning_eff.pruning.dirichlet.scoring import SwitchTraining
 from lightning_eff.pruning.memory import fingerprint, function_bytes
 from lightning_eff.pruning.repair import Repair
@@ -50,8 +51,8 @@ class DirichletPruneCallback(StructuredPruningCallback):
         layers: which layers may be pruned.
         calibration: whose batches train the switches, the training loader by default; ``samples`` does not count here,
             ``switches.max_batches`` does.
-        switches: how importance switches are trained.
         split_batch: ``batch -> (inputs, target)``, for batches of another form, e.g. ``BatchKeys("image", "label")``.
+        switches: how importance switches are trained.
         loss_fn: ``(model, batch) -> loss``, the mean over the batch, where ``training_step`` cannot serve.
         value: what the network is worth on a sample, for the report: ``"accuracy"``, ``"neg_loss"`` or a callable
             ``(outputs, target) -> [B]``, higher is better.
@@ -82,8 +83,8 @@ class DirichletPruneCallback(StructuredPruningCallback):
         schedule: Schedule = Schedule(),  # noqa: B008
         layers: Layers = Layers(),  # noqa: B008
         calibration: Calibration = Calibration(),  # noqa: B008
-        switches: DirichletOptions = DirichletOptions(),  # noqa: B008
         split_batch: SplitBatch | None = None,
+        switches: DirichletOptions = DirichletOptions(),  # noqa: B008
         loss_fn: LossFunction | None = None,
         value: Value = "accuracy",
         repair: Repair | None = None,
@@ -103,8 +104,8 @@ class DirichletPruneCallback(StructuredPruningCallback):
             schedule=schedule,
             layers=layers,
             calibration=calibration,
-            value=value,
             split_batch=split_batch,
+            value=value,
             repair=repair,
             plan=plan,
             dirpath=dirpath,
@@ -199,10 +200,7 @@ class DirichletPruneCallback(StructuredPruningCallback):
             name: {"phi": one.concentration.tolist(), "mean": one.mean.tolist(), "rank": one.rank()}
             for name, one in training.posterior().items()
         }
-        dirpath.mkdir(parents=True, exist_ok=True)
-        unfinished = dirpath / "scores.part"  # a process that dies while writing leaves no half of a file
-        unfinished.write_text(json.dumps(groups))
-        unfinished.replace(dirpath / "scores.json")
+        write_text(dirpath / "scores.json", json.dumps(groups))
         columns = ["batches", "layer", "loss", "kl", "phi_min", "phi_max", "phi_sum"]
         Table("Importance switches", columns, training.history).save(dirpath / "scores.csv")
 
@@ -219,9 +217,7 @@ class DirichletPruneCallback(StructuredPruningCallback):
         if self.dirpath is None or not trainer.is_global_zero or not self.posterior:
             return
         kept = {name: self._record.scores[name][1] for name in self.posterior if name in self._record.scores}
-        save_figure(posterior_figure(self.posterior, kept), self.dirpath / "posterior.png")
-        save_figure(cut_figure(self.posterior, kept), self.dirpath / "cut.png")
-        save_figure(share_figure(self.posterior), self.dirpath / "shares.png")
+        SwitchReport(self.posterior, kept).write(self.dirpath)
 
     def state_dict(self) -> dict[str, Any]:
         """Add the posteriors."""
@@ -230,6 +226,7 @@ class DirichletPruneCallback(StructuredPruningCallback):
             "posterior": {name: one.concentration.tolist() for name, one in self.posterior.items()},
         }
 
+    @whole_state
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote."""
         super().load_state_dict(state_dict)

@@ -171,7 +171,7 @@ def test_weights_count_a_run_as_often() -> None:
     repeated = fit_scaling_law(twice, fixed=HELD, bootstrap=0, holdout=0)
     assert weighted.value == pytest.approx(repeated.value, rel=1e-9)
     assert repeated.runs.duplicates == 26
-    assert "26 again at the place of another" in repeated.summary()
+    assert "26 again at the place of another" in str(repeated)
     assert weighted.law(1e9, 2e10, 4) == pytest.approx(repeated.law(1e9, 2e10, 4), rel=1e-7)
 
 
