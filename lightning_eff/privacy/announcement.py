@@ -32,7 +32,7 @@ def banner(
         poisson: Whether batches are drawn, not shuffled.
         seeded: Whether the noise can be repeated.
     """
-    sampling = "examples drawn for each step" if poisson else "batches SHUFFLED, so that epsilon is approximate"
+    sampling = "samples drawn for each step" if poisson else "batches SHUFFLED, so that epsilon is approximate"
     noise = "noise_seed, NOT PRIVATE" if seeded else "the operating system"
     return "\n".join(
         (
@@ -40,7 +40,7 @@ def banner(
             f"  C = {settings['privacy/max_grad_norm']:g} ({settings['privacy/clipping']}); "
             f"{trainable:,} coordinates, {kept:,} kept, {active:,} trained in the first step; {sampling}; "
             f"noise from {noise}.",
-            "  Neighbours: one example more or less. Not covered: logged training metrics, and choices made on private "
+            "  Neighbours: one sample more or less. Not covered: logged training metrics, and choices made on private "
             "validation data.",
         )
     )

@@ -1,6 +1,6 @@
-"""A batch as examples: how many there are, and some of them.
+"""A batch as samples: how many there are, and some of them.
 
-Whatever the batch is made of, what belongs to an example stands at its place in the first dimension of every tensor.
+Whatever the batch is made of, what belongs to a sample stands at its place in the first dimension of every tensor.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ def number_of_examples(batch: Any) -> int:
         raise TypeError(f"expected a batch of tensors in sequences, mappings or dataclasses, got {found}")
     if [] in shapes.values():
         raise ValueError(
-            f"a tensor without dimensions belongs to the whole batch, and what examples share depends on all of them; "
-            f"give every example its own value; got {told}"
+            f"a tensor without dimensions belongs to the whole batch, and what samples share depends on all of them; "
+            f"give every sample its own value; got {told}"
         )
     if len(sizes) > 1:
-        raise ValueError(f"expected the examples in the first dimension of every tensor of the batch, got {told}")
+        raise ValueError(f"expected the samples in the first dimension of every tensor of the batch, got {told}")
     (size,) = sizes
-    # a list with an entry for each example may hold anything
+    # a list with an entry for each sample may hold anything
     lists = tuple(f"{path}[" for path, entry in _lists(batch) if len(entry) == size)
     strangers = [f"{path} is a {kind}" for path, kind in others.items() if not path.startswith(lists)]
     if strangers:
         raise TypeError(
-            f"cannot tell which part of the batch belongs to which example: {', '.join(strangers)}; expected tensors, "
-            "sequences, mappings, dataclasses, or a list with one entry for each example"
+            f"cannot tell which part of the batch belongs to which sample: {', '.join(strangers)}; expected tensors, "
+            "sequences, mappings, dataclasses, or a list with one entry for each sample"
         )
     return size
 
 
 def some_examples(batch: Any, part: slice | Sequence[int]) -> Any:
-    """Cut examples out of a batch: tensors along their first dimension, and lists with one entry for each example."""
+    """Cut samples out of a batch: tensors along their first dimension, and lists with one entry for each sample."""
     part = part if isinstance(part, slice) else list(part)
     size = number_of_examples(batch)
 

@@ -112,7 +112,7 @@ class Budget:
             self.ledger.delta = default_delta(data.num_samples)
         elif self.given_delta >= 1 / data.num_samples:
             rank_zero_warn(
-                f"delta = {self.given_delta:g} is not below 1/N = {1 / data.num_samples:.2g}: publishing one example "
+                f"delta = {self.given_delta:g} is not below 1/N = {1 / data.num_samples:.2g}: publishing one sample "
                 "out of N would pass for private; leave delta out or choose it well below"
             )
         self._find_noise(data, steps)
@@ -239,7 +239,7 @@ class Budget:
                 )
             raise ValueError(
                 f"{steps} more steps with the noise multiplier {self.noise_multiplier:.4g} found before would end at "
-                f"epsilon {plan.epsilon:.4g}, above target_epsilon = {self.target_epsilon:g}: the number of examples, "
+                f"epsilon {plan.epsilon:.4g}, above target_epsilon = {self.target_epsilon:g}: the number of samples, "
                 "the batch size or the length of training has changed. Take fewer steps, or another target_epsilon, "
                 "for which the noise is found anew"
             )
@@ -269,7 +269,7 @@ def _check_given(ledger: PrivacyLedger, delta: float | None, max_epsilon: float 
     if ledger.adjacency != "add_remove":
         raise ValueError(
             f"the ledger is for adjacency {ledger.adjacency!r}, and sampled steps are accounted for between data sets "
-            "of one example more or less: pass PrivacyLedger(adjacency='add_remove')"
+            "of one sample more or less: pass PrivacyLedger(adjacency='add_remove')"
         )
     for name, value in (("delta", delta), ("max_epsilon", max_epsilon)):
         if value is not None and value != getattr(ledger, name):

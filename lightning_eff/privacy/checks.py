@@ -1,4 +1,4 @@
-"""What private training refuses before it looks at an example, and says so."""
+"""What private training refuses before it looks at a sample, and says so."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise ValueError(
             f"{type(module).__name__}.training_step(dataloader_iter) fetches batches by itself, so that they cannot be "
-            "split into examples: take a batch"
+            "split into samples: take a batch"
         )
     if trainer.overfit_batches > 0:  # type: ignore[attr-defined]
-        raise ValueError("overfit_batches > 0 takes the same examples in every step, Poisson sampling does not")
+        raise ValueError("overfit_batches > 0 takes the same samples in every step, Poisson sampling does not")
     if _has(trainer, LearningRateFinder) or _has(trainer, BatchSizeFinder):
         raise ValueError(
             "a tuner chooses by training losses that epsilon does not cover: find learning rate and batch size on "
@@ -107,7 +107,7 @@ def uses_batch_statistics(layer: nn.Module) -> bool:
 
 
 def check_batch_statistics(module: nn.Module) -> None:
-    """Refuse normalisation by batch statistics: it makes an example's gradient depend on the others.
+    """Refuse normalisation by batch statistics: it makes a sample's gradient depend on the others.
 
     Raises:
         ValueError: Names the layers and both ways out.
@@ -120,7 +120,7 @@ def refuse_batch_statistics(layers: Sequence[tuple[str, nn.Module]]) -> None:
     if layers:
         names = first_few([f"{name} ({type(layer).__name__})" for name, layer in layers])
         raise ValueError(
-            "statistics of the batch mix examples, and running ones keep them without noise, whether the layer is "
+            "statistics of the batch mix samples, and running ones keep them without noise, whether the layer is "
             f"frozen or not: {names}. Replace each by nn.GroupNorm, or put it into evaluation mode with statistics of "
             "public data: call eval() on it in __init__, configure_model or setup of the module, and keep it there"
         )
@@ -178,7 +178,7 @@ def optimized_parameters(optimizers: Sequence[Optimizer]) -> list[nn.Parameter]:
 def monitors_of_training_metrics(trainer: Trainer, schedulers: Sequence[LRSchedulerConfig]) -> list[str]:
     """Tell by a sentence each who goes by a metric that was logged of private training batches."""
     results = trainer.fit_loop.epoch_loop._results
-    logged = {result.meta.name for result in results.values() if not result.meta.name.startswith("dp/")}
+    logged = {result.meta.name for result in results.values() if not result.meta.name.startswith("privacy/")}
     names = {name + ending for name in logged for ending in ("", "_step", "_epoch")}
     monitors = [(type(s.scheduler).__name__, s.monitor) for s in schedulers if s.reduce_on_plateau]
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

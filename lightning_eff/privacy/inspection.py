@@ -23,20 +23,20 @@ from lightning_eff.privacy.budget import note
 from lightning_eff.privacy.isolation import IsolationReport, check_sample_isolation
 from lightning_eff.privacy.options import IsolationCheck
 
-# examples of the first batch, and of later ones; each is run alone once
+# samples of the first batch, and of later ones; each is run alone once
 _FIRST, _LATER = 32, 8
 _ISOLATED = (
-    "The loss of an example does not depend on other examples ({}), nor does what collate_fn and transfer hooks make "
+    "The loss of a sample does not depend on other samples ({}), nor does what collate_fn and transfer hooks make "
     "of it."
 )
-_MIXED = "An example's gradient was seen to depend on other examples of its batch: epsilon does not hold."
+_MIXED = "A sample's gradient was seen to depend on other samples of its batch: epsilon does not hold."
 
 
 class Inspection:
     """Checks of one fit.
 
     Args:
-        isolation: What to do where the loss of an example depends on other examples.
+        isolation: What to do where the loss of a sample depends on other samples.
         public_buffers: fnmatch patterns of buffers that may change, because nothing private is in them.
     """
 
@@ -49,11 +49,11 @@ class Inspection:
         self._changed: set[str] = set()
 
     def tell(self, ledger: PrivacyLedger) -> None:
-        """Write down how often the isolation of examples was checked, and with how many."""
+        """Write down how often the isolation of samples was checked, and with how many."""
         checked = "not checked"
         if self._checks:
             times = len(self._checks)
-            checked = f"checked on {times} batch{'es' if times > 1 else ''}, with up to {max(self._checks)} examples"
+            checked = f"checked on {times} batch{'es' if times > 1 else ''}, with up to {max(self._checks)} samples"
         sentence = _ISOLATED.format(checked)
         if sentence != self._told and self._told in ledger.assumptions:
             ledger.assumptions.remove(self._told)
@@ -63,19 +63,19 @@ class Inspection:
     def check_isolation(
         self, module: LightningModule, step: Callable[[Any, Any], Tensor], batch: Any, ledger: PrivacyLedger
     ) -> None:
-        """Compare gradients of examples inside of a batch with their gradients without the others.
+        """Compare gradients of samples inside of a batch with their gradients without the others.
 
         The user's step runs on a copy of the module that logs nothing, so that its metrics and counters stay.
 
         Args:
             module: The user's.
             step: Takes module and batch, returns the loss.
-            batch: Of two examples or more; others are not looked at.
+            batch: Of two samples or more; others are not looked at.
             ledger: Is told of the check and of what it found.
 
         Raises:
-            ValueError: An example's gradient depends on the others, or nothing can be told, and the check is to be an
-                error; or the step does not work for one example.
+            ValueError: A sample's gradient depends on the others, or nothing can be told, and the check is to be an
+                error; or the step does not work for one sample.
             RuntimeError: The module cannot be copied.
         """
         examples = number_of_examples(batch)
@@ -84,7 +84,7 @@ class Inspection:
         self._batches += 1
         if not _is_power_of_two(self._batches):
             return
-        # examples may come in an order, of their classes for example
+        # samples may come in an order, of their classes for example
         apart = -(-examples // (_LATER if self._checks else _FIRST))
         some = some_examples(batch, slice(len(self._checks) % apart, None, apart))
         report = self._compare(module, step, some)
@@ -117,7 +117,7 @@ class Inspection:
             self._changed.update(changed)
             rank_zero_warn(
                 f"training_step changes the buffers {changed}, and no noise covers what they keep. Where nothing of "
-                "the examples is in them (a counter of steps), name them in public_buffers of PrivateTrainingOptions"
+                "the samples is in them (a counter of steps), name them in public_buffers of PrivateTrainingOptions"
             )
             note(ledger.caveats, f"Training steps write to buffers, without noise: {', '.join(changed)}.")
 
@@ -126,15 +126,15 @@ class Inspection:
             copied = copy.deepcopy(module)
         except Exception as error:
             raise RuntimeError(
-                f"{type(module).__name__} cannot be copied, so the isolation of examples cannot be checked: make sure "
-                "that no example's loss depends on other examples and set isolation_check='off'"
+                f"{type(module).__name__} cannot be copied, so the isolation of samples cannot be checked: make sure "
+                "that no sample's loss depends on other samples and set isolation_check='off'"
             ) from error
         copied._trainer = module._trainer
         vars(copied).update(dict.fromkeys(("log", "log_dict"), _log_nothing))
         return check_sample_isolation(copied, step, batch)
 
     def _private_buffers(self, module: nn.Module) -> list[tuple[str, Tensor]]:
-        """Buffers that could keep something of the examples and have not been told of."""
+        """Buffers that could keep something of the samples and have not been told of."""
         # the power iteration sees weights alone
         of_weights = {
             id(buffer) for part in module.modules() if isinstance(part, _SpectralNorm) for buffer in part.buffers()

@@ -1,9 +1,9 @@
-"""Does an example's gradient depend on the other examples of its batch? Then clipping bounds nothing.
+"""Does a sample's gradient depend on the other samples of its batch? Then clipping bounds nothing.
 
 Class-weighted means, ``ignore_index`` with a mean over what is left, contrastive losses, statistics over the batch: all
-of them change an example's gradient with its neighbours. The check compares each example inside of the batch with the
-same example alone. A step that draws random numbers is compared with itself instead: the same numbers, as many
-examples, but others in the place of half of them.
+of them change a sample's gradient with its neighbours. The check compares each sample inside of the batch with the
+same sample alone. A step that draws random numbers is compared with itself instead: the same numbers, as many
+samples, but others in the place of half of them.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from lightning_eff.privacy.engine import PerSampleEngine
 from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.surgery.state import Generators, untouched_generators
 
-# exchanges of half of the examples, each with other random numbers
+# exchanges of half of the samples, each with other random numbers
 _TURNS = 8
-# with fewer examples, chance alone makes medians differ as much as a sum in the place of a mean does
+# with fewer samples, chance alone makes medians differ as much as a sum in the place of a mean does
 _ENOUGH = 8
 
 
 @dataclass(frozen=True)
 class IsolationReport(Report):
-    """What the comparison found: a sentence, and the table ``isolation`` with a row an example.
+    """What the comparison found: a sentence, and the table ``isolation`` with a row a sample.
 
     Args:
-        inside: norm of each example's gradient inside of the batch.
-        alone: norm of each example's gradient as a batch of one; with ``exchanged``, among other neighbours.
-        sum_difference: norm of the sum over the batch minus the sum over single examples, relative to the larger one.
+        inside: norm of each sample's gradient inside of the batch.
+        alone: norm of each sample's gradient as a batch of one; with ``exchanged``, among other neighbours.
+        sum_difference: norm of the sum over the batch minus the sum over single samples, relative to the larger one.
         tolerance: largest relative difference that counts as rounding.
         random: the step gives something else every time, also with the same random numbers, so nothing can be told.
-        exchanged: the step draws random numbers, so that the neighbours of an example were exchanged, not left out.
+        exchanged: the step draws random numbers, so that the neighbours of a sample were exchanged, not left out.
     """
 
     inside: tuple[float, ...]
@@ -54,7 +54,7 @@ class IsolationReport(Report):
 
     @property
     def differences(self) -> tuple[float, ...]:
-        """Relative difference of both norms, by example."""
+        """Relative difference of both norms, by sample."""
         floor = max((*self.inside, *self.alone, 0.0)) * 1e-6
         return tuple(
             abs(inside - alone) / larger if (larger := max(inside, alone)) > floor else 0.0
@@ -63,20 +63,20 @@ class IsolationReport(Report):
 
     @property
     def isolated(self) -> bool:
-        """Whether every example has the gradient it has alone."""
+        """Whether every sample has the gradient it has alone."""
         return not self.random and all(
             difference <= self.tolerance for difference in (*self.differences, self.sum_difference)
         )
 
     @property
     def worst_ratio(self) -> float:
-        """Norm inside of the batch divided by norm alone, of the example where both differ most."""
+        """Norm inside of the batch divided by norm alone, of the sample where both differ most."""
         worst = max(range(len(self.inside)), key=lambda i: self.differences[i])
         return self.inside[worst] / self.alone[worst] if self.alone[worst] else float("inf")
 
     @property
     def is_a_sum(self) -> bool:
-        """Whether every example counts inside as often as there are examples."""
+        """Whether every sample counts inside as often as there are samples."""
         ratios = [
             inside / (alone * len(self.inside)) for inside, alone in zip(self.inside, self.alone, strict=True) if alone
         ]
@@ -87,18 +87,18 @@ class IsolationReport(Report):
         return [self.outcome]
 
     def tables(self) -> dict[str, Table]:
-        """Return both norms of each example's gradient and how they differ."""
+        """Return both norms of each sample's gradient and how they differ."""
         other = "norm again" if self.random else "norm among others" if self.exchanged else "norm alone"
         norms = [Column("norm in the batch", ".4g"), Column(other, ".4g")]
         rows = enumerate(zip(self.inside, self.alone, self.differences, strict=True))
         caption = (
-            f"difference: relative to the larger norm; up to {self.tolerance:g} is rounding. The sums over examples "
+            f"difference: relative to the larger norm; up to {self.tolerance:g} is rounding. The sums over samples "
             f"differ by {self.sum_difference:.2g}."
         )
         return {
             "isolation": Table(
-                "Gradients of examples",
-                ["example", *norms, Column("difference", ".2g")],
+                "Gradients of samples",
+                ["sample", *norms, Column("difference", ".2g")],
                 [(n, *row) for n, row in rows],
                 caption,
             )
@@ -110,29 +110,29 @@ class IsolationReport(Report):
         if self.random:
             return (
                 "the training step gives another gradient every time it runs, also where the random generators of "
-                "Python, NumPy and torch start from the same seed, so it cannot be checked whether examples depend on "
+                "Python, NumPy and torch start from the same seed, so it cannot be checked whether samples depend on "
                 "each other: draw from those generators alone, and keep nothing of a batch for the next one; or make "
-                "sure that no examples are mixed and no statistics are taken over the batch, and set "
+                "sure that no samples are mixed and no statistics are taken over the batch, and set "
                 "isolation_check='off'"
             )
         if self.isolated and self.exchanged:
-            return f"each of {len(self.inside)} examples keeps its gradient among other neighbours"
+            return f"each of {len(self.inside)} samples keeps its gradient among other neighbours"
         if self.isolated:
-            return f"each of {len(self.inside)} examples has the gradient it has alone"
+            return f"each of {len(self.inside)} samples has the gradient it has alone"
         if self.is_a_sum:
             return (
-                f"an example's gradient inside of a batch of {len(self.inside)} is {self.worst_ratio:.3g} times its "
-                "gradient alone: this looks like a sum over the examples, take the mean. The loss must be the plain "
-                'mean over examples, loss.mean() or reduction="mean"'
+                f"a sample's gradient inside of a batch of {len(self.inside)} is {self.worst_ratio:.3g} times its "
+                "gradient alone: this looks like a sum over the samples, take the mean. The loss must be the plain "
+                'mean over samples, loss.mean() or reduction="mean"'
             )
         return (
-            f"an example's gradient depends on the other examples of its batch: its norm inside is "
+            f"a sample's gradient depends on the other samples of its batch: its norm inside is "
             f"{self.worst_ratio:.3g} times its norm {'among others' if self.exchanged else 'alone'}, and the sum "
-            f"differs by {self.sum_difference:.2g}. Clipping then does not bound what one example can change. The loss "
-            "must be the plain mean over examples, and every layer must have the examples in its first dimension: no "
+            f"differs by {self.sum_difference:.2g}. Clipping then does not bound what one sample can change. The loss "
+            "must be the plain mean over samples, and every layer must have the samples in its first dimension: no "
             'class weights with a mean (but F.cross_entropy(outputs, targets, weight=w, reduction="none").mean()), no '
             "mean over what ignore_index leaves, no contrastive terms, no statistics of the batch, no mixing of "
-            "examples, no sequence-first layers"
+            "samples, no sequence-first layers"
         )
 
 
@@ -142,29 +142,29 @@ def check_sample_isolation(
     batch: Any,
     tol: float | None = None,
 ) -> IsolationReport:
-    """Compare per-sample gradients inside of a batch with those of each example alone.
+    """Compare per-sample gradients inside of a batch with those of each sample alone.
 
     The module runs in the modes it is in, without dropout. Where its step draws random numbers all the same, each
-    example is compared with itself among other neighbours, with the same numbers. Parameters, modes and the global
+    sample is compared with itself among other neighbours, with the same numbers. Parameters, modes and the global
     random generators stay as they are; buffers and metrics that the step itself changes do not: pass a copy where that
     matters.
 
     Args:
         module: the module; trainable are the parameters with ``requires_grad``.
         loss_fn: ``(model, batch) -> loss``, the mean over the batch.
-        batch: at least two examples, of several classes if there are classes; each runs once by itself.
+        batch: at least two samples, of several classes if there are classes; each runs once by itself.
         tol: relative difference that counts as rounding; None is 1e-4, or 0.05 in half precision and under autocast.
 
     Returns:
         The report; its ``isolated`` tells whether, its ``outcome`` why.
 
     Raises:
-        ValueError: the batch has less than two examples, the step does not work for one, or the engine refuses the
+        ValueError: the batch has less than two samples, the step does not work for one, or the engine refuses the
             module.
     """
     n = number_of_examples(batch)
     if n < 2:
-        raise ValueError(f"expected at least two examples to compare, got {n}")
+        raise ValueError(f"expected at least two samples to compare, got {n}")
     compared = _Comparison(module, loss_fn, batch, n)
     try:
         with untouched_generators(), torch.enable_grad():
@@ -174,7 +174,7 @@ def check_sample_isolation(
 
 
 class _Comparison:
-    """Runs a step on a batch, on single examples, and on the batch with other examples in it."""
+    """Runs a step on a batch, on single samples, and on the batch with other samples in it."""
 
     def __init__(self, module: nn.Module, loss_fn: LossFunction, batch: Any, n: int) -> None:
         self.engine = PerSampleEngine(module, tune=False)
@@ -201,7 +201,7 @@ class _Comparison:
             if not report.isolated:
                 return report
             if not _close(self._run(self._batch, self._n)[0], norms, tol):
-                # other numbers, other gradients: of single examples only their size can be compared
+                # other numbers, other gradients: of single samples only their size can be compared
                 alone, _ = self._alone(total)
                 inside_size, alone_size = median(inside), median(alone)
                 alike = 2 * inside_size < self._n * alone_size and 2 * alone_size < self._n * inside_size
@@ -224,15 +224,15 @@ class _Comparison:
         return norms, self.engine.clipped_sum(1e30)
 
     def _alone(self, total: dict[str, Tensor]) -> tuple[tuple[float, ...], dict[str, Tensor]]:
-        """Norms of single examples, and what is left of a sum without them."""
+        """Norms of single samples, and what is left of a sum without them."""
         alone = []
         for i in range(self._n):
             try:
                 norm, single = self._run(some_examples(self._batch, slice(i, i + 1)), 1)
             except Exception as error:
                 raise ValueError(
-                    f"the training step works for {self._n} examples and fails for one: {error}. A batch that is drawn "
-                    "may hold a single example, and an example has a gradient of its own only where the step makes "
+                    f"the training step works for {self._n} samples and fails for one: {error}. A batch that is drawn "
+                    "may hold a single sample, and a sample has a gradient of its own only where the step makes "
                     "sense for it alone"
                 ) from error
             alone.append(float(norm))
@@ -240,12 +240,12 @@ class _Comparison:
         return tuple(alone), total
 
     def _exchanged(self, tol: float) -> IsolationReport:
-        """Compare the gradients of half of the examples while the others are exchanged."""
+        """Compare the gradients of half of the samples while the others are exchanged."""
         inside, among = [0.0] * self._n, [0.0] * self._n
         worst, sums = [-1.0] * self._n, 0.0
         out: list[int] = []
         for turn in range(_TURNS):
-            # every example is kept in one of two turns
+            # every sample is kept in one of two turns
             kept = sorted(out) if turn % 2 else sorted(random.Random(turn).sample(range(self._n), self._n // 2))
             out = [i for i in range(self._n) if i not in kept]
             other = some_examples(self._batch, [i if i in kept else kept[turn % len(kept)] for i in range(self._n)])

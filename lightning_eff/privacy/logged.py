@@ -1,4 +1,4 @@
-"""What training steps log on several processes, some of which may not run the step for want of examples.
+"""What training steps log on several processes, some of which may not run the step for want of samples.
 
 Lightning reduces at the end of an epoch what a process has logged, and waits for the others with every reduction. A
 process that drew nobody all through the epoch has logged nothing and would not come.
@@ -21,7 +21,7 @@ _NOTHING = {"max": -torch.inf, "min": torch.inf}
 def agree_on_logged(results: Any, module: LightningModule, reduce: Callable[..., Any]) -> None:
     """Give every process all keys that any of them has to reduce, in one order; called by all of them.
 
-    A key that a process lacks gets no weight: its tensor is a mean over no examples, or a sum of nothing, and its
+    A key that a process lacks gets no weight: its tensor is a mean over no samples, or a sum of nothing, and its
     metric has not been updated. Where values are not reduced over processes, such a mean is nan.
 
     Args:
@@ -41,7 +41,7 @@ def agree_on_logged(results: Any, module: LightningModule, reduce: Callable[...,
     for key, told in union.items():
         if told.pop("grouped") and not all(key in theirs for theirs in everyone):
             raise RuntimeError(
-                f"{key} was logged with sync_dist_group, and not by all processes, as one may have no examples: leave "
+                f"{key} was logged with sync_dist_group, and not by all processes, as one may have no samples: leave "
                 "sync_dist_group out"
             )
     modules = dict(module.named_modules())

@@ -22,10 +22,10 @@ class PrivateTrainingOptions:
         accountant: ``"prv"``, which is tighter, or ``"rdp"``, which is quicker.
         dropped: What the optimizer may do with coordinates a step does not train: ``"freeze"`` gives them their value
             back, bit for bit, whatever momentum and weight decay did; ``"zero_grad"`` only gives a gradient of zero.
-        isolation_check: Compare on the first, second, fourth, eighth ... batch the gradients of some examples inside
-            of the batch with their gradients alone, which catches losses that mix examples: ``"error"``, ``"warn"``
+        isolation_check: Compare on the first, second, fourth, eighth ... batch the gradients of some samples inside
+            of the batch with their gradients alone, which catches losses that mix samples: ``"error"``, ``"warn"``
             or ``"off"``.
-        public_buffers: fnmatch patterns of buffers that training steps may change because nothing of the examples is
+        public_buffers: fnmatch patterns of buffers that training steps may change because nothing of the samples is
             in them, such as a counter of steps. Any other that changes is told in every report.
         memory_budget_mb: Megabytes that per-sample gradients may take, >= 0.
         log_every_n_steps: Steps between two exact values of epsilon, >= 1; ``None`` is the Trainer's. It is exact, too,

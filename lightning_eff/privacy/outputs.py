@@ -19,8 +19,8 @@ def loss_of(output: Any) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if output is None:
         raise ValueError(
-            "training_step returned None, which leaves all examples of a batch out: whether an example takes part "
-            "would depend on the others, and no noise covers that. Return the loss of every batch; examples whose "
+            "training_step returned None, which leaves all samples of a batch out: whether a sample takes part "
+            "would depend on the others, and no noise covers that. Return the loss of every batch; samples whose "
             "gradient is not finite are left out by themselves"
         )
     if not isinstance(loss, Tensor):
@@ -32,7 +32,7 @@ def loss_of(output: Any) -> Tensor:
 
 
 def join_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """Join by key: tensors with a row for each example one after the other, scalars by their mean over examples.
+    """Join by key: tensors with a row for each sample one after the other, scalars by their mean over samples.
 
     Anything else is that of the last batch.
     """

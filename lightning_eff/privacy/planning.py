@@ -25,7 +25,7 @@ class PrivacyPlan:
     """Steps that are to be taken, and their epsilon.
 
     Args:
-        num_samples: N, private training examples.
+        num_samples: N, private training samples.
         expected_batch_size: qN, of all processes together; at most N.
         steps_per_epoch: Optimizer steps in an epoch.
         steps: Optimizer steps in all that are still to come.
@@ -68,7 +68,7 @@ class PrivacyPlan:
 
         Args:
             num_samples: N.
-            batch_size: Expected examples in a step, all processes together.
+            batch_size: Expected samples in a step, all processes together.
             epochs: Passes over the data; give this or ``steps``.
             steps: Optimizer steps in all.
             noise_multiplier: sigma; give this or ``target_epsilon``.
@@ -117,7 +117,7 @@ class PrivacyPlan:
 
     @property
     def sample_rate(self) -> float:
-        """q, the probability with which an example takes part in a step."""
+        """q, the probability with which a sample takes part in a step."""
         return self.expected_batch_size / self.num_samples
 
     @property

@@ -1,7 +1,7 @@
-"""One record, one row: what bounds the part that anybody has in a step.
+"""One sample, one row: what bounds the part that anybody has in a step.
 
-The bound C holds for a row of a batch. It holds for a record if a record makes at most one row of a step, and if no
-record is in the data set twice.
+The bound C holds for a row of a batch. It holds for a sample if a sample makes at most one row of a step, and if no
+sample is in the data set twice.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 _REMEDY = (
-    "one person would count several times in a step, and epsilon would be too small. Give every record one row of the "
+    "one person would count several times in a step, and epsilon would be too small. Give every sample one row of the "
     "batch; several views or windows of it go into the second dimension"
 )
 
 
 def check_rows(rows: int, drawn: int, of_one: int = 1) -> None:
-    """Refuse batches in which a record has several rows.
+    """Refuse batches in which a sample has several rows.
 
     Args:
         rows: Rows of the batch that reached the step.
-        drawn: Records that were drawn for it; fewer rows are fine, as ``collate_fn`` may leave records out.
-        of_one: Rows that a batch of one record has.
+        drawn: Samples that were drawn for it; fewer rows are fine, as ``collate_fn`` may leave samples out.
+        of_one: Rows that a batch of one sample has.
 
     Raises:
-        ValueError: There are more rows than records.
+        ValueError: There are more rows than samples.
     """
     if rows > drawn or of_one > 1:
-        told = f"{rows} rows, of {drawn} records" if rows > drawn else f"{of_one} rows, of a single record"
+        told = f"{rows} rows, of {drawn} samples" if rows > drawn else f"{of_one} rows, of a single sample"
         raise ValueError(
             f"collate_fn and the batch transfer hooks made a batch of {told}. What is not the first dimension cannot "
-            f"tell the records apart (as in [T, B, ...]), or a record makes several rows: {_REMEDY}"
+            f"tell the samples apart (as in [T, B, ...]), or a sample makes several rows: {_REMEDY}"
         )
 
 
 def check_each_record_once(dataset: Any) -> None:
-    """Refuse a data set in which a record is found twice: through subsets, concatenations and copies of a data set.
+    """Refuse a data set in which a sample is found twice: through subsets, concatenations and copies of a data set.
 
     Equal values in different places are not looked for.
 
@@ -51,16 +51,16 @@ def check_each_record_once(dataset: Any) -> None:
     for piece, places in _pieces(dataset, None):
         taken = np.arange(len(piece)) if places is None else np.unique(places)
         if places is not None and len(taken) < len(places):
-            raise ValueError(f"a Subset of {type(piece).__name__} takes some of its records several times: {_REPEATED}")
+            raise ValueError(f"a Subset of {type(piece).__name__} takes some of its samples several times: {_REPEATED}")
         for other, others in seen:
             if _same_records(piece, other) and len(np.intersect1d(taken, others)):
-                raise ValueError(f"a ConcatDataset holds records of a {type(piece).__name__} twice: {_REPEATED}")
+                raise ValueError(f"a ConcatDataset holds samples of a {type(piece).__name__} twice: {_REPEATED}")
         seen.append((piece, taken))
 
 
 _REPEATED = (
-    "whoever is drawn twice moves a step twice as far, and epsilon would be too small. Train on each record once; to "
-    "weigh records, weigh their losses; to augment, transform at random"
+    "whoever is drawn twice moves a step twice as far, and epsilon would be too small. Train on each sample once; to "
+    "weigh samples, weigh their losses; to augment, transform at random"
 )
 
 
@@ -84,7 +84,7 @@ def _pieces(dataset: Any, places: np.ndarray | None) -> Iterator[tuple[Any, np.n
 
 
 def _same_records(one: Any, other: Any) -> bool:
-    """Whether two data sets hold the same records: the same object, or equal arrays with an entry for each record."""
+    """Whether two data sets hold the same samples: the same object, or equal arrays with an entry for each sample."""
     if one is other:
         return True
     return len(one) == len(other) and any(

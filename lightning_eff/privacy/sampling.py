@@ -1,4 +1,4 @@
-"""Poisson sampling: every example takes part in a step with the same probability, whatever the others do.
+"""Poisson sampling: every sample takes part in a step with the same probability, whatever the others do.
 
 This is the sampling the accountants account for. A batch may be empty, and batches differ in size.
 """
@@ -31,13 +31,13 @@ from lightning_eff.surgery.state import untouched_generators
 
 
 class PoissonBatchSampler(Sampler[list[int]]):
-    """Batches of a step: each of a rank's examples independently with probability ``sample_rate``; some are empty.
+    """Batches of a step: each of a rank's samples independently with probability ``sample_rate``; some are empty.
 
     Args:
-        num_samples: Examples in the data set, all ranks together.
+        num_samples: Samples in the data set, all ranks together.
         sample_rate: q in (0, 1].
         steps: Batches of one pass. Every rank yields exactly as many.
-        rank: Of this process; it draws from the examples ``rank, rank + world_size, ...``.
+        rank: Of this process; it draws from the samples ``rank, rank + world_size, ...``.
         world_size: Number of processes.
         streams: Where the randomness comes from; ``None`` takes it from the operating system.
         first_step: Tells at the start of a pass which step it begins with, so that draws are reproducible where
@@ -87,7 +87,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         return [self.rank + self.world_size * place for place in _bernoulli(shard, self.sample_rate, generator)]
 
     def next_count(self) -> int:
-        """Tell how many examples were drawn for the next batch of this pass; asked once for every batch, in order.
+        """Tell how many samples were drawn for the next batch of this pass; asked once for every batch, in order.
 
         Raises:
             RuntimeError: No such batch was drawn.
@@ -116,14 +116,14 @@ def _bernoulli(count: int, probability: float, generator: np.random.Generator) -
 
 
 class CollateOrEmpty:
-    """The user's collate function, and a batch of the same structure with zero examples where it would make none.
+    """The user's collate function, and a batch of the same structure with zero samples where it would make none.
 
     That is where nobody was drawn, and where the function gives None for those who were: the step is taken all the
     same, as whether it is taken must not depend on who was drawn.
 
     Args:
         collate: The loader's collate function; it never sees an empty list.
-        dataset: Its first example shows the structure of a batch; none of its values is kept.
+        dataset: Its first sample shows the structure of a batch; none of its values is kept.
     """
 
     def __init__(self, collate: Callable[[list[Any]], Any], dataset: Any) -> None:
@@ -135,7 +135,7 @@ class CollateOrEmpty:
         """Make a batch of what was drawn.
 
         Raises:
-            ValueError: The function gives None for every example there is.
+            ValueError: The function gives None for every sample there is.
         """
         batch = self.collate(examples) if examples else None
         if batch is not None:
@@ -147,7 +147,7 @@ class CollateOrEmpty:
         return self._empty
 
     def one(self) -> Any:
-        """Make a batch of one example: the first that makes one.
+        """Make a batch of one sample: the first that makes one.
 
         Raises:
             ValueError: None of them does.
@@ -155,11 +155,11 @@ class CollateOrEmpty:
         for index in range(len(self.dataset)):
             if (batch := self.collate([self.dataset[index]])) is not None:
                 return batch
-        raise ValueError(f"collate_fn gives None for each of the {len(self.dataset)} examples alone: return a batch")
+        raise ValueError(f"collate_fn gives None for each of the {len(self.dataset)} samples alone: return a batch")
 
 
 def check_poisson_possible(loader: object) -> None:
-    """Refuse a loader whose order is part of what the user wants, or whose examples cannot be reached by index.
+    """Refuse a loader whose order is part of what the user wants, or whose samples cannot be reached by index.
 
     Raises:
         ValueError: Says what stands in the way and what to do.
@@ -178,11 +178,11 @@ def check_poisson_possible(loader: object) -> None:
         how = " with replacement" if replacement else ""
         raise ValueError(_refusal(f"the train dataloader has its own {type(sampler).__name__}{how}"))
     if isinstance(sampler, RandomSampler) and sampler.num_samples != len(loader.dataset):  # type: ignore[arg-type]
-        raise ValueError(_refusal(f"the train dataloader's RandomSampler draws {sampler.num_samples} examples"))
+        raise ValueError(_refusal(f"the train dataloader's RandomSampler draws {sampler.num_samples} samples"))
 
 
 def check_no_replacement(loader: Any) -> None:
-    """Refuse samplers that take a record several times: not even the order of batches is what is accounted then.
+    """Refuse samplers that take a sample several times: not even the order of batches is what is accounted then.
 
     Raises:
         ValueError: Names the sampler.
@@ -197,8 +197,8 @@ def check_no_replacement(loader: Any) -> None:
             or (_sized(indices) and len(set(map(int, indices))) < len(indices))
         ):
             raise ValueError(
-                f"{type(sampler).__name__} takes records several times, so that some count for more than epsilon says: "
-                "use shuffle=True, and weigh the losses of records instead"
+                f"{type(sampler).__name__} takes samples several times, so that some count for more than epsilon says: "
+                "use shuffle=True, and weigh the losses of samples instead"
             )
 
 
@@ -218,7 +218,7 @@ def poisson_loader(loader: DataLoader[Any], sampler: PoissonBatchSampler) -> Dat
         drop_last=False,
         collate_fn=CollateOrEmpty(loader.collate_fn, loader.dataset),
         _iterator=None,
-        # batches have to come as they were drawn, so that each can be compared with its number of examples
+        # batches have to come as they were drawn, so that each can be compared with its number of samples
         in_order=True,
         # batches owe nothing to those before them: a run that goes on within an epoch has none to skip
         state_dict=dict,
@@ -274,10 +274,10 @@ def private_loader(
         world_size: Number of processes.
 
     Returns:
-        The loader, the data, and a function that is asked once for every batch and tells the most examples it can have.
+        The loader, the data, and a function that is asked once for every batch and tells the most samples it can have.
 
     Raises:
-        ValueError: Poisson sampling is not possible, the number of examples is not known, or a record is taken several
+        ValueError: Poisson sampling is not possible, the number of samples is not known, or a sample is taken several
             times.
     """
     if poisson:

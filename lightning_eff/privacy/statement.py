@@ -17,13 +17,13 @@ def write_statement(ledger: PrivacyLedger, *, poisson: bool, seeded: bool) -> No
     if seeded:
         note(ledger.caveats, SEEDED)
     if poisson:
-        note(ledger.assumptions, "Each step draws every example with probability q, whatever the others do.")
+        note(ledger.assumptions, "Each step draws every sample with probability q, whatever the others do.")
     else:
         note(ledger.caveats, SHUFFLED)
     for sentence in (
         "Which coordinates a step trains depends on released parameters and gradients, public data and "
         "independent randomness alone.",
-        "The number of examples, the network and all settings were chosen without looking at the private data.",
+        "The number of samples, the network and all settings were chosen without looking at the private data.",
     ):
         note(ledger.assumptions, sentence)
     for sentence in (

@@ -113,7 +113,7 @@ class PrivateStep:
         """Choose what the next optimizer step trains, and forget what was collected for one that never came."""
         if self._sums:
             rank_zero_warn(
-                "no optimizer step came after a batch, so that its examples count for nothing: batches cannot be added "
+                "no optimizer step came after a batch, so that its samples count for nothing: batches cannot be added "
                 "up by an optimizer_step that skips some of them. Take the batch size you want to train with and "
                 "max_physical_batch_size="
             )
@@ -127,7 +127,7 @@ class PrivateStep:
 
     @contextmanager
     def record(self, examples: int) -> Iterator[None]:
-        """Record the forward pass of a physical batch of ``examples`` >= 1 examples."""
+        """Record the forward pass of a physical batch of ``examples`` >= 1 samples."""
         with self._engine.record(examples):
             yield
 
@@ -147,7 +147,7 @@ class PrivateStep:
         if not self._begun:
             raise RuntimeError(
                 "the optimizer asked for a second gradient of one batch, which would be a second look at the same "
-                "examples that no accountant counts: use an optimizer that takes one gradient a step"
+                "samples that no accountant counts: use an optimizer that takes one gradient a step"
             )
         self._begun = False
         wide = [torch.float64 if p.dtype == torch.float64 else torch.float32 for p in self.parameters.values()]

@@ -26,7 +26,7 @@ from lightning_eff.privacy.training import CHECKPOINT_KEY, PrivateTraining
 class DPGradientDropStrategy(PrivateTraining, SingleDeviceStrategy):
     """Private training on one device, ``Trainer(strategy=DPGradientDropStrategy(...))`` or ``"dp_gradient_drop"``.
 
-    Examples are drawn by Poisson sampling, each example's gradient is clipped on the coordinates that the step trains,
+    Samples are drawn by Poisson sampling, each sample's gradient is clipped on the coordinates that the step trains,
     and noise is added there alone. Module, optimizer, schedulers, loaders and callbacks stay what they are.
 
     Args:
@@ -35,7 +35,7 @@ class DPGradientDropStrategy(PrivateTraining, SingleDeviceStrategy):
         target_epsilon: Epsilon > 0 at the end of the planned steps; the smallest noise that keeps it is found.
         delta: In (0, 1); ``None`` is ``min(1e-5, 1 / (10 N))``.
         max_epsilon: Training stops before it would be passed; ``None`` for no bound.
-        max_grad_norm: C > 0, which every example's gradient is clipped to.
+        max_grad_norm: C > 0, which every sample's gradient is clipped to.
         clipping: ``"flat"`` scales down what is longer than C, ``"automatic"`` brings everything close to C,
             ``"per_layer"`` clips each layer to its share of C.
         drop_rate: Share in [0, 1) of the units that a step does not train, or a :class:`RateSchedule`.
@@ -43,7 +43,7 @@ class DPGradientDropStrategy(PrivateTraining, SingleDeviceStrategy):
             a step cheaper.
         selection: Which units: ``"random"``, ``"magnitude"``, ``"noisy_gradient"``, a :class:`Selector`, or a
             :class:`SelectionPlan`, which has scope, refresh and more, and its own drop rate and granularity.
-        max_physical_batch_size: Examples that are worked on at a time, >= 1, for memory; ``None`` takes whole batches.
+        max_physical_batch_size: Samples that are worked on at a time, >= 1, for memory; ``None`` takes whole batches.
             The result is the same.
         poisson_sampling: False trains on the loader's own batches; epsilon is approximate then, and reports say so.
         options: What is seldom changed.
@@ -84,7 +84,7 @@ class DPGradientDropStrategy(PrivateTraining, SingleDeviceStrategy):
 class DPGradientDropDDPStrategy(PrivateTraining, DDPStrategy):
     """Private training on several processes: ``"dp_gradient_drop_ddp"``, ``..._ddp_spawn``, ``..._ddp_fork``.
 
-    Each process draws from its own share of the examples; the clipped sums of the active coordinates are added up, and
+    Each process draws from its own share of the samples; the clipped sums of the active coordinates are added up, and
     every process adds the same noise, so that parameters stay equal bit for bit. The loader's batch size is that of
     a process. Sums of a step are never shared before the noise but in that one reduction.
 
@@ -118,7 +118,7 @@ class DPGradientDropDDPStrategy(PrivateTraining, DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Refuse synchronised batch normalisation, then set up."""
         if trainer.state.fn == TrainerFn.FITTING and self._layer_sync is not None:
-            raise ValueError("sync_batchnorm=True mixes examples of all processes: leave it out and use GroupNorm")
+            raise ValueError("sync_batchnorm=True mixes samples of all processes: leave it out and use GroupNorm")
         super().setup(trainer)
 
     def on_train_start(self) -> None:
@@ -145,7 +145,7 @@ class DPGradientDropDDPStrategy(PrivateTraining, DDPStrategy):
         super().teardown()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the user's step without collective calls: another process may have no example and not run it."""
+        """Run the user's step without collective calls: another process may have no sample and not run it."""
         with self._without_others(), metrics_of_the_process(self._metrics):
             return super().training_step(*args, **kwargs)
 
@@ -162,19 +162,19 @@ class DPGradientDropDDPStrategy(PrivateTraining, DDPStrategy):
         if self._in_user_step:
             return tensor
         if isinstance(tensor, Tensor) and not tensor.is_floating_point() and reduce_op in ("mean", "avg"):
-            # Lightning cuts off the mean of integers, among them the numbers of examples, which differ here
+            # Lightning cuts off the mean of integers, among them the numbers of samples, which differ here
             tensor = tensor.double()
         return super().reduce(tensor, group, reduce_op)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        """Gather from all processes, which a training step must not do: it would mix examples.
+        """Gather from all processes, which a training step must not do: it would mix samples.
 
         Raises:
             RuntimeError: Called from a training step.
         """
         if self._in_user_step:
             raise RuntimeError(
-                "training_step gathers tensors of other processes: an example's loss would depend on other examples, "
+                "training_step gathers tensors of other processes: a sample's loss would depend on other samples, "
                 "and a process that drew none would not take part"
             )
         gathered: Tensor = super().all_gather(tensor, group, sync_grads)

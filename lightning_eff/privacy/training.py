@@ -150,8 +150,8 @@ class PrivateTraining(Strategy):
         """Tell what a run costs.
 
         Args:
-            num_samples: Training examples N. ``None`` takes everything from the fit that runs or ran.
-            batch_size: Expected examples in a step, all processes together.
+            num_samples: Training samples N. ``None`` takes everything from the fit that runs or ran.
+            batch_size: Expected samples in a step, all processes together.
             epochs: Passes over the data.
 
         Raises:
@@ -413,7 +413,7 @@ class PrivateTraining(Strategy):
         trainer = self._module().trainer
         if len(self._private_loaders) != 1:
             raise ValueError(
-                f"private training takes one train dataloader, got {len(self._private_loaders)}: examples of several "
+                f"private training takes one train dataloader, got {len(self._private_loaders)}: samples of several "
                 "take part with several rates, which no accountant counts. Join the data sets, for example with "
                 "ConcatDataset"
             )
@@ -457,7 +457,7 @@ class PrivateTraining(Strategy):
         ]
 
     def _check_rows(self, rows: int) -> None:
-        """Compare the rows of a batch with the records drawn; fewer ask, once, how many rows a single record makes."""
+        """Compare the rows of a batch with the samples drawn; fewer ask, once, how many rows a single sample makes."""
         check_rows(rows, self._drawn)
         loader = self._private_loaders[0]
         if rows == self._drawn or self._fewer_rows_seen or not hasattr(loader, "collate_fn"):
@@ -484,7 +484,7 @@ class PrivateTraining(Strategy):
         assert self._step is not None
         loss = loss_of(output)
         if loss.requires_grad:
-            # the loss is a mean over the batch: an example's own gradient is n times its share
+            # the loss is a mean over the batch: a sample's own gradient is n times its share
             loss.register_hook(lambda gradient: gradient * examples)  # type: ignore[no-untyped-call]
             super().backward(loss, None)
         self._step.collect()

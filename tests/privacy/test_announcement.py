@@ -29,8 +29,8 @@ def test_the_banner_has_three_lines_that_say_what_is_spent_on_what(caplog):
     assert "N = 40, expected batch 8 (q = 0.2), 5 steps" in first
     assert "epsilon" in first
     assert second.startswith("  C = 0.4 (flat); 75 coordinates, 75 kept, ")
-    assert "examples drawn for each step; noise from the operating system." in second
-    assert "one example more or less" in third
+    assert "samples drawn for each step; noise from the operating system." in second
+    assert "one sample more or less" in third
     assert "approximate" not in text
 
 

@@ -1,4 +1,4 @@
-"""What private training refuses, before it looks at an example."""
+"""What private training refuses, before it looks at a sample."""
 
 import lightning as L
 import pytest
@@ -71,17 +71,17 @@ def test_neither_noise_nor_target_is_an_error_that_names_both():
 
 
 class Untouched(Dataset):
-    """Fails when an example is read."""
+    """Fails when a sample is read."""
 
     def __len__(self):
         return 40
 
     def __getitem__(self, index):
-        raise AssertionError("an example was read")
+        raise AssertionError("a sample was read")
 
 
 def refused(message, module=None, data=None, callbacks=(), trainer=None, **settings):
-    """A fit must fail with a message, without a step and without an example read."""
+    """A fit must fail with a message, without a step and without a sample read."""
     data = DataLoader(Untouched(), batch_size=8, shuffle=True) if data is None else data
     strategy = private(**settings)
     with pytest.raises(ValueError, match=message):
@@ -217,7 +217,7 @@ def test_batch_statistics_that_are_switched_on_for_the_step_alone_are_refused():
             self.norm.eval()
             return loss
 
-    with pytest.raises(ValueError, match="statistics of the batch mixes examples"):
+    with pytest.raises(ValueError, match="statistics of the batch mixes samples"):
         fit(Late(nn.BatchNorm1d(8, affine=False).eval()), trainer={"max_epochs": 2})
 
 
@@ -319,7 +319,7 @@ def test_optimizers_that_ask_twice_are_refused():
 
 class Stream(IterableDataset):
     def __iter__(self):
-        raise AssertionError("an example was read")
+        raise AssertionError("a sample was read")
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_shuffled_batches_are_told_in_every_report():
 def test_private_data_given_as_public_are_refused():
     data = dataset()
     selector = PublicGradientSelector(DataLoader(data, batch_size=8))
-    with pytest.raises(ValueError, match="examples of the private training data"):
+    with pytest.raises(ValueError, match="samples of the private training data"):
         fit(data=DataLoader(data, batch_size=8), selection=selector, drop_rate=0.5)
 
 
@@ -431,7 +431,7 @@ def test_tensors_of_other_processes_cannot_be_gathered_in_a_private_step():
 
     strategy = DPGradientDropDDPStrategy(noise_multiplier=1.0)
     strategy._in_user_step = True
-    with pytest.raises(RuntimeError, match="would depend on other examples"):
+    with pytest.raises(RuntimeError, match="would depend on other samples"):
         strategy.all_gather(torch.zeros(1))
     assert strategy.reduce(3.0) == 3.0
 

@@ -1,4 +1,4 @@
-"""Two processes on gloo: equal parameters bit for bit, equal histories, and no wait for a process without examples."""
+"""Two processes on gloo: equal parameters bit for bit, equal histories, and no wait for a process without samples."""
 
 import pytest
 from helpers import run_ddp
@@ -124,7 +124,7 @@ for (mine, ours), (others, theirs) in zip(*both):
     assert ours.keys() == theirs.keys()
     if (mine == 0) != (others == 0):
         lonely += 1
-        # on average over examples, so that it is the value of the process that has them
+        # on average over samples, so that it is the value of the process that has them
         alone = ours if mine else theirs
         assert ours["both_epoch"] == ours["each_epoch"] == alone["loss"], (ours, theirs)
     for name in {"both_epoch", "most", "right", "each_epoch"} & ours.keys():

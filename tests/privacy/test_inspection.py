@@ -1,4 +1,4 @@
-"""What a user's step shows while it runs: examples that depend on each other, private data that it keeps or goes by."""
+"""What a user's step shows while it runs: samples that depend on each other, private data that it keeps or goes by."""
 
 import lightning as L
 import pytest
@@ -13,7 +13,7 @@ from lightning_eff.privacy.options import PrivateTrainingOptions
 
 
 class Weighted(Classifier):
-    """From some epoch on, examples of a class count more."""
+    """From some epoch on, samples of a class count more."""
 
     since = 0
 
@@ -24,7 +24,7 @@ class Weighted(Classifier):
 
 
 def told(trainer):
-    (sentence,) = [s for s in trainer.strategy.ledger.assumptions if s.startswith("The loss of an example")]
+    (sentence,) = [s for s in trainer.strategy.ledger.assumptions if s.startswith("The loss of a sample")]
     return sentence[sentence.index("(") + 1 : sentence.index(")")]
 
 
@@ -34,11 +34,11 @@ def private(trainer):
 
 def test_a_loss_that_mixes_examples_is_an_error_a_warning_or_let_pass():
     whole = DataLoader(dataset(), batch_size=40)
-    with pytest.raises(ValueError, match=r"depends on the other examples.*times its norm alone"):
+    with pytest.raises(ValueError, match=r"depends on the other samples.*times its norm alone"):
         fit(Weighted(), data=whole, isolation_check="error")
-    with pytest.warns(UserWarning, match="depends on the other examples"):
+    with pytest.warns(UserWarning, match="depends on the other samples"):
         _, trainer = fit(Weighted(), data=whole, isolation_check="warn")
-    assert any("depend on other examples" in caveat for caveat in trainer.strategy.ledger.caveats)
+    assert any("depend on other samples" in caveat for caveat in trainer.strategy.ledger.caveats)
     assert not private(trainer)
     _, trainer = fit(Weighted(), data=whole, isolation_check="off")
     assert told(trainer) == "not checked"
@@ -49,7 +49,7 @@ def test_a_sum_over_examples_is_refused():
         def training_step(self, batch, batch_idx):
             return nn.functional.cross_entropy(self.net(batch[0]), batch[1], reduction="sum")
 
-    with pytest.raises(ValueError, match="must be the plain mean over examples"):
+    with pytest.raises(ValueError, match="must be the plain mean over samples"):
         fit(Summed(), isolation_check="error")
 
 
@@ -89,15 +89,15 @@ def test_the_isolation_check_leaves_no_trace():
 def test_a_loss_that_mixes_examples_later_is_found_later():
     module = Weighted()
     module.since = 1
-    with pytest.raises(ValueError, match="depends on the other examples"):
+    with pytest.raises(ValueError, match="depends on the other samples"):
         fit(module, data=DataLoader(dataset(), batch_size=40), isolation_check="error", trainer={"max_epochs": 4})
 
 
 def test_the_report_tells_how_often_the_isolation_was_checked_and_with_how_many():
     whole = DataLoader(dataset(64), batch_size=64)
-    assert told(fit(data=whole, isolation_check="error")[1]) == "checked on 1 batch, with up to 32 examples"
+    assert told(fit(data=whole, isolation_check="error")[1]) == "checked on 1 batch, with up to 32 samples"
     _, trainer = fit(data=whole, isolation_check="error", trainer={"max_epochs": 5})
-    assert told(trainer) == "checked on 3 batches, with up to 32 examples"
+    assert told(trainer) == "checked on 3 batches, with up to 32 samples"
     assert private(trainer)
     assert told(fit(data=DataLoader(dataset(1), batch_size=1), isolation_check="error")[1]) == "not checked"
 
@@ -105,7 +105,7 @@ def test_the_report_tells_how_often_the_isolation_was_checked_and_with_how_many(
 def test_classes_that_come_one_after_the_other_are_all_among_the_examples_compared():
     x, y = dataset(200).tensors
     in_order = TensorDataset(x, y.sort().values)
-    with pytest.raises(ValueError, match="depends on the other examples"):
+    with pytest.raises(ValueError, match="depends on the other samples"):
         fit(Weighted(), data=DataLoader(in_order, batch_size=200), isolation_check="error")
 
 
@@ -124,7 +124,7 @@ def test_a_step_that_cannot_be_judged_never_passes_as_checked():
 
 
 class Remembering(Classifier):
-    """Keeps an example from some step on."""
+    """Keeps a sample from some step on."""
 
     since = 0
 
@@ -134,7 +134,7 @@ class Remembering(Classifier):
 
     def training_step(self, batch, batch_idx):
         if self.global_step >= self.since:
-            self.last = batch[0][0].detach() * (self.global_step + 1)  # another one even where the example is the same
+            self.last = batch[0][0].detach() * (self.global_step + 1)  # another one even where the sample is the same
         return super().training_step(batch, batch_idx)
 
 

@@ -1,4 +1,4 @@
-"""Losses and layers that mix examples are found; those that do not are let through."""
+"""Losses and layers that mix samples are found; those that do not are let through."""
 
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +47,7 @@ def mixed_up(module: nn.Module, batch: Any) -> Tensor:
 def test_plain_mean_is_isolated_and_says_so() -> None:
     report = check_sample_isolation(network(), cross_entropy, batch())
     assert report.isolated
-    assert report.outcome == "each of 6 examples has the gradient it has alone"
+    assert report.outcome == "each of 6 samples has the gradient it has alone"
     assert max(report.differences) < 1e-5
 
 
@@ -56,7 +56,7 @@ def test_plain_mean_is_isolated_and_says_so() -> None:
 def test_losses_that_mix_examples_are_found(loss: Callable[[nn.Module, Any], Tensor]) -> None:
     report = check_sample_isolation(network(), loss, batch())
     assert not report.isolated
-    assert "depends on the other examples" in report.outcome
+    assert "depends on the other samples" in report.outcome
 
 
 def test_a_sum_is_told_from_other_mixing_and_class_weights_get_the_code_that_works() -> None:
@@ -68,7 +68,7 @@ def test_a_sum_is_told_from_other_mixing_and_class_weights_get_the_code_that_wor
         return functional.cross_entropy(module(batch[0]), batch[1], weight=weights, reduction="none").mean()
 
     told = str(check_sample_isolation(network(), summed, batch()))
-    assert "inside of a batch of 6 is 6 times its gradient alone: this looks like a sum over the examples" in told
+    assert "inside of a batch of 6 is 6 times its gradient alone: this looks like a sum over the samples" in told
     told = str(check_sample_isolation(network(), weighted, batch()))
     assert 'F.cross_entropy(outputs, targets, weight=w, reduction="none").mean()' in told
     assert "sum over" not in told
@@ -86,7 +86,7 @@ def test_an_example_that_is_not_finite_does_not_look_like_dependence(change: Cal
 
 
 def test_weighted_mean_has_the_ratio_that_its_weights_give() -> None:
-    # inside, an example of class c counts w_c / mean(w) times; mean over two examples each of 1, 5 and 0.2
+    # inside, a sample of class c counts w_c / mean(w) times; mean over two samples each of 1, 5 and 0.2
     report = check_sample_isolation(network(), weighted, batch())
     assert report.inside[1] / report.alone[1] == pytest.approx(5 / (6.2 / 3), rel=1e-4)
 
@@ -153,7 +153,7 @@ def sometimes_permuted(x: Tensor) -> Tensor:
 def test_noise_for_each_example_does_not_look_like_dependence() -> None:
     report = check_sample_isolation(network(Augmented(lambda x: x + torch.randn_like(x))), cross_entropy, batch())
     assert report.isolated
-    assert report.outcome == "each of 6 examples keeps its gradient among other neighbours"
+    assert report.outcome == "each of 6 samples keeps its gradient among other neighbours"
 
 
 @pytest.mark.parametrize("change", [permuted, permuted_by_numpy, standardised, sometimes_permuted])
@@ -164,7 +164,7 @@ def test_examples_that_are_mixed_at_random_while_training_are_found(change: Call
     report = check_sample_isolation(network(Augmented(change)), cross_entropy, batch(n))
     assert not report.isolated
     assert not report.random
-    assert "depends on the other examples" in report.outcome
+    assert "depends on the other samples" in report.outcome
 
 
 @pytest.mark.parametrize("loss", [weighted, with_ignored, contrastive, mixed_up])
@@ -209,7 +209,7 @@ def test_a_step_that_fails_for_one_example_is_told() -> None:
     def paired(module: nn.Module, batch: Any) -> Tensor:
         return cross_entropy(module, (batch[0] + batch[0][1], batch[1]))
 
-    with pytest.raises(ValueError, match="works for 6 examples and fails for one: index 1 is out of bounds"):
+    with pytest.raises(ValueError, match="works for 6 samples and fails for one: index 1 is out of bounds"):
         check_sample_isolation(network(), paired, batch())
 
 
@@ -220,7 +220,7 @@ def test_batch_statistics_are_refused_with_both_ways_out() -> None:
 
 
 def test_one_example_is_too_few() -> None:
-    with pytest.raises(ValueError, match="at least two examples"):
+    with pytest.raises(ValueError, match="at least two samples"):
         check_sample_isolation(network(), cross_entropy, batch(1))
 
 

@@ -1,4 +1,4 @@
-"""A record makes at most one row of a step, and a draw is used once."""
+"""A sample makes at most one row of a step, and a draw is used once."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from lightning_eff.privacy.records import check_each_record_once, check_rows
 
 
 class Numbered(Classifier):
-    """Notes which examples take part, epoch by epoch."""
+    """Notes which samples take part, epoch by epoch."""
 
     def __init__(self):
         super().__init__()
@@ -66,13 +66,13 @@ def test_no_fit_repeats_the_draws_of_another_one():
 
 
 def views(examples):
-    """Two rows of each record."""
+    """Two rows of each sample."""
     x, y = default_collate(examples)
     return x.repeat_interleave(2, 0), y.repeat_interleave(2, 0)
 
 
 def test_a_collate_function_that_makes_two_rows_of_a_record_is_refused():
-    with pytest.raises(ValueError, match=r"16 rows, of 8 records.*second dimension"):
+    with pytest.raises(ValueError, match=r"16 rows, of 8 samples.*second dimension"):
         fit(data=DataLoader(dataset(8), batch_size=8, collate_fn=views))
 
 
@@ -81,7 +81,7 @@ def test_a_transfer_hook_that_makes_two_rows_of_a_record_is_refused():
         def on_after_batch_transfer(self, batch, dataloader_idx):
             return tuple(torch.cat([part, part]) for part in batch) if self.trainer.training else batch
 
-    with pytest.raises(ValueError, match="16 rows, of 8 records"):
+    with pytest.raises(ValueError, match="16 rows, of 8 samples"):
         fit(Augmented(), DataLoader(dataset(8), batch_size=8))
 
 
@@ -99,7 +99,7 @@ def test_views_in_the_second_dimension_are_fine():
 
 
 def time_first(examples):
-    """[T, B, F], with fewer times than records."""
+    """[T, B, F], with fewer times than samples."""
     x, y = default_collate(examples)
     return x.unsqueeze(0).expand(3, -1, -1), y.unsqueeze(0).expand(3, -1)
 
@@ -109,7 +109,7 @@ def test_batches_with_time_first_are_refused_although_they_have_few_rows():
         def training_step(self, batch, batch_idx):
             return super().training_step((batch[0].flatten(0, 1), batch[1].flatten(0, 1)), batch_idx)
 
-    with pytest.raises(ValueError, match=r"3 rows, of a single record.*\[T, B"):
+    with pytest.raises(ValueError, match=r"3 rows, of a single sample.*\[T, B"):
         fit(Times(), DataLoader(dataset(), batch_size=40, collate_fn=time_first))
 
 
@@ -124,7 +124,7 @@ def test_a_collate_function_may_leave_records_out():
 
 
 def test_rows_of_shuffled_batches_are_counted_too():
-    with pytest.raises(ValueError, match="16 rows, of 8 records"):
+    with pytest.raises(ValueError, match="16 rows, of 8 samples"):
         fit(data=DataLoader(dataset(), batch_size=8, collate_fn=views), poisson_sampling=False)
 
 
@@ -134,7 +134,7 @@ def test_fewer_rows_than_records_are_fine():
 
 
 class Pictures(Dataset):
-    """Keeps its records as CIFAR does."""
+    """Keeps its samples as CIFAR does."""
 
     def __init__(self, transform=None):
         self.data = torch.arange(48).reshape(12, 4).numpy()
@@ -194,7 +194,7 @@ def test_data_that_hold_every_record_once_are_not(once):
     ],
 )
 def test_samplers_with_replacement_are_refused_without_poisson_sampling_too(sampler):
-    with pytest.raises(ValueError, match=f"{type(sampler).__name__} takes records several times"):
+    with pytest.raises(ValueError, match=f"{type(sampler).__name__} takes samples several times"):
         fit(data=DataLoader(DATA, batch_size=4, sampler=sampler), poisson_sampling=False)
 
 

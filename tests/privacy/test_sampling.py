@@ -29,7 +29,7 @@ def sampler(num_samples, sample_rate, steps, **kwargs):
 
 
 def drawn(num_samples, sample_rate, steps):
-    """``[steps, num_samples]``, True where the example takes part."""
+    """``[steps, num_samples]``, True where the sample takes part."""
     taking_part = np.zeros((steps, num_samples), dtype=bool)
     for row, batch in zip(taking_part, sampler(num_samples, sample_rate, steps), strict=True):
         row[batch] = True
@@ -118,13 +118,13 @@ def test_arguments_out_of_range_are_refused(arguments, message):
 
 
 class Dicts(Dataset):
-    """Dict examples with a name, which need the default collate function to be batched."""
+    """Dict samples with a name, which need the default collate function to be batched."""
 
     def __len__(self):
         return 40
 
     def __getitem__(self, index):
-        return {"image": torch.full((2, 3), float(index)), "label": index, "name": f"example {index}"}
+        return {"image": torch.full((2, 3), float(index)), "label": index, "name": f"sample {index}"}
 
 
 def twice(examples):
@@ -155,7 +155,7 @@ def test_the_users_collate_function_never_sees_an_empty_list():
 
 
 def no_zeros(examples):
-    """Leaves examples out, all of them perhaps."""
+    """Leaves samples out, all of them perhaps."""
     kept = [label for _, label in examples if label >= 20]
     return torch.stack(kept) if kept else None
 
@@ -170,7 +170,7 @@ def test_a_batch_is_empty_where_the_users_collate_function_gives_none(workers):
 
 
 def test_a_collate_function_that_never_gives_a_batch_is_refused():
-    with pytest.raises(ValueError, match="None for each of the 40 examples"):
+    with pytest.raises(ValueError, match="None for each of the 40 samples"):
         list(poisson_loader(DataLoader(DATA, batch_size=1, collate_fn=lambda _: None), sampler(40, 0.05, 3)))
 
 
@@ -216,7 +216,7 @@ class Stream(IterableDataset):
         (DataLoader(DATA, sampler=SubsetRandomSampler([1, 2])), "SubsetRandomSampler"),
         (DataLoader(DATA, sampler=WeightedRandomSampler([1.0] * 40, 40)), "WeightedRandomSampler with replacement"),
         (DataLoader(DATA, sampler=RandomSampler(DATA, replacement=True)), "RandomSampler with replacement"),
-        (DataLoader(DATA, sampler=RandomSampler(DATA, num_samples=10)), "draws 10 examples"),
+        (DataLoader(DATA, sampler=RandomSampler(DATA, num_samples=10)), "draws 10 samples"),
         (
             DataLoader(DATA, batch_sampler=type("Mine", (BatchSampler,), {})(SequentialSampler(DATA), 4, False)),
             "its own Mine",

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.filterwarnings(SEEDED), pytest.mark.filterwarnings(NO_
 
 
 class Line(L.LightningModule):
-    """Loss -w.x: the gradient of an example is -x."""
+    """Loss -w.x: the gradient of a sample is -x."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ EXAMPLES = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
 
 
 def fit_line(masks=None, **settings):
-    """One step on both examples without noise, qN = 2."""
+    """One step on both samples without noise, qN = 2."""
     module = Line()
 
     class Masks(L.Callback):

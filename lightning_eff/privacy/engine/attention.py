@@ -1,10 +1,10 @@
 """Multi-head attention: its packed in-projection and its out-projection are linear layers.
 
 torch runs it as one function, sequence first. The rule lets torch's own code run and steps in where that code uses a
-parameter: with the examples put first there, the rule of linear layers does the rest. Masks, dropout and returned
+parameter: with the samples put first there, the rule of linear layers does the rest. Masks, dropout and returned
 weights are torch's own.
 
-Shapes: ``L`` positions, ``B`` rows of examples (n, or k * n), ``E`` features.
+Shapes: ``L`` positions, ``B`` rows of samples (n, or k * n), ``E`` features.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def record_attention(recorder: Recorder, query: Tensor, *args: Any, **kwargs: An
 
 
 class _Inside(TorchFunctionMode):
-    """Within the function: examples first where parameters are used."""
+    """Within the function: samples first where parameters are used."""
 
     def __init__(self, recorder: Recorder, rows: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class _Inside(TorchFunctionMode):
         return self._recorder.__torch_function__(func, kinds, args, kwargs)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        """Project ``[L, B, E]``, or ``[L * B, E]`` with the examples running fastest."""
+        """Project ``[L, B, E]``, or ``[L * B, E]`` with the samples running fastest."""
         sequence = input if input.ndim == 3 else input.view(-1, self._rows, input.size(-1))
         projected = record_linear(self._recorder, sequence.transpose(0, 1), weight, bias).transpose(0, 1)
         if input.ndim == 2:
@@ -69,7 +69,7 @@ class _Inside(TorchFunctionMode):
         return projected if weight.size(0) == 3 * weight.size(1) else projected.contiguous()
 
     def _repeat(self, tensor: Tensor, *sizes: int) -> Tensor:
-        """Give every example a copy ``[1, B, E]`` of the bias of keys or values ``[1, 1, E]``."""
+        """Give every sample a copy ``[1, B, E]`` of the bias of keys or values ``[1, 1, E]``."""
         part = self._recorder.part(tensor)
 
         def compute(gradient: Tensor) -> dict[str, Tensor]:

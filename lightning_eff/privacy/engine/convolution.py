@@ -1,9 +1,9 @@
 """Convolutions in one, two and three dimensions.
 
-The gradients of m examples are one grouped convolution's weight gradient, with the examples folded into the groups. Or
+The gradients of m samples are one grouped convolution's weight gradient, with the samples folded into the groups. Or
 the input is unfolded into one patch a position, after which a convolution is a linear layer with T positions.
 
-Shapes: ``n`` examples of ``k`` images each (k = 1 but for layers that work on several images of one example), ``C``
+Shapes: ``n`` samples of ``k`` images each (k = 1 but for layers that work on several images of one sample), ``C``
 input and ``O`` output channels, ``R`` and ``J`` of them selected, ``g`` groups, ``S`` and ``L`` input and output sizes.
 """
 
@@ -99,7 +99,7 @@ class ConvolutionUse(WeightUse):
 
     @property
     def positions(self) -> int:
-        """T, those of all images of an example."""
+        """T, those of all images of a sample."""
         return self._images * math.prod(self._output_size)
 
     @property
@@ -140,7 +140,7 @@ class ConvolutionUse(WeightUse):
         return self.multiplied(patches, gradient.flatten(3).transpose(2, 3).flatten(1, 2), out)
 
     def fold(self, examples: slice, out: Tensor | None = None) -> Tensor:
-        """Make m examples groups of one convolution: gradients ``[m, *block]``."""
+        """Make m samples groups of one convolution: gradients ``[m, *block]``."""
         inputs, gradient = wide(self.inputs[examples]), wide(self.gradient[examples])
         many = len(inputs)
         # [m, k, C, ...] -> [k, m * C, ...]

@@ -1,8 +1,8 @@
-"""Tensors that are made of parameters and constants alone, on their way to the examples.
+"""Tensors that are made of parameters and constants alone, on their way to the samples.
 
 A table that is looked up and reshaped before it is added, a weight that is standardised on every call, a projection
-that is cut into three: no example takes part yet, so autograd keeps the graph as always. Where such a tensor meets the
-examples it is treated as if it were a parameter itself, and each example's gradient is taken back through its graph to
+that is cut into three: no sample takes part yet, so autograd keeps the graph as always. Where such a tensor meets the
+samples it is treated as if it were a parameter itself, and each sample's gradient is taken back through its graph to
 the parameters behind it: exact, because the way back is linear.
 """
 
@@ -32,7 +32,7 @@ class Origin(NamedTuple):
 
 
 class DerivingRecorder(Recorder):
-    """A recorder that follows what is made of parameters until it meets the examples.
+    """A recorder that follows what is made of parameters until it meets the samples.
 
     Args:
         names: as in :class:`Recorder`, like the arguments after it.
@@ -67,7 +67,7 @@ class DerivingRecorder(Recorder):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run what no example takes part in as it is, and remember its result; else record."""
+        """Run what no sample takes part in as it is, and remember its result; else record."""
         kwargs = kwargs or {}
         guard = GUARDS.get(func)
         if guard is not None:
@@ -222,7 +222,7 @@ def constants_of(module: nn.Module) -> list[Tensor]:
     return held
 
 
-# (recorder, *args of the function) -> output or NotImplemented, for functions that spread a tensor over the examples
+# (recorder, *args of the function) -> output or NotImplemented, for functions that spread a tensor over the samples
 EXPANSIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 

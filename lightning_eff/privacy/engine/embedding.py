@@ -1,7 +1,7 @@
-"""Embeddings: an example's gradient has as many rows that are not zero as it has different tokens.
+"""Embeddings: a sample's gradient has as many rows that are not zero as it has different tokens.
 
-The output gradients of equal tokens of one example are added first, so norms and sums cost what the tokens cost, not
-what the table does. Shapes: ``n`` examples of ``T`` tokens, ``V`` rows of ``E`` columns, ``G`` pairs of an example and
+The output gradients of equal tokens of one sample are added first, so norms and sums cost what the tokens cost, not
+what the table does. Shapes: ``n`` samples of ``T`` tokens, ``V`` rows of ``E`` columns, ``G`` pairs of a sample and
 one of its tokens.
 """
 
@@ -31,7 +31,7 @@ def record_embedding(
     """Look rows up; the row ``padding_idx`` gets no gradient.
 
     Raises:
-        ValueError: ``max_norm`` or ``scale_grad_by_freq`` is set: both let the whole batch act on one example.
+        ValueError: ``max_norm`` or ``scale_grad_by_freq`` is set: both let the whole batch act on one sample.
     """
     if max_norm is not None:
         raise ValueError(
@@ -41,7 +41,7 @@ def record_embedding(
     if scale_grad_by_freq:
         raise ValueError(
             "an embedding with scale_grad_by_freq=True divides by how often a token comes in the whole batch, so no "
-            "example has a gradient of its own: set it to False"
+            "sample has a gradient of its own: set it to False"
         )
     output = functional.embedding(input, recorder.detached(weight), padding_idx)
     part = recorder.part(weight)
@@ -71,11 +71,11 @@ def record_embedding_bag(
     """Reduce the rows of each bag ``[n, T]``.
 
     Raises:
-        ValueError: bags are told by ``offsets``: then the first dimension is not that of the examples.
+        ValueError: bags are told by ``offsets``: then the first dimension is not that of the samples.
     """
     if input.ndim != 2:
         raise ValueError(
-            "an embedding bag with offsets has no dimension of examples: give it tokens of shape [batch, length], with "
+            "an embedding bag with offsets has no dimension of samples: give it tokens of shape [batch, length], with "
             "padding_idx where bags are of different lengths"
         )
     rows = record_embedding(recorder, input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
@@ -111,7 +111,7 @@ class EmbeddingUse(LayerUse):
         self._values: Tensor
 
     def receive(self, gradient: Tensor) -> None:
-        """Add the gradients of equal tokens of an example; keep only active rows and columns."""
+        """Add the gradients of equal tokens of a sample; keep only active rows and columns."""
         assert self._tokens is not None
         tokens, chosen = self._tokens, self._weight.selection
         count = chosen.block_shape[0]
@@ -133,7 +133,7 @@ class EmbeddingUse(LayerUse):
         self._tokens = None
 
     def per_sample(self, name: str, examples: slice) -> Tensor:
-        """Spread the pairs of some examples over the block, ``[m, *block]``."""
+        """Spread the pairs of some samples over the block, ``[m, *block]``."""
         chosen = range(self.examples)[examples]
         mine = (self._examples >= chosen.start) & (self._examples < chosen.stop)
         gradients = self._values.new_zeros(len(chosen), *self._weight.selection.block_shape)
@@ -146,13 +146,13 @@ class EmbeddingUse(LayerUse):
         self._values = torch.where(out, 0.0, self._values)
 
     def square_norms(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Add the squares of each example's pairs, ``[n]``."""
+        """Add the squares of each sample's pairs, ``[n]``."""
         squares = self._values.new_zeros(self.examples)
         squares.index_add_(0, self._examples, self._values.square().sum(1))
         return dict.fromkeys(names, squares)
 
     def clipped_sums(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Add the pairs, times the factors of their examples, into the block."""
+        """Add the pairs, times the factors of their samples, into the block."""
         name, chosen = self._weight
         scaled = self._values * factors[name].to(self._values.dtype)[self._examples].unsqueeze(1)
         return {name: self._values.new_zeros(chosen.block_shape).index_add_(0, self._rows, scaled)}

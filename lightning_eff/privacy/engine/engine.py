@@ -1,4 +1,4 @@
-"""The per-sample engine: norms of each example's gradient and their clipped sum, one forward and one backward pass.
+"""The per-sample engine: norms of each sample's gradient and their clipped sum, one forward and one backward pass.
 
 Nothing is hooked into the module and no gradient is written to its parameters. See ``recording.py`` for how layers are
 seen and ``uses.py`` for what each of them computes.
@@ -34,9 +34,9 @@ class PerSampleEngine:
         >>> engine.backward(loss)
         >>> gradient = engine.clipped_sum(max_norm=1.0)
 
-    Examples are read from the first dimension of each layer's input: n of them, or k * n rows of which k after the
-    other belong to one example. The loss is the mean over the n examples, and no example's term may depend on another
-    example.
+    Samples are read from the first dimension of each layer's input: n of them, or k * n rows of which k after the
+    other belong to one sample. The loss is the mean over the n samples, and no sample's term may depend on another
+    sample.
 
     Args:
         module: any module; trainable are the parameters with ``requires_grad`` when :meth:`record` is entered.
@@ -80,13 +80,13 @@ class PerSampleEngine:
         """Record the layers that are called inside; begins a new physical batch and drops what the last one left.
 
         Args:
-            examples: n, the number of examples the step inside works on, >= 1.
+            examples: n, the number of samples the step inside works on, >= 1.
 
         Raises:
             ValueError: ``examples`` is less than one, or the module has nothing to train.
         """
         if examples < 1:
-            raise ValueError(f"expected at least one example, got {examples}: an empty batch has no gradient to record")
+            raise ValueError(f"expected at least one sample, got {examples}: an empty batch has no gradient to record")
         self.reset()
         parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not parameters:
@@ -99,7 +99,7 @@ class PerSampleEngine:
         """Run ``(n * loss).backward()``; nothing where no active parameter is behind the loss.
 
         Args:
-            loss: scalar, the mean over the n examples.
+            loss: scalar, the mean over the n samples.
         """
         batch = self._recorded()
         if loss.requires_grad:
@@ -108,7 +108,7 @@ class PerSampleEngine:
         batch.went_back = True
 
     def norms(self) -> Tensor:
-        """Return the norm of each example's gradient over all active coordinates, ``[n]``, float32 or wider."""
+        """Return the norm of each sample's gradient over all active coordinates, ``[n]``, float32 or wider."""
         return self._finished().norms()
 
     def layer_norms(self) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ class PerSampleEngine:
         return self._finished().layer_norms()
 
     def leave_out(self, examples: Tensor) -> None:
-        """Let examples of the recorded batch contribute zero to its sum; their norms stay.
+        """Let samples of the recorded batch contribute zero to its sum; their norms stay.
 
         Args:
             examples: indices, ``[m]`` int64.
@@ -127,17 +127,17 @@ class PerSampleEngine:
         batch.finite = kept if batch.finite is None else batch.finite & kept
 
     def clipped_sum(self, max_norm: float, clipping: Clipping = "flat") -> dict[str, Tensor]:
-        """Clip each example's gradient to ``max_norm``, sum, and let go of everything that was recorded.
+        """Clip each sample's gradient to ``max_norm``, sum, and let go of everything that was recorded.
 
         Args:
-            max_norm: C > 0; removing one example changes the result by at most C in Euclidean norm.
+            max_norm: C > 0; removing one sample changes the result by at most C in Euclidean norm.
             clipping: ``"flat"``: factor ``min(1, C / (norm + 1e-6))``; ``"automatic"``: ``C / (norm + 0.01)``;
                 ``"per_layer"``: flat for each of L layers by itself, with ``C / sqrt(L)``.
 
         Returns:
             By parameter name the block of the sum (``Selection.block_shape``), float32 or wider, zero where the mask
             is False; every trainable parameter is there, also one of which nothing is active or that was not used. An
-            example whose gradient is not finite contributes zero, with a warning.
+            sample whose gradient is not finite contributes zero, with a warning.
 
         Raises:
             ValueError: ``max_norm`` is not positive and finite, or ``clipping`` is another word.
@@ -242,7 +242,7 @@ class _Batch:
             self.squares.update(use.square_norms(names))
 
     def finish(self) -> None:
-        """Complete the squared norms, and take examples out whose gradient is not finite."""
+        """Complete the squared norms, and take samples out whose gradient is not finite."""
         self._refuse_stray_gradients()
         if self.recorder.times_used and not (self.received or self.went_back):
             raise RuntimeError("no gradient has come back: call engine.backward(loss) before norms or sums")
@@ -275,7 +275,7 @@ class _Batch:
     def factors(self, max_norm: float, clipping: Clipping) -> dict[str, Tensor]:
         """Return the clip factors, ``[n]``, of each parameter."""
         if clipping == "per_layer":
-            # counted from the selection alone: how many layers an example used may depend on the example
+            # counted from the selection alone: how many layers a sample used may depend on the sample
             layers = {
                 _layer(name)
                 for name in self.parameters

@@ -1,7 +1,7 @@
-"""Parameters that meet the examples outside of any layer: class tokens, positions, scales, biases.
+"""Parameters that meet the samples outside of any layer: class tokens, positions, scales, biases.
 
-A parameter that an elementwise operation broadcasts over the examples is the same as one copy of it an example: the
-gradient of each copy is the example's gradient. Where a tensor is spread over the examples beforehand
+A parameter that an elementwise operation broadcasts over the samples is the same as one copy of it a sample: the
+gradient of each copy is the sample's gradient. Where a tensor is spread over the samples beforehand
 (``class_token.expand(n, -1, -1)``), so are the copies.
 """
 
@@ -30,9 +30,9 @@ _ELEMENTWISE = {
 
 
 def record_elementwise(function: Callable[..., Any], recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
-    """Run an elementwise operation with a copy of each parameter for every example.
+    """Run an elementwise operation with a copy of each parameter for every sample.
 
-    Examples lie along the first dimension of the result. NotImplemented where they do not.
+    Samples lie along the first dimension of the result. NotImplemented where they do not.
     """
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     shape: torch.Size = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
@@ -56,7 +56,7 @@ def record_elementwise(function: Callable[..., Any], recorder: Recorder, *args: 
 def record_concatenation(
     function: Callable[..., Tensor], recorder: Recorder, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any
 ) -> Any:
-    """Put parameters beside what belongs to the examples; both have the examples first."""
+    """Put parameters beside what belongs to the samples; both have the samples first."""
     rows = tensors[0].size(0) if tensors[0].ndim else 0
     along_examples = dim % max(1, tensors[0].ndim + (function is torch.stack)) == 0
     if not rows or rows % recorder.examples or along_examples or any(len(tensor) != rows for tensor in tensors):
@@ -66,10 +66,10 @@ def record_concatenation(
 
 
 def spread(function: Callable[..., Tensor], recorder: Recorder, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Spread ``[1, ..., ...]`` of at least three dimensions to one copy an example; NotImplemented for others.
+    """Spread ``[1, ..., ...]`` of at least three dimensions to one copy a sample; NotImplemented for others.
 
-    Tensors of fewer dimensions may as well be spread over something else, as many as there are examples by chance; they
-    stay one tensor until they meet the examples.
+    Tensors of fewer dimensions may as well be spread over something else, as many as there are samples by chance; they
+    stay one tensor until they meet the samples.
     """
     if not isinstance(tensor, Tensor) or recorder.name_of(tensor) is None or recorder.examples == 1:
         return NotImplemented
@@ -88,7 +88,7 @@ def spread(function: Callable[..., Tensor], recorder: Recorder, tensor: Tensor, 
 
 
 class AlignedUse(LayerUse):
-    """A tensor ``[k * n, ...]`` of which rows ``i * k`` to ``i * k + k`` meet example ``i`` and no other.
+    """A tensor ``[k * n, ...]`` of which rows ``i * k`` to ``i * k + k`` meet sample ``i`` and no other.
 
     Args:
         part: the tensor.
@@ -104,7 +104,7 @@ class AlignedUse(LayerUse):
         self._gradient = wide(gradient).contiguous()
 
     def per_sample(self, name: str, examples: slice) -> Tensor:
-        """Return what each example's rows got, zero in all other rows, ``[m, *block]``."""
+        """Return what each sample's rows got, zero in all other rows, ``[m, *block]``."""
         assert self._gradient is not None
         rows = self._gradient.view(self.examples, -1, *self._gradient.shape[1:])
         chosen = range(self.examples)[examples]
@@ -125,7 +125,7 @@ def _leads(tensor: Tensor, shape: Sequence[int]) -> bool:
 
 
 def _tap_copies(recorder: Recorder, parameter: Tensor, copies: Tensor) -> Tensor:
-    """Record copies ``[k * n, ...]`` of a parameter, of which every example has ``k``."""
+    """Record copies ``[k * n, ...]`` of a parameter, of which every sample has ``k``."""
     part = recorder.part(parameter)
 
     def compute(gradient: Tensor) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""Functions nobody wrote a rule for: the gradient of each example by running the function once more, for it alone.
+"""Functions nobody wrote a rule for: the gradient of each sample by running the function once more, for it alone.
 
 That is one `vmap` of the one function, never of the whole model; where `vmap` cannot run it (recurrent layers), a loop,
-which is told once. Each example goes back once for all parameters and all outputs of the call together.
-Before a function is recorded in this way it must show that it treats examples one by one: what it gives for the first
-and for the last example alone must be what it gave for them in the batch.
+which is told once. Each sample goes back once for all parameters and all outputs of the call together.
+Before a function is recorded in this way it must show that it treats samples one by one: what it gives for the first
+and for the last sample alone must be what it gave for them in the batch.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _told: set[str] = set()
 
 
 def record_any(recorder: Recorder, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Record a function of parameters, constants and tensors that have the examples first.
+    """Record a function of parameters, constants and tensors that have the samples first.
 
-    NotImplemented where it does not treat examples one by one; its parameters then get an ordinary gradient.
+    NotImplemented where it does not treat samples one by one; its parameters then get an ordinary gradient.
     """
     name = resolve_name(function) or getattr(function, "__name__", str(function))
     if name.endswith("_") and not name.endswith("__"):
         return NotImplemented  # it cannot be run once more
     call = Call(recorder, function, args, kwargs)
     output = function(*call.args, **call.kwargs)
-    # a constant may hold something of each example, for example the zeros a state begins with
+    # a constant may hold something of each sample, for example the zeros a state begins with
     for spread in (False, True):
         if call.lay_out(spread) and call.agrees_with(output):
             if name not in _told:
@@ -47,7 +47,7 @@ def record_any(recorder: Recorder, function: Callable[..., Any], args: Sequence[
 
 
 def record_recurrent(function: Callable[..., Any], recorder: Recorder, *args: Any) -> Any:
-    """Record a recurrent layer: examples lie along dimension 1 of its states.
+    """Record a recurrent layer: samples lie along dimension 1 of its states.
 
     Raises:
         ValueError: the input is a packed sequence, or has dropout between layers.
@@ -55,11 +55,11 @@ def record_recurrent(function: Callable[..., Any], recorder: Recorder, *args: An
     name = resolve_name(function)
     if len(args) != 9 or isinstance(args[3], list | tuple):
         raise ValueError(
-            f"{name} got packed sequences, which have no dimension of examples: give it padded ones "
+            f"{name} got packed sequences, which have no dimension of samples: give it padded ones "
             "[batch, length, features]"
         )
     if args[5] and args[6] and args[4] > 1:
-        raise ValueError(f"{name} with dropout between its layers cannot be run again for each example: set dropout=0")
+        raise ValueError(f"{name} with dropout between its layers cannot be run again for each sample: set dropout=0")
     call = Call(recorder, function, args, {}, loop=True)
     output = function(*call.args)
     first = 0 if args[8] else 1
@@ -68,20 +68,20 @@ def record_recurrent(function: Callable[..., Any], recorder: Recorder, *args: An
     if not call.fits() or not call.agrees_with(output):
         raise ValueError(
             f"{name} got an input of shape {list(args[0].shape)} with batch_first={args[8]} in a batch of "
-            f"{recorder.examples} examples: the examples must lie along dimension {first}"
+            f"{recorder.examples} samples: the samples must lie along dimension {first}"
         )
     return call.record(output)
 
 
 class Call:
-    """A call of a function, and how to repeat it for one example.
+    """A call of a function, and how to repeat it for one sample.
 
     Args:
         recorder: tells parameters from other tensors.
         function: what was called.
         args: its arguments; tensors may be in lists, tuples and dicts.
         kwargs: likewise.
-        loop: go through the examples one after the other and do not try `vmap`.
+        loop: go through the samples one after the other and do not try `vmap`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Call:
         self.parts = list({part.name: part for part in parts if part is not None}.values())
         self._names = [None if part is None else part.name for part in parts]
         self.parameters = {name: leaf for name, leaf in zip(self._names, self._leaves, strict=True) if name is not None}
-        # tensors that may hold something of each example
+        # tensors that may hold something of each sample
         self.tensors = [
             KeptInput(leaf, self._name) if isinstance(leaf, Tensor) and recorder.name_of(leaf) is None else None
             for leaf in leaves
@@ -119,7 +119,7 @@ class Call:
         self._autocast = (kind, torch.get_autocast_dtype(kind), enabled)
 
     def lay_out(self, spread: bool) -> bool:
-        """Take the first dimension for that of the examples; ``spread``: of constants that are as long, too.
+        """Take the first dimension for that of the samples; ``spread``: of constants that are as long, too.
 
         Returns:
             Whether the shapes allow it.
@@ -137,7 +137,7 @@ class Call:
         return any(dim is not None for dim in self.dims)
 
     def fits(self) -> bool:
-        """Whether every tensor can be cut into examples along its dimension."""
+        """Whether every tensor can be cut into samples along its dimension."""
         return all(
             kept is None
             or dim is None
@@ -146,7 +146,7 @@ class Call:
         )
 
     def examples(self) -> list[Tensor]:
-        """Return the tensors that hold something of each example, examples first, ``[n, ...]``."""
+        """Return the tensors that hold something of each sample, samples first, ``[n, ...]``."""
         return [
             self._examples_first(kept.get(), dim)
             for kept, dim in zip(self.tensors, self.dims, strict=True)
@@ -154,7 +154,7 @@ class Call:
         ]
 
     def repeat(self, parameters: Mapping[str, Tensor], example: Sequence[Tensor]) -> Any:
-        """Run the function for one example with some values of the parameters."""
+        """Run the function for one sample with some values of the parameters."""
         own = iter(example)
         leaves = [
             parameters[name] if name is not None else leaf if dim is None else next(own)
@@ -167,7 +167,7 @@ class Call:
 
     @torch.no_grad()
     def agrees_with(self, output: Any) -> bool:
-        """Whether the first and the last example alone give what they gave in the batch."""
+        """Whether the first and the last sample alone give what they gave in the batch."""
         outputs = _outputs(output)
         if outputs is None:
             return False
@@ -180,7 +180,7 @@ class Call:
         for i in {0, n - 1}:
             try:
                 alone = _outputs(self.repeat(self.parameters, [tensor[i] for tensor in inputs]))
-            except RuntimeError:  # shapes that do not fit: the tensors are no rows of examples
+            except RuntimeError:  # shapes that do not fit: the tensors are no rows of samples
                 return False
             if alone is None or len(alone) != len(outputs):
                 return False
@@ -212,7 +212,7 @@ class Call:
         return outputs[0] if isinstance(output, Tensor) else type(output)(outputs)
 
     def gradients(self, gradient: Tensor, examples: slice) -> dict[str, Tensor]:
-        """Return by parameter the gradients of some examples, ``[m, *shape]``.
+        """Return by parameter the gradients of some samples, ``[m, *shape]``.
 
         Args:
             gradient: of the outputs, from :meth:`rows`.
@@ -246,13 +246,13 @@ class Call:
         return {name: torch.stack([one[name] for one in found]) for name in self.parameters}
 
     def rows(self, gradient: Tensor) -> Tensor:
-        """Return the gradient of what was tapped, examples first."""
+        """Return the gradient of what was tapped, samples first."""
         if len(self._tapped) == 1:
             return self._examples_first(gradient, self.output_dims[self._tapped[0]])
         return gradient
 
     def _joined(self, outputs: Sequence[Tensor]) -> Tensor:
-        """All tapped outputs side by side, ``[n, numbers of an example]``."""
+        """All tapped outputs side by side, ``[n, numbers of a sample]``."""
         parts = [self._examples_first(outputs[which], self.output_dims[which]).flatten(1) for which in self._tapped]
         return torch.cat(parts, 1)
 
@@ -262,7 +262,7 @@ class Call:
         if layers and key not in _told:
             _told.add(key)
             logger.warning(
-                "per-sample gradients of %s (%s) are made in a loop, one example after the other: a step takes about "
+                "per-sample gradients of %s (%s) are made in a loop, one sample after the other: a step takes about "
                 "as long as with batches of one",
                 ", ".join(layers),
                 self._name,
@@ -295,7 +295,7 @@ class CallUse(LayerUse):
         self._gradient = self._call.rows(gradient)
 
     def per_sample(self, name: str, examples: slice) -> Tensor:
-        """Run the function again for some examples, or look up what was kept, ``[m, *block]``."""
+        """Run the function again for some samples, or look up what was kept, ``[m, *block]``."""
         return self._blocks(examples)[name]
 
     def zero_examples(self, index: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Linear layers.
 
-One position (T = 1): the gradient of an example is ``b a^T``, so its squared norm is ``|b|^2 |a|^2``, and under any
+One position (T = 1): the gradient of a sample is ``b a^T``, so its squared norm is ``|b|^2 |a|^2``, and under any
 mask M of elements ``(b^2)^T M (a^2)``: one matrix product of squares, and never a per-sample gradient. Several
 positions: see ``weights.py``.
 """
@@ -39,7 +39,7 @@ class LinearUse(WeightUse):
         weight: ``[O, I]``, None if frozen or dropped.
         bias: ``[O]``, None if frozen or dropped.
         inputs: ``[n, ..., I]``; the gradient that comes is ``[..., O]`` with its other elements in the same order.
-        tuner: chooses among ways where an example has several positions.
+        tuner: chooses among ways where a sample has several positions.
     """
 
     def __init__(self, weight: Part | None, bias: Part | None, inputs: Tensor, tuner: Tuner) -> None:
@@ -87,7 +87,7 @@ class LinearUse(WeightUse):
         return ((gradient @ mask.to(gradient.dtype)) * inputs).sum(1)
 
     def weight_sum(self, factors: Tensor) -> Tensor:
-        """One matrix product over all positions of all examples, ``[R, J]``."""
+        """One matrix product over all positions of all samples, ``[R, J]``."""
         inputs, gradient = scaled_pair(factors, *self.unfolded(slice(None)))
         inputs, gradient = inputs.flatten(0, 1), gradient.flatten(0, 1)
         if not self.sparse:

@@ -1,9 +1,9 @@
-"""Normalisation layers: an example's gradient is the sum over positions of normalised input times output gradient.
+"""Normalisation layers: a sample's gradient is the sum over positions of normalised input times output gradient.
 
-Layer, RMS, group and instance norm look at one example only. Batch norm does so where its statistics are frozen
-(evaluation mode); with the statistics of the batch there is no such thing as one example's gradient.
+Layer, RMS, group and instance norm look at one sample only. Batch norm does so where its statistics are frozen
+(evaluation mode); with the statistics of the batch there is no such thing as one sample's gradient.
 
-Shapes: ``n`` examples of ``k`` rows each (mostly one), ``C`` channels, ``*shape`` of the scale and shift.
+Shapes: ``n`` samples of ``k`` rows each (mostly one), ``C`` channels, ``*shape`` of the scale and shift.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _record(
 ) -> Tensor:
     """Tap the output of a layer ``normalise(input) * weight + bias`` whose parameters lie along ``dims``."""
     weight, bias = (recorder.part(parameter) for parameter in parameters)
-    recorder.split(output, what)  # refuses before any work what has no examples in front
+    recorder.split(output, what)  # refuses before any work what has no samples in front
     summed = [dim for dim in range(1, output.ndim) if dim not in dims]
 
     def compute(gradient: Tensor) -> Mapping[str, Tensor]:
@@ -188,6 +188,6 @@ def _record(
 
 
 def _example_sums(recorder: Recorder, values: Tensor, dims: Sequence[int]) -> Tensor:
-    """Sum ``dims`` and the ``k`` rows of each example, ``[k * n, ...]`` to ``[n, *shape]``."""
+    """Sum ``dims`` and the ``k`` rows of each sample, ``[k * n, ...]`` to ``[n, *shape]``."""
     sums = values.sum(list(dims)) if dims else values
     return recorder.split(sums, "a norm").sum(1)

@@ -59,7 +59,7 @@ class Recorder(TorchFunctionMode):
     Args:
         names: name of every trainable parameter by ``id``.
         selections: what of each parameter is active; a name that is missing is wholly active.
-        examples: n, the number of examples of the physical batch.
+        examples: n, the number of samples of the physical batch.
         tuner: chooses among equivalent computations, for uses that have the choice.
         on_gradient: called with a use once it has received its gradient.
     """
@@ -77,7 +77,7 @@ class Recorder(TorchFunctionMode):
         self.tuner = tuner
         self.seen: set[str] = set()
         self.times_used: Counter[str] = Counter()
-        # what goes back while the step still runs is the step's own affair, such as gradients for adversarial examples
+        # what goes back while the step still runs is the step's own affair, such as gradients for adversarial samples
         self.counts = True
         self._names = names
         self._selections = selections
@@ -152,15 +152,15 @@ class Recorder(TorchFunctionMode):
         return tapped
 
     def split(self, tensor: Tensor, what: str) -> Tensor:
-        """View ``[k * n, ...]`` as ``[n, k, ...]``: examples first, then what belongs to one example.
+        """View ``[k * n, ...]`` as ``[n, k, ...]``: samples first, then what belongs to one sample.
 
         Raises:
             ValueError: the first dimension is no multiple of n; names ``what``.
         """
         if tensor.ndim == 0 or tensor.size(0) % self.examples or not tensor.size(0):
             raise ValueError(
-                f"{what} got an input of shape {list(tensor.shape)} in a batch of {self.examples} examples: per-sample "
-                "gradients need the examples in its first dimension (as many, or a multiple of it, one example after "
+                f"{what} got an input of shape {list(tensor.shape)} in a batch of {self.examples} samples: per-sample "
+                "gradients need the samples in its first dimension (as many, or a multiple of it, one sample after "
                 "the other)"
             )
         return tensor.view(self.examples, tensor.size(0) // self.examples, *tensor.shape[1:])

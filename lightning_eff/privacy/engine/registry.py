@@ -36,7 +36,7 @@ def register_rule(*functions: Callable[..., Any]) -> Callable[[_Rule], _Rule]:
     """Let the decorated function compute per-sample gradients for calls of ``functions``.
 
     The rule is called with the recorder and then the arguments of the call whenever one of the tensors is a trainable
-    parameter. It runs the function with parameters detached and taps what it gives; how an example's gradient is
+    parameter. It runs the function with parameters detached and taps what it gives; how a sample's gradient is
     made from the output's gradient is told by a :class:`LayerUse`, mostly a :class:`GradientUse`::
 
         @register_rule(my_package.scale)

@@ -1,7 +1,7 @@
 """Statistics of the batch are refused wherever a step computes them, also in layers that train nothing.
 
 A layer without parameters, a frozen one, one that is put into training mode inside of the step, a call of the function
-itself: each mixes the examples of a batch, and running statistics keep them without noise.
+itself: each mixes the samples of a batch, and running statistics keep them without noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _refuse_batch_norm(running_mean: Any, running_var: Any, training: bool) -> N
     """Raise ValueError where a batch norm uses the statistics of the batch."""
     if training or running_mean is None or running_var is None:
         raise ValueError(
-            "a batch norm that uses the statistics of the batch mixes examples, so no example has a gradient of its "
+            "a batch norm that uses the statistics of the batch mixes samples, so no sample has a gradient of its "
             "own: call eval() on it to freeze its statistics, or put a GroupNorm in its place"
         )
 

@@ -1,6 +1,6 @@
 """One recorded call of a layer: what it keeps, and the per-sample quantities it can give.
 
-Shapes: ``n`` examples of one physical batch; ``m`` of them in a slice; *block* is the part of a parameter that its
+Shapes: ``n`` samples of one physical batch; ``m`` of them in a slice; *block* is the part of a parameter that its
 :class:`Selection` cuts out. How a call comes to be recorded is told in ``recording.py``.
 """
 
@@ -31,8 +31,8 @@ class Part(NamedTuple):
 class LayerUse(ABC):
     """One call of a layer with parameters of which something is active.
 
-    A subclass tells how the gradient of one example is made (:meth:`per_sample`); norms and sums follow from it in
-    chunks of examples. It overrides :meth:`square_norms` and :meth:`clipped_sums` where the layer allows more.
+    A subclass tells how the gradient of one sample is made (:meth:`per_sample`); norms and sums follow from it in
+    chunks of samples. It overrides :meth:`square_norms` and :meth:`clipped_sums` where the layer allows more.
 
     Args:
         parts: the active parameters of the call; None stands for one that is frozen or wholly dropped.
@@ -53,20 +53,20 @@ class LayerUse(ABC):
 
     @abstractmethod
     def per_sample(self, name: str, examples: slice) -> Tensor:
-        """Return the gradients of a parameter's block for some examples, ``[m, *block]``.
+        """Return the gradients of a parameter's block for some samples, ``[m, *block]``.
 
         Float32 or wider; zero where the selection's mask is False. Only called after :meth:`receive`.
         """
 
     @abstractmethod
     def zero_examples(self, index: Tensor) -> None:
-        """Make everything that was kept of the examples ``index`` (int64) zero: their gradient is not finite.
+        """Make everything that was kept of the samples ``index`` (int64) zero: their gradient is not finite.
 
         Inputs and gradients belong to others, so this replaces tensors instead of changing them.
         """
 
     def square_norms(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Return the squared norm of each example's gradient over the active coordinates, ``[n]``, by parameter.
+        """Return the squared norm of each sample's gradient over the active coordinates, ``[n]``, by parameter.
 
         Args:
             names: the parameters asked for; the others are used several times in the step.
@@ -89,7 +89,7 @@ class LayerUse(ABC):
         return sums
 
     def chunks(self, name: str) -> Iterator[slice]:
-        """Cut the examples into slices whose per-sample gradients of this parameter are small."""
+        """Cut the samples into slices whose per-sample gradients of this parameter are small."""
         return slices(self.examples, CHUNK_ELEMENTS // max(1, math.prod(self.selections[name].block_shape)))
 
 
@@ -161,12 +161,12 @@ class KeptInput:
         return self._tensor
 
     def without(self, index: Tensor) -> KeptInput:
-        """Return a copy ``[n, ...]`` in which the examples ``index`` are zero."""
+        """Return a copy ``[n, ...]`` in which the samples ``index`` are zero."""
         return KeptInput(self.get().index_fill(0, index, 0), self._what)
 
 
 def slices(examples: int, size: int) -> Iterator[slice]:
-    """Cut ``examples`` into slices of ``size`` (at least one) examples."""
+    """Cut ``examples`` into slices of ``size`` (at least one) samples."""
     size = max(1, size)
     return (slice(start, min(start + size, examples)) for start in range(0, examples, size))
 
@@ -197,7 +197,7 @@ def cut(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
 def masked(blocks: Tensor, selection: Selection) -> Tensor:
     """Make blocks ``[..., *block]`` zero where the mask is False."""
     mask = selection.block_mask
-    # several times faster than torch.where; a dropped coordinate that is not finite takes its example out
+    # several times faster than torch.where; a dropped coordinate that is not finite takes its sample out
     return blocks if mask is None else blocks * mask
 
 
@@ -208,7 +208,7 @@ def masked_(blocks: Tensor, selection: Selection) -> Tensor:
 
 
 def square_norm(gradients: Tensor) -> Tensor:
-    """Return the squared norm of each example, ``[m]`` from ``[m, ...]``."""
+    """Return the squared norm of each sample, ``[m]`` from ``[m, ...]``."""
     flat = gradients.reshape(len(gradients), 1, -1)
     return torch.bmm(flat, flat.mT).view(-1)
 

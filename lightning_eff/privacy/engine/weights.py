@@ -1,6 +1,6 @@
 """Layers whose weight gradient is a sum over positions: what linear layers and convolutions have in common.
 
-Shapes: ``n`` examples, ``m`` of them in a slice, ``T`` positions; the selected block of the weight has ``R`` rows and
+Shapes: ``n`` samples, ``m`` of them in a slice, ``T`` positions; the selected block of the weight has ``R`` rows and
 ``J`` numbers a row.
 """
 
@@ -29,7 +29,7 @@ from lightning_eff.privacy.engine.uses import (
 )
 from lightning_eff.privacy.selection.selected import Selection
 
-# gradients [m, *block] of some examples, where possible written to a tensor that is there already
+# gradients [m, *block] of some samples, where possible written to a tensor that is there already
 Gradients = Callable[[slice, Tensor | None], Tensor]
 
 # positions beyond which Gram matrices are too inexact in float32, and seldom fast
@@ -105,7 +105,7 @@ class WeightUse(LayerUse):
 
     @property
     def key(self) -> tuple[Hashable, ...]:
-        """Everything but the number of examples that decides which way is fastest."""
+        """Everything but the number of samples that decides which way is fastest."""
         # selections of nearly the same size share a plan
         sizes = tuple(size.bit_length() for size in self.selection.block_shape)
         gradient, masked = self.gradient, self.selection.mask is not None
@@ -263,7 +263,7 @@ class WeightUse(LayerUse):
             ]
 
     def _sampled(self) -> Tensor:
-        """Packed gradients of all examples, ``[n, count]``."""
+        """Packed gradients of all samples, ``[n, count]``."""
         parts = []
         for part in slices(self.examples, CHUNK_ELEMENTS // max(1, self.selection.block_shape.numel())):
             unfolded = self.unfolded(part)
@@ -272,7 +272,7 @@ class WeightUse(LayerUse):
         return torch.stack(parts)
 
     def _gram_norms(self, examples: slice) -> Tensor:
-        """Return ``<a a^T, b b^T>`` for each example: T x T numbers instead of those of the block."""
+        """Return ``<a a^T, b b^T>`` for each sample: T x T numbers instead of those of the block."""
         unfolded = self.unfolded(examples)
         assert unfolded is not None
         inputs, gradients = unfolded

@@ -55,7 +55,7 @@ class DPPrePruneCallback(Callback):
         public_data: for ``snip``: a data set, a loader or list of batches, or a data module whose training loader is
             taken. Nothing of it may be private.
         input_shape: for ``synflow``: shape of one input without the batch. None takes it from
-            ``example_input_array``, or from the first example of the training data, of which nothing else is used.
+            ``example_input_array``, or from the first sample of the training data, of which nothing else is used.
         exclude: patterns of parameter names that stay whole.
         min_keep_per_tensor: coordinates that every tensor keeps at least, >= 1.
         seed: of random choices.

@@ -50,7 +50,7 @@ class SynFlow:
 
     Args:
         module: the network.
-        inputs: what it is called with, of any values; floating point tensors in it are replaced by one example of
+        inputs: what it is called with, of any values; floating point tensors in it are replaced by one sample of
             ones, ``[1, ...]``.
         parameters: by name, whose scores are wanted.
 

@@ -57,7 +57,7 @@ def assert_agrees(
     chosen = {name: Selection.all(g.shape[1:]) for name, g in gradients.items()} | dict(selections or {})
     blocks = {name: torch.stack([chosen[name].compact(one) for one in g]) for name, g in gradients.items()}
     norms = torch.stack([b.reshape(n, -1).square().sum(1) for b in blocks.values()]).sum(0).sqrt()
-    max_norm = float(norms.median()) or 1.0  # some examples are clipped, others are not
+    max_norm = float(norms.median()) or 1.0  # some samples are clipped, others are not
     found, sums = run(engine, inputs, n, max_norm)
     torch.testing.assert_close(found, norms, rtol=rtol, atol=1e-12, check_dtype=False)
     factors = (max_norm / (norms + 1e-6)).clamp(max=1)

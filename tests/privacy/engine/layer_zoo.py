@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-N = 5  # examples
+N = 5  # samples
 
 
 @dataclass(frozen=True)
 class Specimen:
-    """A network (float64) and inputs for ``N`` examples; ``loop``: `torch.func` cannot run it, plain passes can."""
+    """A network (float64) and inputs for ``N`` samples; ``loop``: `torch.func` cannot run it, plain passes can."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -28,7 +28,7 @@ def images(*shape: int) -> Callable[[], Tensor]:
 def tokens(length: int, vocabulary: int) -> Callable[[], Tensor]:
     def draw() -> Tensor:
         drawn = torch.randint(vocabulary, (N, length))
-        drawn[:, 0] = drawn[:, -1]  # a token that comes twice in one example
+        drawn[:, 0] = drawn[:, -1]  # a token that comes twice in one sample
         return drawn
 
     return draw
@@ -106,7 +106,7 @@ class LookedUpTwice(nn.Module):
 
 
 class LookedUpPositions(nn.Module):
-    """Positions by an embedding of `arange`, as long as the batch is large: no row of it is an example's own."""
+    """Positions by an embedding of `arange`, as long as the batch is large: no row of it is a sample's own."""
 
     def __init__(self) -> None:
         super().__init__()

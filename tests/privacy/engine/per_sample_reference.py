@@ -1,4 +1,4 @@
-"""Per-sample gradients the slow, indisputable way: `torch.func` over examples, or one backward pass an example."""
+"""Per-sample gradients the slow, indisputable way: `torch.func` over samples, or one backward pass a sample."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,7 +38,7 @@ def vmap_gradients(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
 
 
 def loop_gradients(model: nn.Module, inputs: Any, n: int) -> dict[str, Tensor]:
-    """Return ``name -> [n, *shape]`` by one plain backward pass an example; zeros where a parameter takes no part."""
+    """Return ``name -> [n, *shape]`` by one plain backward pass a sample; zeros where a parameter takes no part."""
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     rows = []
     for i in range(n):

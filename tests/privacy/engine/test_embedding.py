@@ -1,4 +1,4 @@
-"""Embeddings: what the whole batch would act on is refused, and no table is made for each example."""
+"""Embeddings: what the whole batch would act on is refused, and no table is made for each sample."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_bags_by_offsets_are_refused() -> None:
 
 def test_norms_and_sum_never_make_a_table_for_each_example(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: EmbeddingUse, name: str, examples: slice) -> Tensor:
-        raise AssertionError("a table for each example was made")
+        raise AssertionError("a table for each sample was made")
 
     monkeypatch.setattr(EmbeddingUse, "per_sample", refuse)
     norms, sums = run(PerSampleEngine(nn.Embedding(1000, 3)), torch.randint(1000, (4, 6)), 4)

@@ -180,7 +180,7 @@ def test_mistakes_are_told(model: nn.Module, inputs: Tensor) -> None:
     engine = PerSampleEngine(model)
     with pytest.raises(RuntimeError, match="nothing was recorded"):
         engine.norms()
-    with pytest.raises(ValueError, match="at least one example, got 0"), engine.record(0):
+    with pytest.raises(ValueError, match="at least one sample, got 0"), engine.record(0):
         pass
     recorded(engine, inputs)
     with pytest.raises(RuntimeError, match=r"call engine\.backward"):

@@ -1,4 +1,4 @@
-"""Parameters outside of layers: what belongs to examples is recorded, what does not is refused by name."""
+"""Parameters outside of layers: what belongs to samples is recorded, what does not is refused by name."""
 
 from collections.abc import Callable
 
@@ -109,7 +109,7 @@ def test_a_penalty_in_the_loss_is_refused_by_name(penalty: Callable[[Tensor], Te
 
 
 def test_a_parameter_beside_the_examples_is_refused_by_name() -> None:
-    # concatenated along the examples: row 3 belongs to nobody
+    # concatenated along the samples: row 3 belongs to nobody
     model = With(lambda x, w: torch.cat([x.flatten(1), w]), 1, 12)
     x = torch.randn(3, 3, 4, dtype=torch.float64)
     engine = PerSampleEngine(model)

@@ -1,4 +1,4 @@
-"""Functions without a rule: run again where they treat examples one by one, refused where they do not."""
+"""Functions without a rule: run again where they treat samples one by one, refused where they do not."""
 
 import logging
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def scaled_sine(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def centred(x: Tensor, weight: Tensor) -> Tensor:
-    """Mixes examples."""
+    """Mixes samples."""
     if has_torch_function((x, weight)):
         return handle_torch_function(centred, (x, weight), x, weight)
     return (x - x.mean(0)) @ weight

@@ -26,7 +26,7 @@ def test_linear_agrees_with_torch_func(granularity: str, drop_rate: float, shape
 
 
 def test_step_by_hand() -> None:
-    """C = 1, two examples (3, 4) and (0, 1) with loss -w x: norms 5 and 1, sum -((0.6, 0.8) + (0, 1))."""
+    """C = 1, two samples (3, 4) and (0, 1) with loss -w x: norms 5 and 1, sum -((0.6, 0.8) + (0, 1))."""
     model = nn.Linear(2, 1, bias=False)
     x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
 
@@ -124,7 +124,7 @@ def test_several_rows_of_an_example_belong_together() -> None:
 def test_an_input_without_the_examples_in_front_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(4, 3))
     engine, inputs = PerSampleEngine(model), torch.randn(7, 4)
-    with pytest.raises(ValueError, match=r"0\.weight.*shape \[7, 4\].*batch of 5 examples"), engine.record(N):
+    with pytest.raises(ValueError, match=r"0\.weight.*shape \[7, 4\].*batch of 5 samples"), engine.record(N):
         model(inputs)
 
 

@@ -1,4 +1,4 @@
-"""Unmodified networks of torchvision agree with one backward pass an example."""
+"""Unmodified networks of torchvision agree with one backward pass a sample."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Normalisation layers that let the batch act on an example are refused."""
+"""Normalisation layers that let the batch act on a sample are refused."""
 
 from collections.abc import Callable
 
@@ -30,7 +30,7 @@ def test_instance_norm_that_keeps_statistics_of_the_batch_is_refused() -> None:
 
 
 def test_rows_that_are_no_multiple_of_the_examples_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"shape \[5, 4\] in a batch of 3 examples"):
+    with pytest.raises(ValueError, match=r"shape \[5, 4\] in a batch of 3 samples"):
         run(PerSampleEngine(nn.LayerNorm(4)), torch.randn(5, 4), 3)
 
 

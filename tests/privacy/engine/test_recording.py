@@ -77,7 +77,7 @@ def test_what_runs_without_gradients_is_not_recorded() -> None:
     engine = PerSampleEngine(model)
     with engine.record(N):
         with torch.no_grad():
-            model(x[:3])  # a metric, on another number of examples
+            model(x[:3])  # a metric, on another number of samples
         loss = example_losses(model(x)).mean()
     engine.backward(loss)
     assert torch.equal(engine.norms(), expected)

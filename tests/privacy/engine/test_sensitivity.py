@@ -1,4 +1,4 @@
-"""Removing one example never changes the clipped sum by more than C, and often by nearly that much."""
+"""Removing one sample never changes the clipped sum by more than C, and often by nearly that much."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ DRAWS = 200
 
 
 def change(engine: PerSampleEngine, inputs: object, left_out: int, max_norm: float, clipping: str) -> float:
-    """Euclidean norm of the difference that one example makes."""
+    """Euclidean norm of the difference that one sample makes."""
     rest = take(inputs, [i for i in range(N) if i != left_out])
     _, whole = run(engine, inputs, N, max_norm, clipping)
     _, without = run(engine, rest, N - 1, max_norm, clipping)
@@ -38,7 +38,7 @@ def test_one_example_changes_the_sum_by_at_most_the_clipping_norm(clipping: str)
 
 
 def test_norms_over_all_coordinates_would_waste_what_is_dropped() -> None:
-    # one coordinate of two is active: the example (3, 4) is clipped to (1, 0), not to (0.6, 0)
+    # one coordinate of two is active: the sample (3, 4) is clipped to (1, 0), not to (0.6, 0)
     model = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(model.weight)
     engine = PerSampleEngine(model)

@@ -12,7 +12,7 @@ from lightning_eff.privacy.engine import engine as engine_file
 
 ZOO = [*NORMS, *EMBEDDINGS, *ATTENTION, *EXPANDED, *FALLBACK]
 by_name = pytest.mark.parametrize("specimen", ZOO, ids=lambda specimen: specimen.name)
-# torch tells so where it loops over examples in the reference
+# torch tells so where it loops over samples in the reference
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 

@@ -331,7 +331,7 @@ def test_sharding_strategies_are_refused_before_work() -> None:
 def test_private_data_given_as_public_is_refused(public: Any) -> None:
     private = TensorDataset(torch.randn(80, 1, 8, 8), torch.arange(80) % 10)
     prune = DPPrePruneCallback(score="snip", public_data=public(private))
-    with pytest.raises(ValueError, match=r"DPPrePruneCallback\(public_data=...\) holds examples of the private"):
+    with pytest.raises(ValueError, match=r"DPPrePruneCallback\(public_data=...\) holds samples of the private"):
         trainer(prune, max_steps=1).fit(module(), DataLoader(private, batch_size=16))
 
 
@@ -350,7 +350,7 @@ def test_public_and_private_parts_of_one_data_set_are_told_apart_by_their_exampl
     fit = trainer(DPPrePruneCallback(score="snip", public_data=public), max_steps=1)
     fit.fit(module(), DataLoader(private, batch_size=16))
     overlapping = DPPrePruneCallback(score="snip", public_data=Subset(whole, range(39, 64)))
-    with pytest.raises(ValueError, match="holds examples of the private training data"):
+    with pytest.raises(ValueError, match="holds samples of the private training data"):
         trainer(overlapping, max_steps=1).fit(module(), DataLoader(private, batch_size=16))
 
 

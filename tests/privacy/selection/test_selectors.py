@@ -102,7 +102,7 @@ def test_public_gradient_tells_what_it_lacks() -> None:
 def test_private_data_as_public_is_refused_by_the_plan() -> None:
     private = TensorDataset(INPUTS, LABELS)
     plan = SelectionPlan(0.5, PublicGradientSelector(private, loss_fn=cross_entropy))
-    with pytest.raises(ValueError, match=r"PublicGradientSelector\(public_data=...\) holds examples of the private"):
+    with pytest.raises(ValueError, match=r"PublicGradientSelector\(public_data=...\) holds samples of the private"):
         plan.check_public(DataLoader(private, batch_size=4))
     plan.check_public(DataLoader(TensorDataset(INPUTS + 1, LABELS), batch_size=4))
     SelectionPlan(0.5).check_public(DataLoader(private))
