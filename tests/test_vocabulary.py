@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
+from inspect import Parameter, isclass, ismodule, signature
 from pathlib import Path
+from typing import Any
 
 import lightning_eff
 
@@ -59,3 +62,94 @@ values["law/gap"] = 5
 self.log(name, value)
 """
     assert unknown_names(source) == ["dp/epsilon", "law/gap", "loss", "sas/*"]
+
+
+# Arguments
+
+
+def public_callables() -> dict[str, Any]:
+    """Everything that users call, by the name they know it by; rooms' names as ``room.name``."""
+    found = {name: getattr(lightning_eff, name) for name in lightning_eff.__all__}
+    rooms = {name: room for name, room in found.items() if ismodule(room)}
+    found |= {
+        f"{name}.{one}": getattr(room, one)
+        for name, room in rooms.items()
+        for one in getattr(room, "__all__", vars(room))
+        if getattr(getattr(room, one), "__module__", "").startswith("lightning_eff.")
+    }
+    return {name: one for name, one in found.items() if callable(one)}
+
+
+@cache
+def arguments() -> list[tuple[str, Parameter]]:
+    """Every argument of every public function, constructor and method, each once."""
+    found, seen = [], set()
+    for name, one in public_callables().items():
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        methods = {key: getattr(one, key) for key in vars(one) if not key.startswith("_")} if isclass(one) else {}
+        calls = {name: one, **{f"{name}.{key}": method for key, method in methods.items() if callable(method)}}
+        for called, call in calls.items():
+            try:
+                found += [(called, parameter) for parameter in signature(call).parameters.values()]
+            except (TypeError, ValueError):  # what is built in tells none
+                continue
+    return found
+
+
+# other words for split_batch, progress, amount, seed, dirpath
+OTHER_WORDS = {
+    "split", "batch_first", "show_progress", "prune_rate", "pruning_rate", "rng", "random_state", "random_seed",
+    "output_dir", "save_dir", "out_dir", "folder", "min_gt", "loss_function",
+}  # fmt: skip
+A_DATA_SET_HAS_SPLITS = {"KittiDepthDataModule", "lidar.KittiDepthDataset"}
+
+
+def told(word: str) -> dict[str, tuple[str, Any]]:
+    """Type and default of the arguments of one name."""
+    return {name: (str(p.annotation), p.default) for name, p in arguments() if p.name == word}
+
+
+def test_no_argument_has_another_word_for_the_same_thing() -> None:
+    found = {(name, p.name) for name, p in arguments() if p.name in OTHER_WORDS}
+    assert {one for one in found if one[0] not in A_DATA_SET_HAS_SPLITS or one[1] != "split"} == set()
+
+
+def test_how_a_batch_is_split_is_said_in_the_same_way_everywhere() -> None:
+    found = told("split_batch")
+    assert len(found) > 20
+    assert set(found.values()) == {("SplitBatch | None", None)}
+
+
+def test_folders_have_the_same_type_and_default_everywhere() -> None:
+    found = told("dirpath")
+    where = {name for name in found if name.endswith((".write", ".save")) or name == "reporting.results_folder"}
+    assert len(found) > len(where) + 12
+    assert {one for name, one in found.items() if name not in where} == {("str | Path | None", None)}
+    assert {found[name][1] for name in where} == {Parameter.empty}  # whose only purpose is a folder: it is asked for
+
+
+# None draws one, which the docstring says; gymnasium and stable-baselines3 give resets and buffers their signature
+DRAWN = {"DPNTKGenerator.generate", "SyntheticData", "SyntheticDataWriter", "TableSchema.decode"}
+GIVEN = {"glimpse.GlimpseEnv.reset", "glimpse.GlimpseVecEnv.seed", "glimpse.GlimpseReplayBuffer"}
+
+
+def test_seeds_are_numbers_that_begin_at_0() -> None:
+    found = {name: one for name, one in told("seed").items() if name not in DRAWN | GIVEN}
+    assert len(found) > 25
+    assert {default for _, default in found.values()} <= {0, Parameter.empty}
+    assert {kind for kind, _ in found.values()} <= {"int", str(int)}
+
+
+def test_bars_and_prints_are_switches_that_are_on() -> None:
+    shown = {**told("progress"), **told("verbose")}
+    counted = {name for name, (kind, _) in shown.items() if "Progress" in kind}  # games know no bars, they tell a count
+    assert {name.split(".")[0] for name in counted} <= {"shapley", "shapley_values", "ShapleyEstimator"}
+    assert {one for name, one in shown.items() if name not in counted} <= {("bool", True), ("bool", Parameter.empty)}
+    assert len(shown) > len(counted) + 8
+
+
+def test_a_loss_is_a_function_of_model_and_batch_everywhere() -> None:
+    assert {kind for kind, _ in told("loss_fn").values()} <= {"LossFunction", "LossFunction | None"}
+    assert len(told("loss_fn")) > 5

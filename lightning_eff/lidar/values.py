@@ -352,7 +352,7 @@ def line_shapley(
     num_lines: int = 64,
     candidates: Candidates = "visible",
     min_pixels: int = 1,
-    progress: bool = False,
+    progress: bool = True,
 ) -> LineValues:
     """Shapley values of the lines of a lidar, without a Trainer.
 

@@ -21,7 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_eff.arguments import check_choice
 from lightning_eff.batch import SplitBatch, batch_size
 from lightning_eff.early_exit.analysis.outputs import Criterion, batches_of, output_names, outputs_of, own_buffers
-from lightning_eff.reporting import Column, Report, Table, progress
+from lightning_eff.reporting import Column, Report, Table
+from lightning_eff.reporting import progress as progress_bar
 from lightning_eff.surgery.state import quiet_model, untouched_generators
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def linear_path(
     *,
     criterion: Criterion = F.cross_entropy,
     split_batch: SplitBatch | None = None,
-    verbose: bool = False,
+    progress: bool = True,
 ) -> LinearPath:
     """Loss and accuracy of every output on the straight line between two checkpoints of one architecture.
 
@@ -137,7 +138,7 @@ def linear_path(
             else they are interpolated like parameters. Those of A and B do not fit the networks between them.
         criterion: ``(logits, target) -> mean loss``.
         split_batch: ``batch -> (inputs, target)``; by default batches are pairs.
-        verbose: show a progress bar.
+        progress: show a bar.
 
     Raises:
         ValueError: ``points`` < 2, a loader that can be gone through but once, or parameters that differ in name or
@@ -150,7 +151,7 @@ def linear_path(
     positions = torch.linspace(0, 1, points, dtype=torch.float64)
     data = _Data(network, loader, split_batch, criterion, recompute_bn)
     measured = []
-    with _studied(network), progress("linear path", points, enabled=verbose, unit="points") as bar:
+    with _studied(network), progress_bar("linear path", points, enabled=progress, unit="points") as bar:
         starts = {name: tensor.detach().clone() for name, tensor in _named_tensors(network)}
         # whole numbers have nothing between them, and equal values may be infinite: thresholds of exits that are off
         moving = [name for name, end in ends.items() if end.is_floating_point() and not torch.equal(starts[name], end)]
@@ -174,7 +175,7 @@ def loss_plane(
     recompute_bn: bool = False,
     criterion: Criterion = F.cross_entropy,
     split_batch: SplitBatch | None = None,
-    verbose: bool = False,
+    progress: bool = True,
 ) -> LossPlane:
     """Loss and accuracy of every output on a plane around a network, spanned by two random directions.
 
@@ -192,7 +193,7 @@ def loss_plane(
         recompute_bn: re-estimate the running statistics of batch norms at every point.
         criterion: ``(logits, target) -> mean loss``.
         split_batch: ``batch -> (inputs, target)``; by default batches are pairs.
-        verbose: show a progress bar.
+        progress: show a bar.
 
     Raises:
         ValueError: an argument outside its range, or a loader that can be gone through but once.
@@ -206,7 +207,7 @@ def loss_plane(
     positions = torch.arange(1 - steps, steps, 2, dtype=torch.float64) / (steps - 1) * radius
     data = _Data(network, loader, split_batch, criterion, recompute_bn)
     measured = []
-    with _studied(network), progress("loss plane", steps * steps, enabled=verbose, unit="points") as bar:
+    with _studied(network), progress_bar("loss plane", steps * steps, enabled=progress, unit="points") as bar:
         centre = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
         for a, b in product(positions.tolist(), repeat=2):
             _place(network, {name: centre[name] + a * first[name] + b * second[name] for name in first})
