@@ -20,8 +20,10 @@ from lightning_eff.glimpse.metrics import PolicyMetrics
 from lightning_eff.glimpse.policies import Policy, PolicyLike, make_policy
 from lightning_eff.glimpse.scheduling.options import paper_optimizer, plain_arguments
 from lightning_eff.glimpse.tasks.base import Task
+from lightning_eff.surgery.structure import prunable
 
 
+@prunable
 class AdaGlimpseModule(EpisodicModule):
     """Learn where to look next and how far to zoom, and what to make of what was seen.
 
@@ -67,6 +69,14 @@ class AdaGlimpseModule(EpisodicModule):
     Raises:
         ValueError: Arguments that do not go together, before any work.
     """
+
+    # for those who would change the training of any module
+    refuses = {
+        "pruning": "its backbone is called with glimpses, not with a batch. Prune the backbone before, inside of a "
+        "module that maps whole images to its predictions, and hand it over then",
+        "private training": "the agent is paid for and replays what it saw of single images, which no noise covers. "
+        "Train the backbone privately before, and explore images that nobody needs to protect",
+    }
 
     def __init__(
         self,

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lightning_eff.surgery.structure import HINT, KEY, apply_structure, part_of
+
 Options = TypeVar("Options")
 
 
@@ -40,13 +42,21 @@ def plain_hyperparameters(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict, or the one of a checkpoint, whole; RuntimeError names weights that are missing."""
+    """Load a state dict, or the one of a checkpoint, whole; RuntimeError names weights that are missing.
+
+    Of a network that lost channels, the model takes on the shapes first.
+    """
     loaded = torch.load(path, map_location="cpu", weights_only=True)
+    structure = loaded.get(KEY) if isinstance(loaded, Mapping) else None
     for name in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]
+    loaded = {name: entry for name, entry in loaded.items() if name != HINT}
     own = set(model.state_dict())
     for prefix in ("model.", "net.", "module."):  # of a module that holds the network
         if not own & set(loaded) and any(name.startswith(prefix) for name in loaded):
             loaded = {name.removeprefix(prefix): entry for name, entry in loaded.items() if name.startswith(prefix)}
+            structure = part_of(structure, prefix)
+    if structure is not None:
+        apply_structure(model, structure)
     model.load_state_dict(loaded)

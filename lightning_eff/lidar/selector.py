@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_eff.batch import SplitBatch
+from lightning_eff.documents import whole_state
 from lightning_eff.lidar.batches import LidarKeys
 from lightning_eff.lidar.choosing import choose, kept_pixels
 from lightning_eff.lidar.completion.forwarding import Forward
@@ -38,11 +39,13 @@ from lightning_eff.lidar.settings import BASELINES, Baseline, Dynamic, LineGameO
 from lightning_eff.lidar.study import LineStudy, model_hash
 from lightning_eff.lidar.values import EstimationOptions
 from lightning_eff.reporting import save_figure
+from lightning_eff.surgery.structure import prunable
 
 _UNKNOWN = torch.finfo(torch.float32).max  # finite, so that EarlyStopping does not take it for the end
 _CHECKPOINT = "lidar_lines"
 
 
+@prunable
 class LidarSaSSelector(LightningModule):
     """Which lines of a lidar to keep, so that a network's completed depth stays good.
 
@@ -81,6 +84,14 @@ class LidarSaSSelector(LightningModule):
     Raises:
         ValueError: what cannot be meant, before any work.
     """
+
+    # for those who would change the training of any module
+    refuses = {
+        "pruning": "it asks its network and trains nothing. Prune the network before, in a fit of a "
+        "DepthCompletionModule, and hand over what is left, or its checkpoint as checkpoint_path",
+        "private training": "it trains nothing; what it says of lines are errors on the calibration frames, without "
+        "noise. Train the network privately before, and select by frames that nobody needs to protect",
+    }
 
     def __init__(
         self,
@@ -490,6 +501,7 @@ class LidarSaSSelector(LightningModule):
         choice = choice_of(self.study.settings)
         checkpoint[_CHECKPOINT] = {"model": model_hash(self.model), "choice": choice, **self.study.state_dict()}
 
+    @whole_state
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what was evaluated, and select from it anew where `k` or `spread` are others.
 

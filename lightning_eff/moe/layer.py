@@ -65,6 +65,13 @@ class FineGrainedMoE(nn.Module):
         torch.Size([2, 16, 64])
     """
 
+    # what others read who train on samples one by one, or remove channels
+    mixes_samples = (
+        "an expert works on tokens of several samples at once, and auxiliary losses balance all tokens of a batch, so "
+        "that samples have no gradients of their own"
+    )
+    no_channels = "the experts' hidden units are stacked in tensors whose channels cannot be removed"
+
     b1: nn.Parameter | None
     b2: nn.Parameter | None
     balance_bias: Tensor | None

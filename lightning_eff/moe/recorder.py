@@ -13,9 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_eff import __version__
+from lightning_eff.documents import parsed, whole_state
 from lightning_eff.moe.module import MoEScalingModule
 from lightning_eff.moe.scaling.laws import load_law
 from lightning_eff.moe.scaling.runs import append_run, run_names
+from lightning_eff.surgery.in_trainer import cutters
 
 
 class RunRecorder(Callback):
@@ -56,6 +58,11 @@ class RunRecorder(Callback):
         """Refuse what cannot be recorded; what a checkpoint holds is loaded after this."""
         if stage != "fit":
             return
+        if names := cutters(trainer):
+            raise ValueError(
+                f"{names[0]} changes the size of the network during the run, and RunRecorder's row tells one size that "
+                "a law is fitted to: leave one of them out"
+            )
         module = _module(pl_module)
         run_names(self.path)
         self._reset()
@@ -115,9 +122,11 @@ class RunRecorder(Callback):
         """Seconds and validation loss so far."""
         return {"seconds": self._elapsed(), "loss_val": self._loss_val}
 
+    @whole_state
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote."""
-        self._seconds, self._loss_val = state_dict["seconds"], state_dict["loss_val"]
+        self._seconds = parsed(float, state_dict["seconds"], "seconds")
+        self._loss_val = parsed(float | None, state_dict["loss_val"], "loss_val")
 
     def _elapsed(self) -> float:
         return self._seconds + (0.0 if self._began is None else time.perf_counter() - self._began)

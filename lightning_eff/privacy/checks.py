@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -32,6 +33,8 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         ValueError: Says what and what to do instead.
     """
+    if reason := getattr(module, "refuses", {}).get("private training"):
+        raise ValueError(f"{type(trainer.strategy).__name__} in a fit of {type(module).__name__}: {reason}")
     if not module.automatic_optimization:
         raise ValueError(
             f"{type(module).__name__} optimizes by hand (automatic_optimization = False), so that nobody else can clip "
@@ -62,6 +65,7 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
         )
     check_compiled(module)
     check_batch_statistics(module)
+    check_experts(module)
 
 
 def check_precision(precision: Precision) -> None:
@@ -94,6 +98,26 @@ def check_compiled(module: LightningModule) -> None:
         raise ValueError(
             f"{compiled} is compiled, and per-sample gradients need to see the calls of its layers: train it without "
             "torch.compile, and compile it for inference"
+        )
+
+
+def check_experts(module: nn.Module) -> None:
+    """Refuse to train layers that say by ``mixes_samples`` that their loss is one of the whole batch.
+
+    Raises:
+        ValueError: Names them and the way out.
+    """
+    mixing = {
+        name: layer
+        for name, layer in module.named_modules()
+        if getattr(layer, "mixes_samples", "") and any(p.requires_grad for p in layer.parameters())
+    }
+    if mixing:
+        layer: Any = next(iter(mixing.values()))
+        raise ValueError(
+            f"{first_few(list(mixing))} ({type(layer).__name__}): {layer.mixes_samples}. Train the dense network "
+            "privately and put experts in afterwards (replace_ffn(..., init='upcycle') keeps what it computes), or "
+            "freeze them with requires_grad_(False)"
         )
 
 

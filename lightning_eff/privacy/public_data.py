@@ -43,7 +43,7 @@ def public_loader(source: PublicSource) -> Iterable[Any]:
 
 
 def check_not_private(public: Any, private: Any, argument: str) -> None:
-    """Refuse public data that holds examples of the private data.
+    """Refuse public data that holds samples of the private data.
 
     Seen are the same data set object, parts of it, and equal tensors; a second copy read from the disk by another
     class is not.
@@ -54,8 +54,18 @@ def check_not_private(public: Any, private: Any, argument: str) -> None:
         argument: what the user set, for the message.
 
     Raises:
-        ValueError: they have examples in common.
+        ValueError: they have samples in common.
     """
+    if shared := holds_private(public, private):
+        raise ValueError(
+            f"{argument} holds samples of the private training data ({shared}): scores made with it would not be "
+            "covered by epsilon. Pass data that nobody needs to protect and that is not trained on, or choose without "
+            'data: "random" or "magnitude"'
+        )
+
+
+def holds_private(public: Any, private: Any) -> str:
+    """Return the class of a data set that both have samples of, ``""`` for none; see :func:`check_not_private`."""
     ours = list(_pieces(public))
     for one, its_examples in _pieces(private):
         for other, examples in ours:
@@ -63,15 +73,12 @@ def check_not_private(public: Any, private: Any, argument: str) -> None:
                 continue
             if its_examples is not None and examples is not None and its_examples.isdisjoint(examples):
                 continue
-            raise ValueError(
-                f"{argument} holds examples of the private training data ({type(one).__name__}): scores made with it "
-                "would not be covered by epsilon. Pass data that nobody needs to protect and that is not trained on, "
-                'or choose without data: "random" or "magnitude"'
-            )
+            return type(one).__name__
+    return ""
 
 
 def _pieces(data: Any) -> Iterator[tuple[Any, frozenset[int] | None]]:
-    """Data sets at the bottom of loaders, subsets and concatenations, with the examples taken; None is all."""
+    """Data sets at the bottom of loaders, subsets and concatenations, with the samples taken; None is all."""
     if isinstance(data, Mapping):
         data = list(data.values())
     if isinstance(data, LightningDataModule):

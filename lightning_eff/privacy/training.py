@@ -32,6 +32,7 @@ from lightning_eff.privacy.noise import SecretStreams
 from lightning_eff.privacy.options import PrivateTrainingOptions, check_options
 from lightning_eff.privacy.outputs import join_outputs, loss_of
 from lightning_eff.privacy.planning import PrivacyPlan, check_one_of
+from lightning_eff.privacy.public_data import holds_private
 from lightning_eff.privacy.records import check_rows
 from lightning_eff.privacy.replacement import KnownParameters, replaced
 from lightning_eff.privacy.sampling import CollateOrEmpty, private_loader
@@ -187,6 +188,39 @@ class PrivateTraining(Strategy):
         module = self._module()
         self._static = StaticMasks(masks, mode, checks.trained_parameters(module, self.optimizers))
         self._step = None
+
+    def refuse_private_data(self, data: Any, who: str) -> None:
+        """Refuse that a callback looks at what is trained on, for choices that no noise covers.
+
+        Args:
+            data: Loader or data set that it is about to read, in a fit whose training data are there.
+            who: Name of the callback.
+
+        Raises:
+            ValueError: Samples of the training data are in it; tells the ways out.
+        """
+        for private in self._private_loaders:
+            if data is self._module().trainer.train_dataloader or holds_private(data, private):
+                raise ValueError(
+                    f"{who} would choose by private training data, which epsilon of {type(self).__name__} does not "
+                    "cover: give it data that nobody needs to protect, Calibration(loader=...), and the Trainer a "
+                    "validation loader; or let it follow a plan that was made without private data (plan=...); or "
+                    "prune in a fit on public data before"
+                )
+
+    def note_resizing(self, sentence: str, *, public: bool) -> None:
+        """Take up parameters that a callback has made smaller or masks, and write down what it went by.
+
+        Args:
+            sentence: For the ledger.
+            public: Whether it went by nothing that needs protection; otherwise the sentence is a caveat.
+        """
+        note(self.ledger.assumptions if public else self.ledger.caveats, sentence)
+        if not public:
+            rank_zero_warn(sentence)
+        if self._known is not None and self._known.look(self._module()):
+            self._plan.start_anew()
+            self._step = None
 
     def setup(self, trainer: Trainer) -> None:
         """Check, set up as ever, check the optimizer."""

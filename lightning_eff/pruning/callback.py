@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_eff.arguments import check_whole
 from lightning_eff.batch import SplitBatch, take
+from lightning_eff.documents import parsed, whole_state
 from lightning_eff.pruning.allocation import Dense
 from lightning_eff.pruning.decision import Counts, Decision, best_channels
 from lightning_eff.pruning.masking import Masks, zero_readers
@@ -60,11 +61,11 @@ class StructuredPruningCallback(Callback):
         seed: of everything random in the scoring; the global generators are never touched.
         verbose: print progress and the report.
 
-    After ``fit``: ``report`` (tables and figure) and ``plan`` (kept channels of the original network).
     Logs after every step ``pruning/macs`` (of one sample) and ``pruning/params`` of the network that is left,
     ``pruning/macs_ratio`` and ``pruning/params_ratio`` (parts of the dense network's), ``pruning/value_before`` and
     ``pruning/value_after``.
 
+    After ``fit``: ``report`` (tables and figure) and ``plan`` (kept channels of the original network).
     """
 
     technique = "prune"  # what plans and files say of where they come from
@@ -134,10 +135,19 @@ class StructuredPruningCallback(Callback):
 
     # Lightning hooks
 
+    @property
+    def cuts_channels(self) -> bool:
+        """Whether tensors will become smaller, which others in the Trainer may have to know."""
+        return self.schedule.physical != "never"
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let checkpoints of this module carry their shapes."""
         refuse_unsupported(trainer)
+        if stage == "fit" and (reason := getattr(pl_module, "refuses", {}).get("pruning")):
+            raise MisconfigurationException(f"{type(self).__name__} in a fit of {type(pl_module).__name__}: {reason}")
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if stage == "fit":
+            self._refuse_others(callbacks)
         for later in callbacks[callbacks.index(self) + 1 :] if self in callbacks else ():
             if isinstance(later, WeightAveraging | StochasticWeightAveraging):
                 raise MisconfigurationException(
@@ -175,6 +185,7 @@ class StructuredPruningCallback(Callback):
         """Trace before training, so that what cannot work is told before hours are spent."""
         if self._steps_done < self.schedule.steps:
             with untouched_generators():
+                self._refuse_private(trainer, pl_module)
                 graph = self._trace(trainer, pl_module)
                 graph.refuse_nothing(type(pl_module).__name__)
                 self._record.dense = self._record.dense or Dense.of(graph)
@@ -219,14 +230,15 @@ class StructuredPruningCallback(Callback):
             "masks": self._masks.state,
         }
 
+    @whole_state
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote: a step that is done is not done twice."""
-        self._steps_done = state_dict["steps_done"]
-        self._finished = state_dict["finished"]
+        self._steps_done = parsed(int, state_dict["steps_done"], "steps_done")
+        self._finished = parsed(bool, state_dict["finished"], "finished")
         self.plan = None if state_dict["plan"] is None else PruningPlan.from_dict(state_dict["plan"])
         self._record = Record.from_dict(state_dict["record"])
-        self._protected = state_dict["protected"]
-        self._masks = Masks(state_dict["masks"])
+        self._protected = parsed(dict[str, str] | None, state_dict["protected"], "protected")
+        self._masks = Masks(parsed(dict[str, Any] | None, state_dict["masks"], "masks"))
         self._graph = None
 
     # One step
@@ -256,6 +268,11 @@ class StructuredPruningCallback(Callback):
             self._masks.replace(graph, named.keep)
             self._masks.open(self._model(pl_module))
         self._steps_done += 1
+        if hasattr(trainer.strategy, "note_resizing"):
+            public = self.given_plan is not None or self.calibration.loader is not None
+            trainer.strategy.note_resizing(
+                f"{type(self).__name__} chose during training which channels stay, {self._chosen_by}.", public=public
+            )
         self._record.stages.append(self._measure(f"pruned, step {self._steps_done}", trainer, pl_module))
         self._log(pl_module)
         if self.dirpath is not None and trainer.is_global_zero:
@@ -330,6 +347,40 @@ class StructuredPruningCallback(Callback):
             for module in (pl_module, *averaged_models(trainer)):
                 zero_readers(module.get_submodule(self.layers.submodule), graph, self.plan)
         self._masks = Masks()
+
+    # Others in the Trainer
+
+    def _refuse_others(self, callbacks: list[Any]) -> None:
+        """Raise where another callback prunes the same layers: each counts channels of the network it has traced."""
+        mine = self.layers.submodule
+        for other in callbacks:
+            if other is self or not isinstance(other, StructuredPruningCallback):
+                continue
+            theirs = other.layers.submodule
+            if _within(mine, theirs) or _within(theirs, mine):
+                raise MisconfigurationException(
+                    f"{type(self).__name__} and {type(other).__name__} prune the same network in one fit, and neither "
+                    "knows what the other has removed: use one fit after the other, one callback with several steps "
+                    "(Schedule(steps=...)), or layers.submodule of parts that do not overlap"
+                )
+
+    def _refuse_private(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise where a strategy that trains privately knows that its data would be read."""
+        if hasattr(trainer.strategy, "refuse_private_data"):
+            for loader in self._loaders(self._data(trainer, pl_module)):
+                trainer.strategy.refuse_private_data(loader, type(self).__name__)
+
+    def _loaders(self, data: TrainerData) -> list[Any]:
+        """Whatever scores, repairs and reports are made on."""
+        return [data.loader(), *([data.loader("val")] if self.calibration.loader is None else [])]
+
+    @property
+    def _chosen_by(self) -> str:
+        if self.given_plan is not None:
+            return "by a plan that was made before"
+        if self.calibration.loader is not None:
+            return "on data that were given to it as public"
+        return "on validation data: what it looked at is not covered"
 
     # Data and measurements
 
@@ -411,3 +462,8 @@ class StructuredPruningCallback(Callback):
             self._full_plan().save(self.dirpath / "plan.json")
             self.report.write(self.dirpath)
             rank_zero_info(f"{type(self).__name__}: plan, tables and figure are in {self.dirpath}")
+
+
+def _within(part: str, whole: str) -> bool:
+    """Whether a submodule lies within another, or is it."""
+    return not whole or part == whole or part.startswith(f"{whole}.")

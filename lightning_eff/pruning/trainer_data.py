@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice, zip_longest
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -50,6 +50,11 @@ class TrainerData:
         self._source = calibration.source or "val"
         self._split_batch = split_batch or split_pair
         self._notes = notes
+
+    def loader(self, source: Literal["val", "train"] | None = None) -> Any:
+        """The loader that is read for calibration, or that of the Trainer for ``source``."""
+        own = self._calibration.loader
+        return own if own is not None and source is None else self._loader(source or self._source)[0]
 
     def first(self) -> Any:
         """Inputs of the first calibration batch."""

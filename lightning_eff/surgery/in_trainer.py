@@ -40,6 +40,12 @@ def refuse_unsupported(trainer: Trainer) -> None:
         )
 
 
+def cutters(trainer: Trainer) -> list[str]:
+    """Names of the callbacks that will make tensors of the network smaller, by their attribute ``cuts_channels``."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [type(callback).__name__ for callback in callbacks if getattr(callback, "cuts_channels", False)]
+
+
 def apply_plan_in_trainer(
     trainer: Trainer,
     pl_module: LightningModule,

@@ -131,6 +131,17 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Any] | None) -> No
                     tensor.set_(torch.zeros(shape, dtype=tensor.dtype, device=tensor.device))  # type: ignore[call-overload]
 
 
+def part_of(structure: Mapping[str, Any] | None, prefix: str) -> dict[str, Any] | None:
+    """What a structure says of the part of the network behind ``prefix``, which ends with a dot."""
+    if structure is None:
+        return None
+    kept = {
+        name: {path.removeprefix(prefix): one for path, one in structure[name].items() if path.startswith(prefix)}
+        for name in ("modules", "dense")
+    }
+    return {"version": structure["version"], **kept}
+
+
 def _save(self: Any, checkpoint: dict[str, Any]) -> None:
     structure = structure_of(self)
     if structure is not None:

@@ -47,6 +47,13 @@ def trace_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
             )
             raw = [list(group) for group in graph.get_all_groups(root_module_types=(_ConvNd, nn.Linear))]
     except Exception as error:
+        for path, module in model.named_modules():
+            if reason := getattr(module, "no_channels", ""):
+                raise PruningGraphError(
+                    f"{type(model).__name__} cannot be traced with {path} ({type(module).__name__}) in it: {reason}. "
+                    "Prune the dense network before (replace_ffn with init='upcycle' keeps what it computes then), or "
+                    "a part without such layers (a callback: layers.submodule)"
+                ) from error
         raise PruningGraphError(
             f"{type(model).__name__} cannot be traced ({type(error).__name__}: {error}). Give the groups by hand with "
             "ChannelGraph.from_dict, or prune a part of the model that can be traced."

@@ -26,7 +26,9 @@ from lightning_eff.accounting import PrivacyLedger, gaussian_sigma
 from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.batch import SplitBatch
 from lightning_eff.batch import split_batch as split_pair
+from lightning_eff.documents import whole_state
 from lightning_eff.surgery.state import quiet_model
+from lightning_eff.surgery.structure import prunable
 from lightning_eff.synthesis.checkpoint import joined_history, promises, release_fingerprint, require_identity
 from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.features import NTKFeatures
@@ -63,6 +65,7 @@ _TWO_WAYS = (
 )
 
 
+@prunable
 class DPNTKGenerator(DataFreeModule):
     """Learn to generate records like private ones, with an (epsilon, delta) guarantee for these.
 
@@ -102,6 +105,15 @@ class DPNTKGenerator(DataFreeModule):
     Raises:
         ValueError: An argument lies outside its range, or generator and records do not fit.
     """
+
+    # for those who would change the training of any module
+    refuses = {
+        "pruning": "no batch of data is there to call it with. Cut the generator with apply_plan, with latent codes "
+        "and labels as example, and go on training; that costs no privacy. Prune classifiers of what it generates in "
+        "fits of their own",
+        "private training": "its release is private already, and its steps read no data that noise would protect. Give "
+        "it a Trainer without this strategy",
+    }
 
     def __init__(
         self,
@@ -374,6 +386,7 @@ class DPNTKGenerator(DataFreeModule):
             saved.update({"schema": self._plain["schema"]} if "_instantiator" in saved else self._plain)
             saved.update({name: value.item() for name, value in saved.items() if isinstance(value, np.generic)})
 
+    @whole_state
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take release and ledger over.
 

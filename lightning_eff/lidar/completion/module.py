@@ -15,10 +15,12 @@ from lightning_eff.batch import SplitBatch
 from lightning_eff.lidar.batches import LidarKeys
 from lightning_eff.lidar.completion.forwarding import DepthForward, Forward
 from lightning_eff.lidar.metrics import DEVKIT, DepthCompletionMetrics
+from lightning_eff.surgery.structure import prunable
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
+@prunable
 class DepthCompletionModule(LightningModule):
     """Train any network that completes depth, on batches of lidar frames.
 
@@ -47,6 +49,8 @@ class DepthCompletionModule(LightningModule):
         forward: how the network is called, see :class:`~lightning_eff.lidar.completion.forwarding.DepthForward`.
         split_batch: ``batch -> (inputs, target)`` with inputs a dict that has ``rgb`` and ``sparse``; None reads the
             batches of this package.
+        reduction: the loss is the mean over all valid ``"pixels"`` of a batch, or over ``"frames"`` of the mean over
+            each one's, which is what private training can bound: a frame counts the same whatever others are there.
 
     Raises:
         ValueError: an argument lies outside its range.
@@ -67,8 +71,11 @@ class DepthCompletionModule(LightningModule):
         min_target: float = 0.0,
         forward: Forward = "auto",
         split_batch: SplitBatch | None = None,
+        reduction: Literal["pixels", "frames"] = "pixels",
     ) -> None:
         super().__init__()
+        if reduction not in ("pixels", "frames"):
+            raise ValueError(f"expected reduction 'pixels' or 'frames', got {reduction!r}")
         if not isinstance(loss, nn.Module) and loss not in _LOSSES:
             raise ValueError(f"expected loss {' or '.join(map(repr, _LOSSES))} or a module, got {loss!r}")
         check_number("lr", lr, above=0)
@@ -85,7 +92,7 @@ class DepthCompletionModule(LightningModule):
             self.save_hyperparameters()
         self.net, self.loss = net, loss
         self.lr, self.optimizer, self.weight_decay, self.momentum = lr, optimizer, weight_decay, momentum
-        self.decay_every, self.min_target = decay_every, min_target
+        self.decay_every, self.min_target, self.reduction = decay_every, min_target, reduction
         self._forward_style, self._split = forward, split_batch or LidarKeys()
         self.val_metrics, self.test_metrics = (
             DepthCompletionMetrics(metrics, min_depth=min_depth, min_target=min_target) for _ in range(2)
@@ -169,6 +176,11 @@ class DepthCompletionModule(LightningModule):
         return self(*_image_and_depth(inputs)), target
 
     def _loss(self, depth: Tensor, target: Tensor) -> Tensor:
+        if self.reduction == "frames":
+            return torch.stack([self._mean(*frame) for frame in zip(depth, target, strict=True)]).mean()
+        return self._mean(depth, target)
+
+    def _mean(self, depth: Tensor, target: Tensor) -> Tensor:
         valid = target > self.min_target
         if not valid.any():
             return depth.sum() * 0  # a loss that every process can send back

@@ -5,6 +5,7 @@ Source: arXiv 2306.11754 (pre-pruning) and arXiv 2303.04612 (parameter freezing,
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,7 @@ from torch.utils.data import IterableDataset, default_collate
 from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.batch import LossFunction, SplitBatch
 from lightning_eff.batch import split_batch as split_pair
+from lightning_eff.documents import whole_state
 from lightning_eff.privacy.prepruning.masks import (
     Masks,
     PruningUnit,
@@ -31,6 +33,7 @@ from lightning_eff.privacy.selection.granularity import Scope
 from lightning_eff.privacy.selection.plan import check_masks
 from lightning_eff.privacy.selection.selected import Selection, pack_bits, unpack_bits
 from lightning_eff.reporting import Column, Table, progress
+from lightning_eff.surgery.in_trainer import cutters
 
 Score = Literal["random", "magnitude", "snip", "synflow"]
 Mode = Literal["prune", "freeze"]
@@ -127,6 +130,7 @@ class DPPrePruneCallback(Callback):
         self._settings: dict[str, Any] = {}
         self._keeping: list[tuple[nn.Parameter, Selection, Tensor]] = []
         self._hooks: list[Any] = []
+        self._watched: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies whose processes hold pieces of parameters."""
@@ -134,6 +138,12 @@ class DPPrePruneCallback(Callback):
             raise ValueError(
                 f"DPPrePruneCallback needs whole parameters in every process, {type(trainer.strategy).__name__} splits "
                 'them: use one device, strategy="ddp" or "dp_gradient_drop_ddp"'
+            )
+        if stage == "fit" and (names := cutters(trainer)):
+            raise ValueError(
+                f"{names[0]} makes tensors smaller that DPPrePruneCallback has masks for: prune first, in a fit of its "
+                f"own on public data, and pre-prune the smaller network then; or let {names[0]} only mask, "
+                'Schedule(physical="never")'
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,6 +169,11 @@ class DPPrePruneCallback(Callback):
             f"({self._settings['score']}, {self._settings['scope']}, by {self._settings['granularity']})."
         )
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Follow a module that takes another optimizer while it is trained."""
+        if self._keeping:
+            self._watch(optimizer)
+
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Put coordinates back where an optimizer has no hook for it."""
         if self._keeping and not self._hooks:
@@ -183,6 +198,7 @@ class DPPrePruneCallback(Callback):
         masks = {name: {"shape": list(mask.shape), "bits": pack_bits(mask)} for name, mask in self.masks.items()}
         return {"masks": masks, "settings": self._settings}
 
+    @whole_state
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up masks; they hold, whatever the settings are now."""
         self.masks = {name: unpack_bits(one["bits"], one["shape"]) for name, one in state_dict["masks"].items()}
@@ -302,7 +318,12 @@ class DPPrePruneCallback(Callback):
             self._keeping.append((parameter, Selection(mask.shape, mask=mask), before))
         if all(isinstance(optimizer, torch.optim.Optimizer) for optimizer in trainer.optimizers):
             for optimizer in trainer.optimizers:
-                self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._put_back()))
+                self._watch(optimizer)
+
+    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
+        if isinstance(optimizer, torch.optim.Optimizer) and optimizer not in self._watched:
+            self._watched.add(optimizer)
+            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._put_back()))
 
     def _put_back(self) -> None:
         for parameter, selection, before in self._keeping:
@@ -311,7 +332,7 @@ class DPPrePruneCallback(Callback):
     def _release(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._keeping = [], []
+        self._hooks, self._keeping, self._watched = [], [], weakref.WeakSet()
 
 
 def _optimized(trainer: Trainer) -> set[int] | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.batch import LossFunction, SplitBatch
+from lightning_eff.documents import whole_state
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.callback import StructuredPruningCallback
 from lightning_eff.pruning.criteria import Criterion, importance, needs
@@ -105,11 +106,11 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         plan: path of a plan to follow instead of searching.
         dirpath: where candidates (``candidates.csv``), figures, plan, report and the final weights are written. A
             search that was interrupted goes on from what lies in ``scores/`` until the step is done.
-    Also logs ``pruning/best_score``, ``pruning/median_score`` and ``pruning/dense_score`` (of ``search.monitor``, or
-    the loss), ``pruning/reconstruction_error`` and ``pruning/candidates_per_second`` of a search.
-
         seed: of everything random; the global generators are never touched.
         verbose: print progress and the report.
+
+    Also logs ``pruning/best_score``, ``pruning/median_score`` and ``pruning/dense_score`` (of ``search.monitor``, or
+    the loss), ``pruning/reconstruction_error`` and ``pruning/candidates_per_second`` of a search.
 
     After the search, ``search`` holds the candidates of the last step, and the plan and weights of the best one; in a
     resumed run that does not search again the candidates only.
@@ -267,6 +268,9 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
             _take_buffers_of_the_first(trainer, pl_module)
             return self._validation(trainer, pl_module, batches)()
 
+    def _loaders(self, data: TrainerData) -> list[Any]:
+        return [data.loader(), *([] if self.given_plan is not None else [data.loader("val")])]
+
     @property
     def _measured_on(self) -> str:
         return "the whole validation set" if self._reports_monitor else super()._measured_on
@@ -302,6 +306,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         """Add the candidates of the last step."""
         return {**super().state_dict(), "search": None if self.search is None else self.search.to_dict()}
 
+    @whole_state
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote."""
         super().load_state_dict(state_dict)
