@@ -7,6 +7,7 @@ saves against dense networks and against experts of standard size; writes tables
 Run: python examples/compute_plan.py --flops 1e20
      python examples/compute_plan.py --n-active 1e9 --law moe16
      python examples/compute_plan.py --flops 1e18 --runs runs.csv
+     python examples/compute_plan.py --fast   (fewer resampled fits)
 """
 
 import argparse

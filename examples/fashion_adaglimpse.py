@@ -101,7 +101,7 @@ def build(
         ent_coef="auto_0.1",
         target_entropy=-5.08,  # -3 on [-1, 1]^3
         state_parts=("patch", "box"),
-        replay=ReplayOptions(batch_size=128, updates_per_step=2, random_steps=20),
+        replay=ReplayOptions(batch_size=128, updates_per_step=2, random_steps=4 if fast else 20),
     )
     if task == "reconstruction":
         epochs, canvas, clutter = 4, 64, 0

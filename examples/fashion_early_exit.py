@@ -150,7 +150,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     epochs = 2 if args.fast else args.epochs
-    sizes: dict[str, Any] = {"train_size": 1280, "val_size": 500, "test_size": 500} if args.fast else {"val_size": 5000}
+    sizes: dict[str, Any] = {"train_size": 256, "val_size": 128, "test_size": 128} if args.fast else {"val_size": 5000}
     data = FashionMNISTDataModule(root=args.data, batch_size=128, **sizes)
 
     models: dict[str, EarlyExitModule] = {}
@@ -170,7 +170,7 @@ def main() -> None:
         ),
         "budgets": compare_table(curves),
         "calibration": calibrated(models["joint"], data, (0.3, 0.5)),
-        "time": timed(models["joint"], data, 512 if args.fast else 4096),
+        "time": timed(models["joint"], data, 64 if args.fast else 4096),
     }
     for name, table in tables.items():
         table.print()

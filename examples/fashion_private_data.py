@@ -53,17 +53,17 @@ def main() -> None:
 
     # pixels in [0, 1]: their mean and deviation would be taken from the private images
     data = FashionMNISTDataModule(
-        root=args.data, normalize=False, val_size=1, train_size=2_000 if args.fast else None,
-        test_size=500 if args.fast else None,
+        root=args.data, normalize=False, val_size=1, train_size=1_000 if args.fast else None,
+        test_size=300 if args.fast else None,
     )  # fmt: skip
     data.prepare_data()
     data.setup()
     test, real = (tuple(map(torch.stack, zip(*part.__getitems__(list(range(n))), strict=True))) for part, n in (
-        (data.test_set, len(data.test_set)), (data.train_set, 500 if args.fast else 6_000),
+        (data.test_set, len(data.test_set)), (data.train_set, 300 if args.fast else 6_000),
     ))  # fmt: skip
 
     rows = []
-    for epsilon in args.epsilon:
+    for epsilon in args.epsilon[:1] if args.fast else args.epsilon:
         for seed in range(args.seed, args.seed + args.seeds):
             start = time.process_time()
             model = generator(data, epsilon, seed, 10 if args.fast else 500, args.out)

@@ -163,8 +163,9 @@ def study(title: str, data: L.LightningDataModule, out: Path, seed: int, *, fast
     """Train one network and print its tables."""
     L.seed_everything(seed, verbose=False)
     net = train(NETS[title](), data, 1 if fast else 3, 0.1)
-    judge = accuracy([tuple(batch) for batch in data.val_dataloader()][: 2 if fast else 16])
-    calibration = [tuple(batch) for batch, _ in zip(data.train_dataloader(), range(4), strict=False)]  # 512 images
+    judge = accuracy([tuple(batch) for batch in data.val_dataloader()][:16])
+    # 512 images
+    calibration = [tuple(batch) for batch, _ in zip(data.train_dataloader(), range(1 if fast else 4), strict=False)]
     graph = ChannelGraph.from_model(net, calibration[0][0][:2])
     configs = sample_configs(graph, 3 if fast else 11, 0.5, seed=seed)
     drawn = configs[1:]  # row 0 is the uniform configuration
@@ -196,8 +197,8 @@ def main() -> None:
     parser.add_argument("--data", default=None, help="folder with the idx files, if not Debian's or a download")
     parser.add_argument("--net", choices=[*NETS, "both"], default="both")
     args = parser.parse_args()
-    sizes = (1_024, 500) if args.fast else (20_000, None)
-    data = FashionMNISTDataModule(root=args.data, batch_size=128, train_size=sizes[0], test_size=sizes[1])
+    sizes = {"train_size": 512, "val_size": 128, "test_size": 256} if args.fast else {"train_size": 20_000}
+    data = FashionMNISTDataModule(root=args.data, batch_size=128, **sizes)
     for title in NETS if args.net == "both" else [args.net]:
         study(title, data, args.out / title, args.seed, fast=args.fast)
 

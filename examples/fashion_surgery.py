@@ -12,7 +12,6 @@ Run: python examples/fashion_surgery.py          (half a minute on one core)
 from __future__ import annotations
 
 import argparse
-import copy
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -136,7 +136,7 @@ def draw(networks: dict[str, Any], small: Tensor, large: Tensor, path: Path) -> 
     with torch.no_grad():
         images = {name: net(small).clamp(0, 1) for name, net in networks.items()}
     for axis, (name, image) in zip(axes[0], {**images, "photograph": large}.items(), strict=True):
-        axis.imshow(image[0, :, 150:270, 20:140].permute(1, 2, 0))
+        axis.imshow(image[0, :, 150:270, 20:140].permute(1, 2, 0).numpy())
         axis.set_title(f"{name}: {float(psnr_of_each(image, large)):.2f} dB" if name in images else name)
         axis.set_axis_off()
     save_figure(figure, path)
@@ -151,7 +151,7 @@ def main() -> None:
 
     halves = [[part.contiguous() for part in image.chunk(2, 3)] for image in photograph(1)]
     (val_small, test_small), (val_large, test_large) = halves
-    train = DataLoader(crops(64 if args.fast else 2_000, args.seed), batch_size=16, shuffle=True)
+    train = DataLoader(crops(32 if args.fast else 2_000, args.seed), batch_size=16, shuffle=True)
     loaders = [train, DataLoader(TensorDataset(val_small, val_large))]
 
     def psnr(net: nn.Module) -> float:
@@ -159,7 +159,7 @@ def main() -> None:
             return float(psnr_of_each(net(test_small), test_large))
 
     L.seed_everything(args.seed, verbose=False)
-    dense = fit(SmallEDSR(32, 1 if args.fast else 4), loaders, 1 if args.fast else 3, 2e-3)
+    dense = fit(SmallEDSR(*((8, 1) if args.fast else (32, 4))), loaders, 1 if args.fast else 3, 2e-3)
     graph = ChannelGraph.from_model(dense, torch.rand(2, 3, CROP, CROP))
     whole = round(graph.macs().item())
     further = fit(copy.deepcopy(dense), loaders, 1, 5e-4)
@@ -178,7 +178,7 @@ def main() -> None:
             search=search,
             repair=repair,
             layers=Layers(submodule="net", coupled="all"),  # the residual stream as well
-            calibration=Calibration("train", samples=512),
+            calibration=Calibration("train", samples=16 if args.fast else 512),
             value=psnr_of_each,
             dirpath=args.out if search is random else None,
             verbose=search is random,

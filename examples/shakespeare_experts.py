@@ -103,7 +103,7 @@ def make(decoder: DecoderConfig, lr: float, steps: int) -> MoEScalingModule:
     return MoEScalingModule(decoder, optimizer, warmup_fraction=20 / max(steps, 40), loss_window=max(1, steps // 10))
 
 
-def step_seconds(networks: dict[str, DecoderConfig]) -> dict[str, float]:
+def step_seconds(networks: dict[str, DecoderConfig], rounds: int) -> dict[str, float]:
     """Median CPU seconds of forward pass, backward pass and AdamW, the networks taking turns."""
     tokens = torch.randint(256, (BATCH, SEQ_LEN))
     times: dict[str, list[float]] = {name: [] for name in networks}
@@ -112,7 +112,7 @@ def step_seconds(networks: dict[str, DecoderConfig]) -> dict[str, float]:
         module = make(decoder, 1e-3, 100)
         module.configure_model()
         made[name] = module, torch.optim.AdamW(module.parameters(), 1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    for _ in range(ROUNDS + 2):
+    for _ in range(rounds + 2):
         for name, (module, optimizer) in made.items():
             begun = time.process_time()
             loss = torch.nn.functional.cross_entropy(module(tokens).flatten(0, 1), tokens.flatten())
@@ -247,8 +247,8 @@ def main() -> None:
     args = parser.parse_args()
     text = args.text or default_text()
     networks = decoders(*((32, 2) if args.fast else (128, 4)), args.positions)
-    steps = 30 if args.fast else args.steps
-    seconds = step_seconds(networks)
+    steps = 6 if args.fast else args.steps
+    seconds = step_seconds(networks, 1 if args.fast else ROUNDS)
     runs = [run(name, decoder, text, steps, seconds[name], args) for name, decoder in networks.items()]
     # dense once more, for as many seconds as G = 4: the schedule of a run must fit its length
     best = min(runs[:2], key=lambda one: one.loss).name

@@ -54,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     L.seed_everything(args.seed)
-    scale, frames, epochs, calibration, held_out = (16, 32, 2, 4, 4) if args.fast else (8, 192, 10, 16, 32)
+    scale, frames, epochs, calibration, held_out = (16, 8, 1, 2, 2) if args.fast else (8, 192, 10, 16, 32)
 
     net = LightDepthCompletionNet(width=8)
     train(net, scale, frames, epochs, args.out)
@@ -63,7 +63,7 @@ def main() -> None:
     selector = LidarSaSSelector(
         net,
         k=[32, 16, 8, 4],
-        estimation=EstimationOptions(budget=200 if args.fast else 600, rounds=2),
+        estimation=EstimationOptions(budget=120 if args.fast else 600, rounds=2),
         spread=Spread("auto", elevations="kitti"),
         dirpath=args.out,
     )

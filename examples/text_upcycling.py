@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, before and after")
     args = parser.parse_args()
     text = args.text or sorted(str(path) for path in Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    steps = 20 if args.fast else args.steps
+    steps = 8 if args.fast else args.steps
     torch.manual_seed(args.seed)
     dense = ByteModel(32 if args.fast else 96, 2 if args.fast else 3, steps, args.lr)
     curves = {"dense": train(dense, text, args)}
