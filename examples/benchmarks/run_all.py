@@ -176,8 +176,9 @@ def headline_table(found: dict[str, Entry]) -> Table:
     short = not all(entry["full"] for entry in found.values())
     caption = (
         "The same work on one thread, CPU time, results compared before anything is timed. `better by` is peer / ours, "
-        f"or ours / peer where more is better: above 1x ours is better. Aims met (before rounding): {aims[0]}, with all further cases "
-        f"{aims[1]}. `python examples/benchmarks/run_all.py{'' if short else ' --full'}` makes this table, "
+        "or ours / peer where more is better: above 1x ours is better. Aims met (before rounding): "
+        f"{aims[0]}, with all further cases {aims[1]}. "
+        f"`python examples/benchmarks/run_all.py{'' if short else ' --full'}` makes this table, "
         f"`python examples/benchmarks/SCRIPT{' --short' if short else ''}` measures its rows."
     )
     return _table("Benchmarks", found, False, caption)
