@@ -41,7 +41,7 @@ class LidarSaSCallback(Callback):
         k: how many lines to keep, one number or several.
         num_lines: lines of the sensor, 1 to 255.
         every_n_epochs: select after the validation of every so manieth epoch too; None: only at the end of the fit.
-        dataloader: calibration frames, the same on all processes (every process evaluates its part of them); None
+        calibration: frames to select on, the same on all processes (every process evaluates its part of them); None
             takes the trainer's validation loaders.
         game: what is played for, and by which lines.
         estimation: how values are estimated, all rounds at once.
@@ -59,7 +59,7 @@ class LidarSaSCallback(Callback):
 
     Raises:
         ValueError: what cannot be meant, before any work; at the start of a fit, neither validation data nor
-            `dataloader`.
+            `calibration`.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class LidarSaSCallback(Callback):
         num_lines: int = 64,
         *,
         every_n_epochs: int | None = None,
-        dataloader: DataLoader[Any] | None = None,
+        calibration: DataLoader[Any] | None = None,
         game: LineGameOptions = LineGameOptions(),  # noqa: B008 (frozen)
         estimation: EstimationOptions = EstimationOptions(),  # noqa: B008
         spread: Spread = Spread(),  # noqa: B008
@@ -82,7 +82,7 @@ class LidarSaSCallback(Callback):
             check_whole("every_n_epochs", every_n_epochs)
         estimation = replace(estimation, rounds=1, seed=seed or estimation.seed)
         self.settings = Settings(k, num_lines, game, estimation, spread, None, tuple(baselines), forward)
-        self.every_n_epochs, self.dataloader = every_n_epochs, dataloader
+        self.every_n_epochs, self.calibration = every_n_epochs, calibration
         self.split_batch = split_batch or LidarKeys()
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.result: LineSelection | None = None
@@ -92,11 +92,11 @@ class LidarSaSCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what could not be done at the end, before training."""
         self._epoch = None
-        if self.dataloader is None and not (
+        if self.calibration is None and not (
             trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined() and trainer.limit_val_batches > 0
         ):
             raise ValueError(
-                f"{type(self).__name__} has no frames to select lines on: give it dataloader=, or the trainer "
+                f"{type(self).__name__} has no frames to select lines on: give it calibration=, or the trainer "
                 "validation data"
             )
 
@@ -163,6 +163,6 @@ class LidarSaSCallback(Callback):
             rank_zero_info(str(result))
 
     def _frames(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Frame]:
-        for batch in validation_batches(trainer, self.dataloader):
+        for batch in validation_batches(trainer, self.calibration):
             inputs, target = self.split_batch(on_device(trainer, pl_module, batch))
             yield from frames_in(inputs, target)

@@ -103,7 +103,7 @@ def test_lines_are_selected_every_few_epochs_and_not_twice_in_the_last(tmp_path:
 
 
 def test_frames_may_come_from_a_loader_of_its_own() -> None:
-    select = callback(dataloader=loader(2))
+    select = callback(calibration=loader(2))
     run = trainer(select, max_epochs=1)
     run.fit(Training(), loader(), loader(shuffle=False))
     assert select.result is not None
@@ -112,7 +112,7 @@ def test_frames_may_come_from_a_loader_of_its_own() -> None:
 
 def test_no_frames_are_refused_before_training() -> None:
     run = trainer(callback(), limit_val_batches=0)
-    with pytest.raises(ValueError, match="dataloader"):
+    with pytest.raises(ValueError, match="calibration="):
         run.fit(Training(), loader(), loader(shuffle=False))
     assert run.global_step == 0
 
@@ -145,7 +145,7 @@ from test_callback import Training, callback, loader, trainer
 import lightning.pytorch as pl
 pl.seed_everything(0, verbose=False)
 devices = int(os.environ.get("DEVICES", "1"))
-select = callback(dataloader=loader(3, 1, shuffle=False))
+select = callback(calibration=loader(3, 1, shuffle=False))
 run = trainer(select, strategy="ddp_find_unused_parameters_true", devices=devices, max_epochs=1)
 run.fit(Training(), loader(), loader(shuffle=False))
 if run.is_global_zero:

@@ -192,7 +192,7 @@ class SwitchGradients:
         except ValueError as error:
             if "gates per sample" in str(error):
                 raise ValueError(
-                    f"{error}: the batch is not the first dimension there, so examples cannot have draws of their "
+                    f"{error}: the batch is not the first dimension there, so samples cannot have draws of their "
                     'own; use Draws(scope="batch")'
                 ) from error
             raise

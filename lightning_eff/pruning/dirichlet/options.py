@@ -40,12 +40,12 @@ class Draws:
 
     Attributes:
         number: forward passes per batch, >= 1.
-        scope: a draw for every ``"example"`` of a batch, or one for the whole ``"batch"``.
+        scope: a draw for every ``"sample"`` of a batch, or one for the whole ``"batch"``.
         average: over several passes the ``"loss"`` (a bound on the evidence), or the ``"logits"`` (published code).
     """
 
     number: int = 1
-    scope: Literal["example", "batch"] = "example"
+    scope: Literal["sample", "batch"] = "sample"
     average: Literal["loss", "logits"] = "loss"
 
     def __post_init__(self) -> None:

@@ -51,13 +51,13 @@ class Switches:
         return F.softplus(self.theta[name]) + EPSILON
 
     def gate(self, name: str, batch: int) -> Tensor:
-        """Values for the gates of one forward pass: ``[C]``, or ``[B, C]`` where every example has its own."""
+        """Values for the gates of one forward pass: ``[C]``, or ``[B, C]`` where every sample has its own."""
         phi = self.concentration(name)
         scale = self._options.gate.scale
         kappa = len(phi) if scale == "dim" else scale
         if self._options.estimator == "mean":
             return kappa * phi / phi.sum()
-        if self._options.draws.scope == "example":
+        if self._options.draws.scope == "sample":
             phi = phi.expand(batch, -1)
         draws = torch._standard_gamma(phi, generator=self._generator)
         return kappa * draws / draws.sum(-1, keepdim=True)
