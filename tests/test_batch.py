@@ -5,6 +5,11 @@ import torch
 from torch import nn
 
 from lightning_eff.batch import BatchKeys, batch_size, call_model, split_batch, take
+from lightning_eff.early_exit import EarlyExitModule
+from lightning_eff.glimpse import AdaGlimpseModule, AgentConfig, CanvasBackbone, ClassificationTask, GlimpseConfig
+from lightning_eff.moe import DecoderConfig, MoEScalingModule
+from lightning_eff.pruning import Samples
+from lightning_eff.synthesis import DPNTKGenerator
 
 X, Y = torch.arange(12.0).reshape(6, 2), torch.arange(6)
 
@@ -80,3 +85,23 @@ def test_samples_are_taken_out_of_every_tensor_and_nothing_else(index):
     assert torch.equal(taken["x"], X[2:4])
     assert torch.equal(taken["rest"][0], Y[2:4])
     assert taken["rest"][1:] == ("name", torch.tensor(7))
+
+
+def test_batches_of_another_form_are_told_alike_by_every_technique_with_the_way_to_split_them():
+    batch = {"image": torch.zeros(2, 1, 8, 8), "label": torch.zeros(2, dtype=torch.int64)}
+    exits = EarlyExitModule(nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Linear(4, 3)), ["1"], 3)
+    experts = MoEScalingModule(DecoderConfig(vocab_size=16, d_model=8, n_layers=1, n_heads=1, max_seq_len=4))
+    seen = AgentConfig(state_parts=("patch", "box"))
+    glimpses = AdaGlimpseModule(CanvasBackbone(1, 3), ClassificationTask(3), GlimpseConfig(8, patch_size=2), seen)
+    records = DPNTKGenerator(1.0, num_classes=3, input_shape=(1, 8, 8), feature_widths=(4,))
+    readers = {
+        "calibration of a cut": lambda: Samples.collect([batch], 2, split_batch),
+        "early exits": lambda: exits.split_batch(batch),
+        "experts": lambda: experts.training_step(batch, 0),
+        "glimpses": lambda: glimpses._images_and_target(batch),
+        "release": lambda: records.release([batch]),
+    }
+    for name, read in readers.items():
+        with pytest.raises(TypeError) as told:
+            read()
+        assert "got a dict with keys ['image', 'label']: pass split_batch=, a callable" in str(told.value), name

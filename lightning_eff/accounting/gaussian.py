@@ -30,8 +30,8 @@ def gaussian_delta(sigma: float, epsilon: float) -> float:
         The smallest delta in [0, 1]; 1 without noise.
     """
     check_noise_multiplier(sigma)
-    if not epsilon >= 0:
-        raise ValueError(f"epsilon must be >= 0, got {epsilon}")
+    if epsilon != math.inf:
+        check_number("epsilon", epsilon, least=0)
     if sigma == 0:
         return 1.0
     return math.exp(_log_delta(sigma, epsilon))

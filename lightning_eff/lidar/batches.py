@@ -80,7 +80,10 @@ class LidarKeys:
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the inputs alone, for batches without true depth; raises what calling it raises."""
         if not isinstance(batch, Mapping):
-            raise TypeError(f"expected a lidar batch as a dict, got a {type(batch).__name__}")
+            raise TypeError(
+                f"expected a lidar batch as a dict, got a {type(batch).__name__}: pass split_batch=, a callable batch "
+                "-> (inputs, target) whose inputs are a dict of 'rgb', 'sparse' and 'line_idx'"
+            )
         inputs = {name: self._take(batch, name) for name in ("rgb", "sparse", "line_idx")}
         _check_image("sparse", inputs["sparse"])
         _check_image("line_idx", inputs["line_idx"], like=inputs["sparse"])

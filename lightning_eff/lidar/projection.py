@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check_choice
 from lightning_eff.lidar.batches import NO_LINE
 from lightning_eff.lidar.lines import KITTI_HDL64E, LaserTable, LineAssignment, LineMethod, assign_lines
 
@@ -80,8 +81,7 @@ def project_points(points: Tensor, calibration: Calibration) -> tuple[Tensor, Te
 
 def nearest_pixels(pixels: Tensor, rounding: Literal["round", "floor"] = "round") -> Tensor:
     """Whole pixels `(u, v)` of projected points, float64 `[N, 2]`: `"floor"` is what some data sets were made with."""
-    if rounding not in ("round", "floor"):
-        raise ValueError(f"expected rounding to be 'round' or 'floor', got {rounding!r}")
+    check_choice("rounding", rounding, ("round", "floor"))
     return pixels.round() if rounding == "round" else pixels.floor()
 
 

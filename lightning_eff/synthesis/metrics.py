@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.features import NTKFeatures
 from lightning_eff.synthesis.features.objective import Estimator
@@ -45,8 +46,7 @@ class NTKMMD(Metric):
         super().__init__(**kwargs)
         if estimator not in ("u", "v"):
             raise ValueError(f"expected estimator 'u' or 'v', got {estimator!r}")
-        if num_classes < 1:
-            raise ValueError(f"expected num_classes >= 1, got {num_classes}")
+        check_whole("num_classes", num_classes)
         if target is not None:
             target.require_layout(features.layout)
             if target.num_classes != num_classes:

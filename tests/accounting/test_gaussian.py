@@ -114,3 +114,9 @@ def test_delta_must_lie_between_zero_and_one(delta):
 def test_noise_multiplier_must_be_a_number(sigma):
     with pytest.raises(ValueError, match="noise_multiplier must be >= 0"):
         gaussian_epsilon(sigma, 1e-5)
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, math.nan])
+def test_delta_is_not_asked_for_at_an_epsilon_below_zero(epsilon):
+    with pytest.raises(ValueError, match="epsilon must be >= 0, got"):
+        gaussian_delta(1.0, epsilon)

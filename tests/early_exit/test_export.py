@@ -291,3 +291,9 @@ def test_large_backbones_survive_the_round_trip(tmp_path, build, exits, side, mo
         got, expected = loaded(images[:size]), select_from_all(net.rule, [logits[:size] for logits in full])
         assert got.exit_index.tolist() == expected.exit_index.tolist()
         torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_network_with_exits_is_not_exported(tmp_path):
+    with pytest.raises(TypeError, match=r"expected a MultiExitNetwork, got Linear; of an EarlyExitModule, its"):
+        export_early_exit(nn.Linear(2, 2), tmp_path / "net.pt2", torch.zeros(1, 2))
+    assert not list(tmp_path.iterdir())

@@ -186,9 +186,11 @@ def test_half_precision_of_autocast_does_not_blur_the_canvas():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"channels": 0}, "channels and widths must be >= 1, got 0"),
-        ({"num_classes": 10, "widths": (8, 8, 0, 8)}, r"channels and widths must be >= 1, got 1 and \(8, 8, 0, 8\)"),
-        ({"num_classes": 1}, "num_classes must be >= 2, or None to predict the canvas, got 1"),
+        ({"channels": 0}, "channels must be a whole number >= 1, got 0"),
+        ({"channels": 1.5}, "channels must be a whole number >= 1, got 1.5"),
+        ({"num_classes": 10, "widths": (8, 8, 0, 8)}, "each of widths must be a whole number >= 1, got 0"),
+        ({"num_classes": 1}, "num_classes must be a whole number >= 2, got 1"),
+        ({"fill": float("nan")}, "fill must be a number, got nan"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):

@@ -64,7 +64,7 @@ def test_shapes_and_types_that_do_not_fit_are_refused(changes, message):
 
 
 def test_batches_that_are_no_dict_are_refused():
-    with pytest.raises(TypeError, match="expected a lidar batch as a dict, got a tuple"):
+    with pytest.raises(TypeError, match="expected a lidar batch as a dict, got a tuple: pass split_batch=, a callable"):
         LidarKeys()((torch.ones(1), torch.ones(1)))
 
 

@@ -161,5 +161,7 @@ def test_matrices_of_another_shape_are_refused():
         Calibration(torch.eye(3), torch.eye(4))
     with pytest.raises(ValueError, match=r"expected a depth image \[1, H, W\], got \[4, 4\]"):
         back_project(torch.ones(4, 4), camera())
+    with pytest.raises(ValueError, match="rounding must be one of round, floor, got 'up'"):
+        nearest_pixels(torch.zeros(2), "up")
     with pytest.raises(ValueError, match="expected a method that works on pixels, got 'scan_order'"):
         depth_lines(torch.ones(1, 4, 4), camera(), "scan_order")

@@ -207,3 +207,17 @@ def test_an_evaluation_comes_back_from_plain_python() -> None:
 def test_an_evaluation_writes_its_folder(tmp_path: Path) -> None:
     names = {path.name for path in evaluation().write(tmp_path)}
     assert names == {"errors.md", "errors.csv", "errors.json", "errors.png"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lines": [0, 2, 1, 4, 5, 6]}, r"expected ascending lines of 0\.\.7, got \[0, 2, 1"),
+        ({"values": [1.0]}, "expected a value and a standard error for each of 6 lines"),
+        ({"pixels": [1, 2]}, "expected pixels and elevations of 8 lines"),
+        ({"selected": {3: [0, 2, 7]}}, "expected kept lines among"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LineSelection.from_dict({**selection().to_dict(), **changes})

@@ -369,3 +369,17 @@ def test_global_ranking_without_costs_removes_the_least_scores_of_all() -> None:
     kept = torch.cat([scores[name].sort(descending=True).values[:count] for name, count in config.items()])
     gone = torch.cat([scores[name].sort(descending=True).values[count:] for name, count in config.items()])
     assert kept.min() >= gone.max()
+
+
+def test_a_layer_that_goes_together_with_another_one_is_named_once() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.a(x) + self.b(x))
+
+    graph = ChannelGraph.from_model(Sum(), torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"amount\['b'\]: the layer goes together with a, which is named as well"):
+        counts_per_layer(graph, Dense.of(graph), {"a": 3, "b": 2}, Schedule(), 0)

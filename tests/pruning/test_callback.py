@@ -408,6 +408,7 @@ def test_layers_are_chosen_by_name() -> None:
         ({"seed": -1}, "seed must be a whole number >= 0, got -1"),
         ({"seed": 1.5}, "seed must be a whole number >= 0, got 1.5"),
         ({"amount": {}}, "at least one layer"),
+        ({"plan": "plan.json", "schedule": Schedule(steps=2)}, "a given plan is applied in one step, got .*steps=2"),
         ({"amount": {"body.0": 0}}, "channels kept"),
         ({"amount": {"body.0": 1.5}}, "fraction kept"),
         ({"value": "speed"}, 'expected value "accuracy"'),

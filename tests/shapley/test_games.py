@@ -180,3 +180,8 @@ def test_names_are_carried_into_the_result():
 def test_names_that_do_not_fit_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         as_game(given(), names=["a", "b", "c"])
+
+
+def test_dict_with_a_coalition_twice_is_refused():
+    with pytest.raises(ValueError, match=r"coalition \(1, 0\) is there twice, with its players in another order"):
+        as_game({(): 0.0, (0,): 1.0, (1,): 2.0, (0, 1): 5.0, (1, 0): 6.0})

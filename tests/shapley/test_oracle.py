@@ -249,3 +249,8 @@ def test_figure_draws_every_ranking_below_the_oracle_curve():
     assert lines["reverse"][-1] == game(all_coalitions(6)[-1:]).item()
     assert len(overlap.lines) == 4
     assert overlap.lines[-1].get_label() == "expected by chance"
+
+
+def test_sizes_of_sets_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match=r"sizes must lie in 0\.\.5, got \[2, 6\]"):
+        oracle_sets(random_game(5), sizes=[2, 6])

@@ -171,8 +171,16 @@ def test_lazy_model_is_refused_with_the_way_out() -> None:
 
 @pytest.mark.parametrize(
     ("example", "message"),
-    [(None, "example_inputs must be what the model is called with, .*got None"), (torch.zeros(0, 4), "at least one sample")],
+    [
+        (None, "example_inputs must be what the model is called with, .*got None"),
+        (torch.zeros(0, 4), "at least one sample"),
+    ],
 )
 def test_a_graph_needs_an_example_with_a_sample(example: torch.Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ChannelGraph.from_model(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)), example)
+
+
+def test_channels_are_not_removed_without_scores(graph: ChannelGraph) -> None:
+    with pytest.raises(ValueError, match=r"layer1\.0\.conv1: channels are to be removed but it has no scores"):
+        PruningPlan.from_scores(graph, {}, {"layer1.0.conv1": 3})

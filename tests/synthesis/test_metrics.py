@@ -67,5 +67,5 @@ def test_what_does_not_fit_is_refused() -> None:
         NTKMMD(FEATURES, 2, target=target).update(draw(4, 0.0, 1), torch.arange(4) % 2, real=True)
     with pytest.raises(ValueError, match="estimator"):
         NTKMMD(FEATURES, estimator="x")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="num_classes >= 1"):
+    with pytest.raises(ValueError, match="num_classes must be a whole number >= 1, got 0"):
         NTKMMD(FEATURES, 0)

@@ -264,3 +264,8 @@ def test_pictures_are_written_while_training(tmp_path):
     assert all(path.exists() for path in figures.written)
     with pytest.raises(ValueError, match="every_n_steps must be a whole number >= 1"):
         SynthesisFigures(every_n_steps=0)
+
+
+def test_what_are_no_images_is_not_drawn():
+    with pytest.raises(ValueError, match=r"expected images \[n, 1 or 3, height, width\], got a tensor \[4, 2, 8, 8\]"):
+        images_figure(torch.zeros(4, 2, 8, 8), torch.zeros(4, dtype=torch.int64))

@@ -13,7 +13,13 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from lightning_eff.arguments import check_choice, check_whole
-from lightning_eff.early_exit.analysis.dominance import Dominance, DominanceHistory, Measure, gradient_dominance
+from lightning_eff.early_exit.analysis.dominance import (
+    Dominance,
+    DominanceHistory,
+    Measure,
+    check_weights,
+    gradient_dominance,
+)
 from lightning_eff.early_exit.module import EarlyExitModule
 from lightning_eff.reporting import results_folder
 
@@ -72,6 +78,7 @@ class GradientDominance(Callback):
 
         Raises:
             MisconfigurationException: another module, or a strategy that shards parameters.
+            ValueError: weights that are not one an output, or cannot be meant.
         """
         if stage != "fit":
             return
@@ -84,6 +91,8 @@ class GradientDominance(Callback):
                 f"{type(trainer.strategy).__name__} shards the parameters, whose gradients GradientDominance needs "
                 'whole: use strategy="ddp" or one process'
             )
+        if self.weights is not None:
+            check_weights(self.weights, pl_module.network.num_outputs)
         if trainer.current_epoch == 0 and trainer.global_step == 0:
             self.history = []
         self._folder = results_folder(self.dirpath, trainer, "early_exit")

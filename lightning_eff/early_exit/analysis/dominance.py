@@ -152,7 +152,7 @@ def gradient_dominance(
         own_buffers(network),
     ):
         outputs = outputs_of(network, inputs)
-        factors = _check_weights(weights, len(outputs))
+        factors = check_weights(weights, len(outputs))
         losses = [factor * criterion(output, target) for factor, output in zip(factors, outputs, strict=True)]
         gradients = [_gradient(loss, unique, keep=k < len(losses) - 1) for k, loss in enumerate(losses)]
     products = {parameter: _products([gradient[i] for gradient in gradients]) for i, parameter in enumerate(unique)}
@@ -200,7 +200,8 @@ def _parameters(backbone: nn.Module, groups: Groups | None) -> dict[str, list[nn
     return named
 
 
-def _check_weights(weights: Sequence[float] | None, outputs: int) -> list[float]:
+def check_weights(weights: Sequence[float] | None, outputs: int) -> list[float]:
+    """The weights as a list, equal ones for None; ValueError unless there is one an output, finite and >= 0."""
     given = [1 / outputs] * outputs if weights is None else [float(weight) for weight in weights]
     fine = len(given) == outputs and all(math.isfinite(weight) and weight >= 0 for weight in given) and any(given)
     if not fine:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.glimpse.backbones.base import Encoded, Glimpse, GlimpseBackbone, Seen
 
 # what the network is told of places that nobody has looked at: a scale of 2^4
@@ -43,10 +44,12 @@ class CanvasBackbone(GlimpseBackbone):
         fill: float = 0.0,
     ) -> None:
         super().__init__()
-        if channels < 1 or min(widths) < 1:
-            raise ValueError(f"channels and widths must be >= 1, got {channels} and {tuple(widths)}")
-        if num_classes is not None and num_classes < 2:
-            raise ValueError(f"num_classes must be >= 2, or None to predict the canvas, got {num_classes}")
+        check_whole("channels", channels)
+        for width in widths:
+            check_whole("each of widths", width)
+        if num_classes is not None:
+            check_whole("num_classes", num_classes, 2)
+        check_number("fill", fill)
         self.channels, self.num_classes, self.fill = channels, num_classes, fill
         if num_classes is not None:
             layers: list[nn.Module] = []

@@ -54,7 +54,7 @@ def check_classifiers(names: tuple[str, ...]) -> None:
         raise ValueError(f"expected classifiers out of {known}, none twice, got {list(names)}")
     if "xgboost" in names and find_spec("xgboost") is None:
         raise ValueError(
-            "the classifier xgboost needs `pip install xgboost`; hist_gradient_boosting is a close relative"
+            "the classifier xgboost needs xgboost: pip install xgboost, or take its relative hist_gradient_boosting"
         )
 
 

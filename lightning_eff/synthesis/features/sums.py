@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.features.uses import Part
 
@@ -49,8 +50,7 @@ class ClassSums:
         dtype: torch.dtype,
         like: Tensor,
     ) -> None:
-        if num_classes < 1:
-            raise ValueError(f"expected num_classes >= 1, got {num_classes}")
+        check_whole("num_classes", num_classes)
         self.num_classes = num_classes
         self.records = 0
         self.degenerate = 0

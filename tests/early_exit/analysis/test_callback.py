@@ -208,6 +208,8 @@ def test_other_modules_and_arguments_are_refused() -> None:
         GradientDominance(0)
     with pytest.raises(ValueError, match="measure must be one of share, cosine, norm, got 'angle'"):
         GradientDominance(measure="angle")
+    with pytest.raises(ValueError, match="expected 3 finite weights >= 0, one an output"):
+        trainer(GradientDominance(weights=[1.0, math.nan, 1.0])).fit(module(), [], loader())  # no batch is asked for
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, about names that Lightning uses too

@@ -211,3 +211,13 @@ def test_layers_of_torch_prune_are_refused_with_the_way_out() -> None:
         pruning_targets(model)
     prune.remove(model[1], "weight")
     assert len(pruning_targets(model)) == 2
+
+
+def test_synflow_tells_of_outputs_that_are_no_numbers() -> None:
+    class Broken(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.inf
+
+    model = Broken(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="SynFlow's sum of outputs is inf, expected a finite number: use another"):
+        SynFlow(model, torch.ones(1, 3), dict(model.named_parameters())).scores()

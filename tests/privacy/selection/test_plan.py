@@ -260,6 +260,13 @@ def test_a_selector_of_ones_own_chooses_and_what_it_does_wrong_is_told() -> None
 
     with pytest.raises(ValueError, match=r"Forgetful.select .* missing \['0.weight', '2.weight'\], unknown \['noth"):
         plan(drop_rate=0.5, selection=Forgetful()).at(0)
+
+    class Small(Selector):
+        def select(self, context: SelectionContext) -> dict[str, Selection]:
+            return {name: Selection.all((1, 1)) for name in context.parameters}
+
+    with pytest.raises(ValueError, match=r"Small\.select gave for '\d\.\w+' a selection of shape \[1, 1\], expected"):
+        plan(drop_rate=0.5, selection=Small()).at(0)
     masks = {"2.weight": torch.ones(20, 32, dtype=torch.bool)}
     masks["2.weight"][0, 3] = False
     with pytest.raises(ValueError, match=r"TopLeft\.select chose coordinates of '2.weight' that pre-pruning took out"):

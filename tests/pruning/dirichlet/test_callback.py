@@ -33,6 +33,7 @@ from lightning_eff.pruning import (
     dirichlet_scores,
 )
 from lightning_eff.pruning.samples import samples_in
+from lightning_eff.pruning.training_loss import check_training_step
 from lightning_eff.reporting import new_figure, save_figure
 from lightning_eff.surgery import ChannelGraph, PruningPlan, load_pruned
 
@@ -565,3 +566,13 @@ def test_data_set_of_whole_batches_has_no_known_number_of_samples() -> None:
     batches = list(TRAIN)
     assert samples_in(DataLoader(batches, batch_size=None)) is None
     assert samples_in(TRAIN) == 512
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+def test_a_training_step_that_draws_its_own_batches_asks_for_a_loss_function() -> None:
+    class Drawing(Net):
+        def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+            raise AssertionError("a batch was drawn")
+
+    with pytest.raises(ValueError, match=r"Drawing\.training_step draws its own batches: give loss_fn"):
+        check_training_step(Drawing())

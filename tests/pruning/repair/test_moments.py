@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_eff.batch import BatchKeys
 from lightning_eff.pruning.repair import Moments, RepairError
-from lightning_eff.pruning.repair.least_squares import substituted_back
+from lightning_eff.pruning.repair.least_squares import Penalty, checked, substituted_back
 from lightning_eff.pruning.repair.scatter import Scatter
 from lightning_eff.surgery import ChannelGraph
 
@@ -312,3 +312,11 @@ def test_no_sample_is_an_error() -> None:
     model, x = build("SmallCNN")
     with pytest.raises(ValueError, match="expected at least one calibration sample, got none"):
         Moments.collect(model, ChannelGraph.from_model(model, x), [])
+
+
+def test_moments_that_no_ridge_makes_positive_definite_name_the_layer() -> None:
+    gram = torch.diag(torch.tensor([1.0, -1e6])).expand(1, 2, 2)
+    with pytest.raises(RepairError, match=r"body: the second moments .* not positive definite, even .* ridge=0\.1"):
+        Penalty(0.1, 1.0, torch.float32).factor(gram, "body")
+    with pytest.raises(RepairError, match="body: the corrected weights are not finite; raise ridge"):
+        checked(torch.tensor([1.0, torch.inf]), "body")
