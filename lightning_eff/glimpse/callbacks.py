@@ -33,6 +33,7 @@ class GlimpseReport(Callback):
         shown: Images shown, >= 1.
         explored: First images of the test that coverage and scales are drawn of, >= ``shown``.
         class_names: In the order of the classes.
+        verbose: Print the table too.
 
     Attributes:
         written: Files written so far.
@@ -48,6 +49,7 @@ class GlimpseReport(Callback):
         shown: int = 6,
         explored: int = 500,
         class_names: Sequence[str] | None = None,
+        verbose: bool = True,
     ) -> None:
         if every_n_epochs is not None:
             check_whole("every_n_epochs", every_n_epochs)
@@ -56,6 +58,7 @@ class GlimpseReport(Callback):
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.every_n_epochs, self.shown, self.explored = every_n_epochs, shown, explored
         self.class_names = None if class_names is None else list(class_names)
+        self.verbose = verbose
         self.written: list[Path] = []
         self._kept: list[tuple[Tensor, Any]] = []
         self._seen: list[Trajectory] = []
@@ -110,7 +113,8 @@ class GlimpseReport(Callback):
             self._note(save_animation(few, seen, gif, target=truth, class_names=self.class_names))
             places = pl_module.explore(images, predictions="none")
             report = ExplorationReport(pl_module, few, seen, truth, places, self.class_names)
-        report.print()
+        if self.verbose:
+            report.print()
         for path in report.write(self._folder):
             self._note(path)
 

@@ -89,10 +89,11 @@ def test_a_test_leaves_table_and_figures(tmp_path: Path, capsys: pytest.CaptureF
     assert "higher is better" in capsys.readouterr().out
 
 
-def test_where_images_stop_there_is_no_curve_by_pixels(tmp_path: Path) -> None:
-    trainer(GlimpseReport(shown=1), tmp_path).test(module(stop=0.3), data(), verbose=False)
+def test_where_images_stop_there_is_no_curve_by_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(GlimpseReport(shown=1, verbose=False), tmp_path).test(module(stop=0.3), data(), verbose=False)
     assert "curves.png" not in names(tmp_path / "glimpse")
     assert "policies.md" in names(tmp_path / "glimpse")
+    assert capsys.readouterr().out == ""
 
 
 def test_a_prediction_leaves_every_trajectory(tmp_path: Path) -> None:
