@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_whole
+
 
 class TanhCNN(nn.Module):
     """Two convolutions, two pools and two dense layers, with tanh between them.
@@ -26,11 +28,9 @@ class TanhCNN(nn.Module):
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28) -> None:
         super().__init__()
-        if in_channels < 1 or num_classes < 1 or image_size < 16:
-            raise ValueError(
-                f"expected in_channels >= 1, num_classes >= 1 and image_size >= 16, got {in_channels}, {num_classes} "
-                f"and {image_size}"
-            )
+        check_whole("in_channels", in_channels)
+        check_whole("num_classes", num_classes)
+        check_whole("image_size", image_size, 16)
         side = ((image_size - 2) // 2 + 1 - 1 - 4) // 2 + 1 - 1
         self.layers = nn.Sequential(
             nn.Conv2d(in_channels, 16, 8, stride=2, padding=3),
@@ -66,8 +66,8 @@ class TanhMLP(nn.Module):
     def __init__(self, in_features: int = 784, hidden: Sequence[int] = (512, 512), num_classes: int = 10) -> None:
         super().__init__()
         widths = [in_features, *hidden, num_classes]
-        if min(widths) < 1:
-            raise ValueError(f"expected widths >= 1, got {widths}")
+        for width in widths:
+            check_whole("each width", width)
         layers: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in itertools.pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.Tanh()]

@@ -1,5 +1,7 @@
 """What private training refuses, before it looks at a sample."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -10,15 +12,17 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from private_runs import Classifier, dataset, fit, loader, private, trainer_of
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from lightning_eff.privacy.checks import check_precision
 from lightning_eff.privacy.options import PrivateTrainingOptions
+from lightning_eff.privacy.outputs import loss_of
 from lightning_eff.privacy.selection.plan import SelectionPlan
 from lightning_eff.privacy.selection.selectors import PublicGradientSelector
-from lightning_eff.privacy.strategy import DPGradientDropStrategy
+from lightning_eff.privacy.strategy import DPGradientDropDDPStrategy, DPGradientDropStrategy
 
 
 @pytest.mark.parametrize(
@@ -441,3 +445,19 @@ def test_loader_is_the_users_afterwards():
     fit(data=data)
     assert data.batch_size == 8
     assert len(data) == 5
+
+
+def test_a_training_step_that_returns_no_loss_is_told_what_to_return():
+    for output in (3.5, {"accuracy": 1.0}):
+        with pytest.raises(TypeError, match="to return a loss tensor or a mapping with one under 'loss', got"):
+            loss_of(output)
+    with pytest.raises(ValueError, match=r"training_step returned None, .* Return the loss of every batch"):
+        loss_of(None)
+
+
+def test_synchronised_batch_statistics_are_refused_before_processes_start():
+    strategy = DPGradientDropDDPStrategy(noise_multiplier=1.0)
+    strategy._layer_sync = object()
+    trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING))
+    with pytest.raises(ValueError, match=r"sync_batchnorm=True mixes .*: leave it out and use GroupNorm"):
+        strategy.setup(trainer)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_eff.arguments import check_number
 from lightning_eff.moe.scaling.laws import FineGrainedMoELaw, ScalingLaw
 from lightning_eff.moe.scaling.plan import Plan, readable
 from lightning_eff.moe.scaling.planner import ComputePlanner
@@ -222,8 +223,7 @@ def isoflops_figure(
         granularity: None takes the best at every point.
         span: how many times smaller and larger than the optimum the curves go, > 1.
     """
-    if span <= 1:
-        raise ValueError(f"expected span > 1, got {span}")
+    check_number("span", span, above=1)
     figure, axes = new_figure(width=6.0, height=4.0)
     axis = axes[0, 0]
     for number, budget in enumerate(budgets):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.moe.scaling.laws import ChinchillaLaw, FineGrainedMoELaw, ScalingLaw
 from lightning_eff.moe.scaling.objective import WIDEST, Objective, Problem
 from lightning_eff.moe.scaling.result import FitResult, quality
@@ -78,12 +79,10 @@ def fit_scaling_law(
     objective = objective or Objective()
     fixed = _checked_fixed(law, fixed or {})
     for name, value in (("drop_worst", drop_worst), ("holdout", holdout)):
-        if not 0 <= value < 1:
-            raise ValueError(f"expected {name} in [0, 1), got {value}")
-    if subsample is not None and not 0 < subsample < 1:
-        raise ValueError(f"expected subsample in (0, 1), got {subsample}")
-    if bootstrap < 0:
-        raise ValueError(f"expected bootstrap >= 0, got {bootstrap}")
+        check_number(name, value, least=0, below=1)
+    if subsample is not None:
+        check_number("subsample", subsample, above=0, below=1)
+    check_whole("bootstrap", bootstrap, 0)
     runs = runs if isinstance(runs, Runs) else read_runs(runs)
     if drop_worst:
         runs = runs.take(np.sort(np.argsort(runs.loss, kind="stable")[: math.ceil(len(runs) * (1 - drop_worst))]))

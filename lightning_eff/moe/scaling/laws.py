@@ -86,9 +86,9 @@ class ScalingLaw:
         n, d, g = (np.asarray(value, dtype=np.float64) for value in (n_total, n_tokens, granularity))
         for name, value, least in (("n_total", n, 0.0), ("n_tokens", d, 0.0)):
             if not (value > least).all():
-                raise ValueError(f"expected {name} > {least:g}, got {value.min() if value.size else value}")
+                raise ValueError(f"{name} must be > {least:g}, got {value.min() if value.size else value}")
         if not (g >= 1).all():
-            raise ValueError(f"expected granularity >= 1, got {g.min()}")
+            raise ValueError(f"granularity must be >= 1, got {g.min()}")
         size, data = np.exp(-self.alpha * np.log(n)), np.exp(-self.beta * np.log(d))
         loss: Floats = np.asarray(self.c + self._size_coefficients(g) * size + self.b * data)
         return loss if loss.ndim else float(loss)

@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_eff.arguments import check_choice, check_number
 from lightning_eff.moe.scaling.runs import Runs
 
 Floats = NDArray[np.float64]
@@ -59,12 +60,9 @@ class Objective:
     penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.delta) and self.delta > 0):
-            raise ValueError(f"expected delta > 0, got {self.delta}")
-        if not (math.isfinite(self.penalty) and self.penalty >= 0):
-            raise ValueError(f"expected penalty >= 0, got {self.penalty}")
-        if self.target not in ("log_loss", "loss"):
-            raise ValueError(f"expected target 'log_loss' or 'loss', got {self.target!r}")
+        check_number("delta", self.delta, above=0)
+        check_number("penalty", self.penalty, least=0)
+        check_choice("target", self.target, ("log_loss", "loss"))
 
     @classmethod
     def paper(cls) -> Self:

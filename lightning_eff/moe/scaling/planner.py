@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import brentq
 
+from lightning_eff.arguments import check_number
 from lightning_eff.moe.scaling.laws import ChinchillaLaw, FineGrainedMoELaw, ScalingLaw
 from lightning_eff.moe.scaling.optimum import Optimum
 from lightning_eff.moe.scaling.plan import Plan, PlanTable
@@ -69,12 +70,10 @@ class ComputePlanner:
         if granularities is None:
             granularities = (_granularity_of(law, expansion_rate),) if dense else GRANULARITIES
         granularities = tuple(granularities)
-        for name, value, least in (("expansion_rate", expansion_rate, 1.0), ("c_r", c_r, 0.0)):
-            if not (math.isfinite(value) and value >= least):
-                raise ValueError(f"expected {name} >= {least:g}, got {value}")
+        for name, value, least in (("expansion_rate", expansion_rate, 1), ("c_r", c_r, 0)):
+            check_number(name, value, least=least)
         for name, value in (("aspect", aspect), ("c_f", c_f)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"expected {name} > 0, got {value}")
+            check_number(name, value, above=0)
         for granularity in granularities:
             _check_granularity(granularity)
         if not granularities or (dense and len(granularities) > 1):
@@ -204,8 +203,7 @@ class ComputePlanner:
         Raises:
             ValueError: no law has an optimum, or an argument lies outside its range.
         """
-        if not 0 < ci < 1:
-            raise ValueError(f"expected ci in (0, 1), got {ci}")
+        check_number("ci", ci, above=0, below=1)
         _positive("flops", flops)
         plans = []
         for law in laws:
@@ -330,13 +328,10 @@ def _granularity_of(law: ScalingLaw, expansion_rate: float) -> float:
 
 
 def _check_granularity(granularity: Any) -> float:
-    if not isinstance(granularity, int | float | np.number) or not (math.isfinite(granularity) and granularity >= 1):
-        raise ValueError(f"expected a granularity >= 1, got {granularity!r}")
+    check_number("granularity", granularity, least=1)
     return float(granularity) if granularity != int(granularity) else int(granularity)
 
 
 def _positive(name: str, value: float) -> float:
-    value = float(value)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"expected {name} > 0 and finite, got {value}")
-    return value
+    check_number(name, value, above=0)
+    return float(value)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_eff.arguments import check_number
 from lightning_eff.documents import parsed, reading, write_text
 from lightning_eff.moe.scaling.laws import ScalingLaw, law_from_dict
 from lightning_eff.moe.scaling.objective import Objective
@@ -209,7 +210,10 @@ class FitResult(Report):
                 law=law,
                 objective=parsed(Objective, state["objective"], "objective"),
                 runs=Runs(
-                    **{name: None if column is None else np.array(column, np.float64) for name, column in columns.items()},  # type: ignore[arg-type]
+                    **{
+                        name: None if column is None else np.array(column, np.float64)
+                        for name, column in columns.items()
+                    },  # type: ignore[arg-type]
                     names=names,
                     diverged=parsed(int, runs["diverged"], "diverged"),
                 ),
@@ -228,6 +232,5 @@ def quality(law: ScalingLaw, runs: Runs) -> tuple[float, float]:
 
 
 def _edges(ci: float) -> tuple[float, float]:
-    if not 0 < ci < 1:
-        raise ValueError(f"expected ci in (0, 1), got {ci}")
+    check_number("ci", ci, above=0, below=1)
     return round(50 * (1 - ci), 10), round(50 * (1 + ci), 10)

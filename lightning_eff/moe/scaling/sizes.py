@@ -9,9 +9,10 @@ feed-forward network.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
+
+from lightning_eff.arguments import check_number
 
 #: FLOPs a token of one ordinary weight: forward, and backward to inputs and to weights, two each.
 FLOPS_PER_PARAMETER = 6.0
@@ -61,12 +62,10 @@ class DecoderShape:
 
     def __post_init__(self) -> None:
         for name, least in (("expansion_rate", 1), ("granularity", 1), ("n_shared", 0), ("moe_every", 1)):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= least):
-                raise ValueError(f"expected {name} >= {least}, got {getattr(self, name)}")
+            check_number(name, getattr(self, name), least=least)
         for name in ("d_model", "n_layers", "d_ff"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"expected {name} > 0, got {value}")
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=0)
         if self.top_k is not None and not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"expected top_k from 1 to the {self.n_experts:g} experts, got {self.top_k}")
 

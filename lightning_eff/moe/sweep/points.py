@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import get_loader
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.data import ByteTextDataModule
 from lightning_eff.documents import reading, write_text
 from lightning_eff.moe.decoder import DecoderConfig
@@ -95,8 +96,7 @@ def make_sweep(
         FileNotFoundError: There is no base.
         ValueError: A value is out of range, or the base is no such YAML. Nothing has been written then.
     """
-    if checkpoints < 1:
-        raise ValueError(f"expected checkpoints >= 1, got {checkpoints}")
+    check_whole("checkpoints", checkpoints)
     out = Path(out).resolve()
     config = _read_base(Path(base))
     axes: dict[str, list[Any]] = {
@@ -176,7 +176,7 @@ def _values(name: str, given: Sequence[Any] | str | None, kind: Callable[[Any], 
     lowest = 0 if name == "lr" else least
     for value in values:
         if value != DENSE and not (lowest <= value < float("inf") and (value > 0 or name == "seed")):
-            raise ValueError(f"expected {name} {'> 0' if name == 'lr' else f'>= {least:g}'}, got {value}")
+            raise ValueError(f"{name} must be {'> 0' if name == 'lr' else f'>= {least:g}'}, got {value}")
     if not values or len(set(values)) < len(values):
         raise ValueError(f"expected {name} without repetitions and at least one, got {given!r}")
     return values

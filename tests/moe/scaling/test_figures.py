@@ -85,7 +85,7 @@ def test_isoflop_curves_are_lowest_at_the_optimum() -> None:
     curve, star = axis.lines[:2]
     assert min(curve.get_ydata()) == pytest.approx(star.get_ydata()[0], abs=1e-9)
     assert labels(axis) == ["1e+18 FLOPs", "1e+19 FLOPs"]
-    with pytest.raises(ValueError, match="span > 1"):
+    with pytest.raises(ValueError, match="span must be > 1"):
         isoflops_figure(ComputePlanner(PAPER), [1e18], span=1)
 
 

@@ -357,10 +357,10 @@ def changed(**columns) -> dict[str, np.ndarray]:
         (paper_runs(), {"fixed": {"a": 0}}, r"fixed\['a'\] > 0"),
         (paper_runs(), {"fixed": FineGrainedMoELaw.paper().coefficients}, "nothing to fit"),
         (paper_runs(), {"law": "kaplan"}, "got 'kaplan'"),
-        (paper_runs(), {"holdout": 1.0}, "holdout in"),
-        (paper_runs(), {"drop_worst": -0.1}, "drop_worst in"),
-        (paper_runs(), {"subsample": 1.5}, "subsample in"),
-        (paper_runs(), {"bootstrap": -1}, "bootstrap >= 0"),
+        (paper_runs(), {"holdout": 1.0}, r"holdout must lie in \[0, 1\)"),
+        (paper_runs(), {"drop_worst": -0.1}, r"drop_worst must lie in \[0, 1\)"),
+        (paper_runs(), {"subsample": 1.5}, r"subsample must lie in \(0, 1\)"),
+        (paper_runs(), {"bootstrap": -1}, "bootstrap must be a whole number >= 0"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(runs: dict[str, np.ndarray], options: dict, message: str) -> None:

@@ -63,10 +63,10 @@ def test_other_expansion_rates_have_no_published_coefficients() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 1e9), "n_total > 0"),
-        ((1e9, -1), "n_tokens > 0"),
+        ((0, 1e9), "n_total must be > 0"),
+        ((1e9, -1), "n_tokens must be > 0"),
         ((1e9, float("nan")), "n_tokens"),
-        ((1e9, 1e9, 0.5), "granularity >= 1"),
+        ((1e9, 1e9, 0.5), "granularity must be >= 1"),
     ],
 )
 def test_sizes_out_of_range_are_named(arguments: tuple[float, ...], message: str) -> None:

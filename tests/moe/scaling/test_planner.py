@@ -267,9 +267,9 @@ def test_router_larger_than_the_experts_is_warned_about() -> None:
 def test_budgets_that_are_none_are_refused(flops: float) -> None:
     planner = ComputePlanner(PAPER)
     for ask in (planner.optimal, planner.tokens_for, planner.compare, lambda f: planner.savings(f, 1)):
-        with pytest.raises(ValueError, match=r"(flops|n_active) > 0"):
+        with pytest.raises(ValueError, match=r"(flops|n_active) must be > 0"):
             ask(flops)
-    with pytest.raises(ValueError, match=r"f_min > 0|f_max > f_min"):
+    with pytest.raises(ValueError, match=r"f_min must be > 0|f_max > f_min"):
         planner.frontier(flops, 1e20)
 
 
@@ -279,12 +279,12 @@ def test_budgets_that_are_none_are_refused(flops: float) -> None:
         ({"law": replace(PAPER, alpha=-0.1)}, r"no optimum.*alpha = -0.1"),
         ({"law": replace(PAPER, c=-1.0)}, r"no optimum.*c = -1"),
         ({"law": replace(PAPER, expansion_rate=None)}, "give expansion_rate"),
-        ({"expansion_rate": 0}, "expansion_rate >= 1"),
-        ({"aspect": 0}, "aspect > 0"),
-        ({"c_f": -1}, "c_f > 0"),
-        ({"c_r": -1}, "c_r >= 0"),
+        ({"expansion_rate": 0}, "expansion_rate must be >= 1"),
+        ({"aspect": 0}, "aspect must be > 0"),
+        ({"c_f": -1}, "c_f must be > 0"),
+        ({"c_r": -1}, "c_r must be >= 0"),
         ({"granularities": ()}, "at least one granularity"),
-        ({"granularities": (1, 0.5)}, "granularity >= 1, got 0.5"),
+        ({"granularities": (1, 0.5)}, "granularity must be >= 1, got 0.5"),
         ({"law": PAPER.at(8), "granularities": (1, 2)}, "one granularity, that of its runs"),
         ({"law": replace(PAPER.at(8), granularity=None)}, r"give granularities=\(G,\)"),
     ],
@@ -305,7 +305,7 @@ def test_optima_that_no_network_has_are_refused() -> None:
 
 def test_questions_without_an_answer_are_refused() -> None:
     planner = ComputePlanner(PAPER)
-    with pytest.raises(ValueError, match="granularity >= 1, got 'best'"):
+    with pytest.raises(ValueError, match="granularity must be >= 1, got 'best'"):
         planner.optimal(1e20, "best")
     with pytest.raises(ValueError, match="needs a law with granularity"):
         ComputePlanner(ChinchillaLaw.paper_dense()).optimal(1e20, "continuous")

@@ -56,13 +56,13 @@ def test_full_convention_counts_head_router_and_attention() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"d_model": 0}, "d_model > 0"),
-        ({"n_layers": -1}, "n_layers > 0"),
-        ({"expansion_rate": 0.5}, "expansion_rate >= 1"),
-        ({"granularity": 0}, "granularity >= 1"),
-        ({"d_ff": float("inf")}, "d_ff > 0"),
-        ({"n_shared": -1}, "n_shared >= 0"),
-        ({"moe_every": 0}, "moe_every >= 1"),
+        ({"d_model": 0}, "d_model must be > 0"),
+        ({"n_layers": -1}, "n_layers must be > 0"),
+        ({"expansion_rate": 0.5}, "expansion_rate must be >= 1"),
+        ({"granularity": 0}, "granularity must be >= 1"),
+        ({"d_ff": float("inf")}, "d_ff must be > 0"),
+        ({"n_shared": -1}, "n_shared must be >= 0"),
+        ({"moe_every": 0}, "moe_every must be >= 1"),
         ({"expansion_rate": 2, "granularity": 2, "top_k": 5}, "top_k from 1 to the 4 experts, got 5"),
     ],
 )
