@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_eff.batch import call_model, take
 from lightning_eff.early_exit.inference import export
 from lightning_eff.early_exit.inference.export import export_early_exit, load_early_exit
-from lightning_eff.early_exit.inference.exported import ExportedNetwork
+from lightning_eff.early_exit.inference.exported import VERSION, ExportedNetwork
 from lightning_eff.early_exit.inference.leaving import ExitOutput, Rule, select_from_all
 from lightning_eff.early_exit.inference.policies import policy_from
 from lightning_eff.early_exit.inference.stages import CutError
@@ -297,3 +297,12 @@ def test_what_is_no_network_with_exits_is_not_exported(tmp_path):
     with pytest.raises(TypeError, match=r"expected a MultiExitNetwork, got Linear; of an EarlyExitModule, its"):
         export_early_exit(nn.Linear(2, 2), tmp_path / "net.pt2", torch.zeros(1, 2))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_a_later_version_is_refused():
+    class Later(ExportedNetwork):
+        def _answer(self, args, kwargs):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match=rf"the file has version {VERSION + 1}, this package reads up to {VERSION}"):
+        Later({"version": VERSION + 1})

@@ -24,6 +24,7 @@ from lightning_eff.early_exit.attaching.costs import ExitCosts
 from lightning_eff.early_exit.calibration import Calibration, calibrate, fit_temperatures, replay
 from lightning_eff.early_exit.callbacks import PhaseEarlyStopping
 from lightning_eff.early_exit.evaluation.curve import CurveResult
+from lightning_eff.early_exit.evaluation.recording import exits_of
 from lightning_eff.early_exit.inference.policies import policy_from, score
 from lightning_eff.early_exit.module import EarlyExitModule
 from lightning_eff.early_exit.report import ExitReport, ThresholdCalibration
@@ -458,3 +459,10 @@ def test_budgets_of_reports_are_checked() -> None:
 def test_percent_are_not_taken_for_fractions(make: Any) -> None:
     with pytest.raises(ValueError, match="not 50"):
         make()
+
+
+def test_exits_whose_costs_nobody_knows_are_asked_for_them() -> None:
+    net = joint(example_input=torch.zeros(2, 1, 8, 8))
+    net.network._costs = None  # as where no operation could be counted
+    with pytest.raises(ValueError, match=r"ExitReport needs the costs of the exits: give the module cost=\[\.\.\.\]"):
+        exits_of(net, "ExitReport")

@@ -252,7 +252,7 @@ def test_scale_is_one_again_after_training_and_after_an_exception() -> None:
 
 @pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf")])
 def test_scale_that_is_none_is_refused(scale) -> None:
-    with pytest.raises(ValueError, match="scale must be > 0.*, got"):
+    with pytest.raises(ValueError, match=r"scale must be > 0.*, got"):
         AuxLossScale(scale)
 
 
