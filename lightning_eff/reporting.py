@@ -35,6 +35,7 @@ SERIES = (KEPT, "#E69F00", "#009E73", HIGHLIGHT, "#56B4E9", REMOVED, "#F0E442", 
 # fmt: off
 _STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "figure.titlesize": 10, "legend.fontsize": 8, "legend.frameon": False,
     "axes.axisbelow": True, "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.6,
     "axes.spines.right": False, "axes.spines.top": False, "figure.facecolor": "white",
     "axes.prop_cycle": f"cycler(color={list(SERIES)})",
@@ -305,13 +306,36 @@ def new_figure(rows: int = 1, cols: int = 1, *, width: float = 6.4, height: floa
     if rows < 1 or cols < 1 or width <= 0 or height <= 0:
         raise ValueError(f"expected rows, cols >= 1 and width, height > 0, got {rows}, {cols}, {width}, {height}")
     from matplotlib import rc_context
+    from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    class StyledFigure(Figure):
+        """What is added to the axes later has the style, too."""
+
+        def colorbar(self, *args: Any, **kwargs: Any) -> Any:
+            with rc_context(_STYLE):
+                return super().colorbar(*args, **kwargs)
+
+        def legend(self, *args: Any, **kwargs: Any) -> Any:
+            with rc_context(_STYLE):
+                return super().legend(*args, **kwargs)
+
+        def suptitle(self, *args: Any, **kwargs: Any) -> Any:
+            with rc_context(_STYLE):
+                return super().suptitle(*args, **kwargs)
+
+    class StyledAxes(Axes):
+        """Its legend has the style, too."""
+
+        def legend(self, *args: Any, **kwargs: Any) -> Any:
+            with rc_context(_STYLE):
+                return super().legend(*args, **kwargs)
+
     with rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = StyledFigure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
-        return figure, figure.subplots(rows, cols, squeeze=False)
+        return figure, figure.subplots(rows, cols, squeeze=False, subplot_kw={"axes_class": StyledAxes})
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: int = 150) -> Path:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from lightning_eff.accounting import PrivacyLedger
@@ -350,11 +351,22 @@ REPORTS = {
 }
 
 
+def titled(figure: Figure) -> bool:
+    """Whether it says what it shows."""
+    told = [axis.get_title(loc=loc) for axis in figure.axes for loc in ("left", "center")]
+    return any(told) or bool(figure.get_suptitle())
+
+
 @pytest.mark.parametrize("kind", REPORTS, ids=lambda kind: kind.__name__)
-def test_a_report_gives_text_markdown_and_the_files_that_it_promises(kind: type[Report], tmp_path: Path) -> None:
+def test_a_report_gives_text_markdown_and_the_files_that_it_promises(
+    kind: type[Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make, read, data, figures = REPORTS[kind]
     report = make()
     assert type(report) is kind
+    drawn = report.figures()
+    assert all(titled(figure) for figure in drawn.values())
+    monkeypatch.setattr(kind, "figures", lambda self: drawn)  # once is enough
     written = report.write(tmp_path)
     promised = {f"{stem}.{suffix}" for stem in read for suffix in ("md", "csv", "json")}
     promised |= {f"{stem}.{suffix}" for stem in data for suffix in ("csv", "json")}

@@ -27,8 +27,8 @@ _MARKERS = "osD^vPX<>*h"
 _UNSEEN, _NO_CANDIDATE = "not in the image", "no candidates"
 _HATCHES = {_UNSEEN: "///", _NO_CANDIDATE: "..."}
 _FAINT: dict[str, dict[str, Any]] = {
-    _UNSEEN: {"color": "#DDDDDD", "linewidth": 0.6, "linestyle": ":"},
-    _NO_CANDIDATE: {"color": "#DDDDDD", "linewidth": 0.7, "linestyle": "--"},
+    _UNSEEN: {"color": "#999999", "linewidth": 0.8, "linestyle": ":"},
+    _NO_CANDIDATE: {"color": "#AAAAAA", "linewidth": 0.7, "linestyle": "--"},
 }
 _WIDE = 5  # times the smallest error, beyond which errors are drawn on a logarithmic scale
 _SENSOR = 1.73  # metres above the ground, of KITTI's car
@@ -63,6 +63,7 @@ def values_figure(selection: LineSelection, k: int | None = None) -> Figure:
     bars.axhline(0, color="black", linewidth=0.6)
     bars.set(xlim=(-1, selection.num_lines), ylabel=_value(selection))
     bars.grid(False, axis="x")
+    bars.set_title("Values of lines, with two standard errors")
     handles = [
         Patch(color=KEPT, label=f"selected, k = {k} ({selection.rules.get(k, 'given')})"),
         Patch(color=_LEFT, label="others"),
@@ -126,6 +127,7 @@ def elevation_figure(selection: LineSelection, k: int | None = None, reach: floa
         *(Line2D([], [], label=label, **_FAINT[label]) for label, lines in others.items() if lines),
     ]
     axis.legend(handles=handles, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.02, 1.0))
+    axis.set_title("Lines from the side")
     axis.grid(False)
     return figure
 
@@ -214,7 +216,8 @@ def errors_figure(evaluation: LineEvaluation) -> Figure:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_minor_formatter(NullFormatter())
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axis.set(xlabel="lines kept, k", ylabel="RMSE [mm]", title=f"{evaluation.frames} frames ({evaluation.stage})")
+    axis.set(xlabel="lines kept, k", ylabel="RMSE [mm]")
+    axis.set_title(f"Error of completed depth, {evaluation.frames} frames ({evaluation.stage})")
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
@@ -249,10 +252,11 @@ def frames_figure(selection: LineSelection, k: int | None = None, most: int = 60
     k = min(selection.selected) if k is None else k
     kept = selection.selected[k]
     axis.plot(kept, [len(ids) - 0.5] * len(kept), "^", color=HIGHLIGHT, markersize=6, clip_on=False, zorder=5)
-    axis.set_title(f"values by frame; triangles: selected for all, k = {k}")
+    axis.set_title(f"Values by frame; triangles: selected for all, k = {k}")
     axis.set_xlabel("line, from the highest elevation down", labelpad=8)
     if len(ids) <= 24:
         axis.set_yticks(range(len(ids)), [_short(str(frame)) for frame in ids])
+        axis.set_ylabel("frame")
     else:
         axis.set_ylabel(f"{len(ids)} of {len(selection.per_frame)} frames")
     axis.grid(False)
@@ -266,11 +270,12 @@ def convergence_figure(selection: LineSelection) -> Figure:
     told = [one for one in selection.rounds if math.isfinite(one.max_se)]
     error.plot([one.forwards for one in told], [one.max_se for one in told], "o-", color=KEPT)
     top = 1.1 * max((one.max_se for one in told), default=1.0) or 1.0
-    error.set(xlabel="forwards", ylabel=f"largest standard error [{selection.unit}]", ylim=(0, top))
+    error.set(xlabel="forwards", ylabel=_value(selection, "largest standard error"), ylim=(0, top))
     later = [one for one in selection.rounds if one.stability is not None]
     stability.plot([one.forwards for one in later], [one.stability for one in later], "o-", color=KEPT)
     stability.set_xlim(error.get_xlim())
     stability.set(xlabel="forwards", ylabel="overlap with the round before", ylim=(-0.03, 1.05))
+    figure.suptitle("How sure values and selection became")
     for axis in (error, stability):
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.locator_params(axis="x", nbins=5)
@@ -349,8 +354,8 @@ def _elevation_note(selection: LineSelection) -> str:
     return f" ({selection.elevations[0]:.1f} to {selection.elevations[-1]:.1f} degrees)"
 
 
-def _value(selection: LineSelection) -> str:
-    return f"Shapley value [{selection.unit}]" if selection.unit else "Shapley value"
+def _value(selection: LineSelection, what: str = "Shapley value") -> str:
+    return f"{what} [{selection.unit}]" if selection.unit else what
 
 
 def _image(rgb: Tensor) -> Tensor:

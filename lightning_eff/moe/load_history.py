@@ -169,8 +169,7 @@ def loads_figure(history: LoadHistory, title: str = "") -> Figure:
     lines.axhline(1, color="black", linewidth=0.8, linestyle="--")
     lines.set(ylabel="busiest expert\nover mean", xlim=(edges[0], edges[-1]))
     lines.legend(frameon=False, fontsize=7, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
-    if title:
-        lines.set_title(title, loc="left")
+    lines.set_title(title or "Loads of experts", loc="left")
     return figure
 
 

@@ -79,7 +79,7 @@ def accuracy_figure(
         axis.axhline(chance, color=REFERENCE, linestyle="--", label="chance")
     at = "" if delta is None else f" at delta {delta:g}"
     axis.set(xlabel=f"epsilon spent{at}", ylabel=metric, title=f"{metric.capitalize()} that a privacy budget buys")
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False)
     return figure
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_eff.reporting import KEPT, REFERENCE, REMOVED, SERIES, new_figure
+from lightning_eff.reporting import HIGHLIGHT, KEPT, REFERENCE, REMOVED, SERIES, new_figure
 from lightning_eff.shapley.result import ShapleyResult
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def values_figure(result: ShapleyResult, kept: Tensor | Sequence[int] | None = N
     axis.grid(False, axis="x")
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set(ylabel="Shapley value" if result.depth == n else f"partial value, depth {result.depth}")
+    axis.set_title(f"{n} players, {result.n_evals:,} evaluations")
     if n <= _FEW:
         names = _names(result.names, n)
         long = max(map(len, names)) > 3
@@ -97,7 +98,7 @@ def histogram_figure(results: Mapping[str, ShapleyResult], columns: int = 4) -> 
     figure, axes = new_figure(rows, across, width=max(3.2, 2.2 * across), height=1.9 * rows + 0.3)
     for place, (axis, (name, result)) in enumerate(zip(axes.flat, results.items(), strict=False)):
         axis.hist(result.values.tolist(), bins=edges, color=KEPT)
-        axis.axvline(float(result.values.mean()), color=REMOVED, linewidth=1.2, linestyle="--", label="mean")
+        axis.axvline(float(result.values.mean()), color=HIGHLIGHT, linewidth=1.2, linestyle="--", label="mean")
         axis.set_title(f"{name} ({len(result.values)})", fontsize=9)
         axis.locator_params(axis="y", integer=True)
         axis.set_xlabel("Shapley value" if place >= len(results) - across else "")
@@ -126,6 +127,7 @@ def ranks_figure(report: RankReport) -> Figure:
         share = quality.hits / torch.arange(1, n)
         overlap.plot(kept, [*share.tolist(), 1.0], **style)
     overlap.plot(kept, [k / n for k in kept], color=REFERENCE, linestyle=":", label="expected by chance")
+    figure.suptitle("Rankings against the oracle")
     value.set(xlabel="players kept", ylabel="value of the kept set")
     overlap.set(xlabel="players kept, k", ylabel="share of the oracle set among the first k", ylim=(-0.03, 1.05))
     for axis in (value, overlap):
@@ -151,7 +153,7 @@ def convergence_figure(curve: ConvergenceCurve, players: Sequence[int] | None = 
         band = stderr.where(stderr.isfinite(), torch.nan)
         axis.fill_between(spent, (values - band).tolist(), (values + band).tolist(), color=style["color"], alpha=0.15)
     _evaluations(axis, spent)
-    axis.set(ylabel="value \N{PLUS-MINUS SIGN} standard error")
+    axis.set(ylabel="value \N{PLUS-MINUS SIGN} standard error", title="Convergence")
     figure.legend(title="player", loc="outside right upper", frameon=False, fontsize=_SMALL, title_fontsize=_SMALL)
     return figure
 
@@ -181,6 +183,7 @@ def cost_benefit_figure(comparison: CostBenefit) -> Figure:
     axes[0, 0].set_ylim(top=min(10.0, axes[0, 0].get_ylim()[1]))
     axes[0, 0].set_ylabel("|estimate - exact|\N{SUPERSCRIPT TWO} / |exact|\N{SUPERSCRIPT TWO}")
     axes[0, 1].set_ylabel("Spearman correlation with exact values")
+    figure.suptitle("What estimators make of evaluations: medians, and bands between quartiles")
     _legend_below(figure, len(names))
     return figure
 

@@ -41,6 +41,7 @@ def loss_figure(steps: Sequence[int], losses: Sequence[float], noise_floor: floa
         axis.set_yscale("log")
     axis.set_xlabel("step")
     axis.set_ylabel("squared discrepancy (train/mmd2)")
+    axis.set_title("Training on the release")
     axis.legend()
     return figure
 
@@ -112,6 +113,8 @@ def images_figure(x: Tensor, y: Tensor, *, per_class: int = 10, class_names: Seq
     names = [class_names[c] if class_names else str(c) for c in classes]
     axis.set_yticks([row * (height + gap) + (height - 1) / 2 for row in range(len(classes))], names)
     axis.tick_params(length=0)
+    axis.set_ylabel("class")
+    axis.set_title(f"Images, {per_class} of each class")
     for side in ("left", "bottom"):
         axis.spines[side].set_visible(False)
     return figure

@@ -306,7 +306,7 @@ def test_a_fit_writes_its_folder(tmp_path: Path) -> None:
     run = fitted(made)
     run.test(made, loader(shuffle=False), verbose=False)
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"lines.json", "values.md", "values.csv", "selection.md", "values.png", "frames.png"} <= names
+    assert {"lines.json", "values.json", "values.csv", "selection.md", "values.png", "frames.png"} <= names
     tested = {path.name for path in (tmp_path / "test").iterdir()}
     overlays = {f"points_k{k}.png" for k in made.result.selected}
     assert {"errors.md", "errors.csv", "errors.json", "errors.png", *overlays} == tested

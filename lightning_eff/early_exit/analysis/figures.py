@@ -109,7 +109,7 @@ def rank_figure(
         axis.set_yscale("log")
     else:
         axis.set_ylim(bottom=0)
-    axis.set_ylabel(ylabel)
+    axis.set(xlabel="layer", ylabel=ylabel, title="Rank of features")
     axis.legend(frameon=False, fontsize=_SMALL)
     return figure
 
@@ -149,6 +149,7 @@ def information_figure(information: Mapping[str, LayerInformation]) -> Figure:
         axis.set_ylim(bottom=0)
     inputs.set_ylim(top=1.1 * max(inputs.get_ylim()[1], 1e-3))
     for axis, title in ((inputs, "I(input; feature with noise), bounds"), (labels, "I(prediction; label)")):
+        axis.set_xlabel("layer")
         axis.set_ylabel("nats")
         axis.set_title(title, fontsize=9)
     labels.legend(frameon=False, fontsize=_SMALL)
@@ -167,6 +168,7 @@ def path_figure(path: LinearPath) -> Figure:
         ends = [float(path.loss[0, k]), float(path.loss[-1, k])]
         loss.plot([0, 1], ends, color=style["color"], linestyle=":", linewidth=1)
         accuracy.plot(positions, path.accuracy[:, k].tolist(), **style)
+    figure.suptitle("On the straight line between two networks")
     loss.set(ylabel="loss")
     accuracy.set(ylabel="accuracy")
     accuracy.set_ylim(-0.02, 1.02)

@@ -68,6 +68,7 @@ def curve_figure(runs: Runs, *, budgets: Sequence[float] = BUDGETS, cost: str = 
     _percent(axis.yaxis)
     axis.set_xlabel(f"mean cost of a sample, % of the backbone's {cost}")
     axis.set_ylabel("accuracy, %")
+    axis.set_title("Accuracy against cost")
     marks = [
         Line2D([], [], color="black", marker="o", linestyle="", markersize=5, label="one output alone"),
         Line2D([], [], color="black", marker="x", linestyle="", markersize=8, markeredgewidth=2, label="backbone"),
@@ -103,7 +104,9 @@ def exit_figure(exit_index: Tensor, correct: Tensor, outputs: int) -> Figure:
     axis.set_xticks(x, output_labels(outputs))
     axis.margins(y=0.18)
     _percent(axis.yaxis)
+    axis.set_xlabel("output")
     axis.set_ylabel("samples, %")
+    axis.set_title("Where samples leave")
     axis.grid(axis="x", visible=False)
     axis.legend(frameon=False)
     return figure
@@ -228,6 +231,7 @@ def history_figure(accuracy: Sequence[Mapping[str, float]], phases: Sequence[str
     _percent(axis.yaxis)
     axis.set_xlabel("epoch")
     axis.set_ylabel("validation accuracy, %")
+    axis.set_title("Training of the outputs", pad=16)
     axis.legend(frameon=False, fontsize=8)
     return figure
 

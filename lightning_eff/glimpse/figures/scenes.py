@@ -161,6 +161,7 @@ def importance_figure(images: Tensor, boxes: Tensor, importance: Tensor, count: 
             axis.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1))
         _bare(axis)
     figure.colorbar(shade, ax=list(axes[0]), label="importance (1 is even)")
+    figure.suptitle("How much patches count")
     return figure
 
 

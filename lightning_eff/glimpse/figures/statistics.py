@@ -72,6 +72,7 @@ def curve_figure(
     for number, (name, (percent_, value)) in enumerate((references or {}).items()):
         axis.plot(percent_, value, _MARKERS[number], color=REFERENCE, markersize=6, label=name, zorder=5)
     better = "higher" if curves[0].higher_is_better else "lower"
+    axis.set_title("What looking pays")
     axis.set_xlabel("pixels captured [% of the scene]")
     axis.set_ylabel(f"{curves[0].metric.replace('_', ' ')} ({better} is better)")
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -130,6 +131,7 @@ def scale_figure(trajectory: Trajectory, bins: int = 20, most: int = _MOST_COLUM
         if axis is not axes[-1, 0]:
             axis.tick_params(labelbottom=False)
     axes[-1, 0].set_xlabel("field of view [pixels a side]; the line is the mean")
+    figure.suptitle("How far each glimpse zooms")
     figure.supylabel("share of images, by glimpse", fontsize=9)
     return figure
 

@@ -16,7 +16,7 @@ from lightning_eff.moe.scaling.laws import FineGrainedMoELaw, ScalingLaw
 from lightning_eff.moe.scaling.plan import Plan, readable
 from lightning_eff.moe.scaling.planner import ComputePlanner
 from lightning_eff.moe.scaling.result import FitResult
-from lightning_eff.reporting import HIGHLIGHT, KEPT, REFERENCE, REMOVED, SERIES, new_figure
+from lightning_eff.reporting import HIGHLIGHT, KEPT, REFERENCE, SERIES, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,11 +108,11 @@ def granularity_figure(fit: FitResult) -> Figure:
     if not shown:
         raise ValueError("no two runs of one size and number of tokens differ in granularity")
     axis.set(xscale="log", yscale="log", xlabel="granularity G")
-    axis.set_ylabel("loss above that of endless granularity")
+    axis.set_ylabel("loss above that of endless granularity\n[nats a token]")
     axis.set_xticks(ticks := np.unique(granularity).tolist(), [f"{tick:g}" for tick in ticks])
     axis.set_xticks([], minor=True)
     _plain_ticks(axis)
-    axis.set_title("lines: the law")
+    axis.set_title("What granularity does; lines: the law")
     entries = sorted(shown, key=lambda entry: (entry[0] is None, entry[0] or entry[1]))
     labels = [f"N = {readable('', n)}" if n else f"D = {readable('', d)}" for n, d, _, _ in entries]
     handles = [Line2D([], [], color=c, marker=m, linestyle="none" if m else "-") for _, _, c, m in entries]
@@ -172,6 +172,7 @@ def frontier_figure(
     _shade_fitted(loss, planner.law, f_min, f_max)
     loss.set(xscale="log", xlabel="training FLOPs", ylabel="loss [nats a token]")
     sizes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="active parameters, tokens")
+    figure.suptitle("Compute-optimal training")
     loss.legend(frameon=False, fontsize=_SMALL)
     handles, labels = sizes.get_legend_handles_labels()
     kept = [i for i, label in enumerate(labels) if not label.startswith("G =")]
@@ -204,6 +205,7 @@ def overhead_figure(
         axis.plot(budgets, np.where(np.isfinite(factor), factor, np.nan), color=colour, linewidth=1.8, label=label)
     _shade_fitted(axis, planner.law, f_min, f_max)
     axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_title("What others need for the loss of the optimum")
     axis.set(
         xscale="log", yscale="log", xlabel="training FLOPs of the optimum", ylabel="times its FLOPs for the same loss"
     )
@@ -232,9 +234,9 @@ def isoflops_figure(
         losses = [planner.at_size(budget, size, granularity).loss for size in sizes.tolist()]
         colour = SERIES[number % len(SERIES)]
         axis.plot(sizes, losses, color=colour, label=f"{budget:.3g} FLOPs")
-        axis.plot([best.n_active], [best.loss], color=REMOVED, marker="*", markersize=10, linestyle="none", zorder=5)
+        axis.plot([best.n_active], [best.loss], color=HIGHLIGHT, marker="*", markersize=10, linestyle="none", zorder=5)
     axis.set(xscale="log", xlabel="active parameters", ylabel="loss [nats a token]")
-    axis.set_title("stars: optima" if granularity is None else f"G = {granularity:g}; stars: optima")
+    axis.set_title("Equal budgets; stars: optima" + ("" if granularity is None else f"; G = {granularity:g}"))
     axis.legend(frameon=False, fontsize=_SMALL)
     return figure
 

@@ -86,6 +86,8 @@ def cut_figure(posteriors: Posteriors, kept: Kept) -> Figure:
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
     axis.set_xlabel("P(last channel kept > first channel removed)")
+    axis.set_ylabel("layer")
+    axis.set_title("How sure the cut is", pad=16)
     axis.grid(axis="y", visible=False)
     return figure
 
@@ -109,6 +111,8 @@ def share_figure(posteriors: Posteriors) -> Figure:
     )
     axis.set_yticks(range(len(posteriors)), [short_name(name) for name in posteriors])
     axis.set_xlabel("channel, best first")
+    axis.set_ylabel("layer")
+    axis.set_title("Expected importance of channels")
     axis.grid(visible=False)
     figure.colorbar(image, ax=axis, label="share, 1 = average")
     return figure

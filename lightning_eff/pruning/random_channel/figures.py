@@ -10,7 +10,7 @@ import torch
 
 from lightning_eff.arguments import check_whole
 from lightning_eff.pruning.random_channel.candidates import Candidate, Candidates, Mode
-from lightning_eff.reporting import HIGHLIGHT, KEPT, REFERENCE, REMOVED, SERIES, new_figure
+from lightning_eff.reporting import HIGHLIGHT, KEPT, REFERENCE, SERIES, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ def candidates_figure(found: Candidates) -> Figure:
     uniform = next((c for c in told if c.number == 0 and c.stage == stages[0]), None)
     if uniform is not None:
         at = (100 * uniform.macs / found.macs, uniform.score)
-        axis.scatter(*at, marker="s", s=48, facecolors="none", edgecolors=REMOVED, linewidths=1.6, label="uniform")
+        axis.scatter(*at, marker="s", s=48, facecolors="none", edgecolors="black", linewidths=1.6, label="uniform")
     best = found.best
     at = (100 * best.macs / found.macs, best.score)
     label = f"best: {best.score:.4g}"
@@ -67,7 +67,8 @@ def candidates_figure(found: Candidates) -> Figure:
             axis.axhline(dense, color=colour, linestyle="--", linewidth=1, label=label, zorder=1)
     axis.margins(x=0.06, y=0.08)
     axis.set_xlabel("multiply-adds, % of the whole network")
-    axis.set_ylabel("score" if found.mode == "max" else "score (lower is better)")
+    axis.set_ylabel(found.score_name if found.mode == "max" else f"{found.score_name} (lower is better)")
+    axis.set_title(f"{len(told)} candidates, the best with {at[0]:.0f} % of the multiply-adds")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=_SMALL)
     return figure
 
@@ -118,15 +119,19 @@ def ratio_figure(found: Candidates, count: int = 10) -> Figure:
     if uniform is not None and uniform.number != found.best.number:
         axis.plot(names, ratios(uniform), color="black", linewidth=1.2, linestyle="--", label="uniform", zorder=5)
     step = -(-len(names) // _MANY)
-    axis.set_xticks(range(0, len(names), step), [_short(name) for name in names[::step]], rotation=60, ha="right")
+    shown = [_short(name) for name in names[::step]]
+    long = max(map(len, shown)) > 4
+    axis.set_xticks(range(0, len(names), step), shown, rotation=60 if long else 0, ha="right" if long else "center")
     for tick in axis.get_xticklabels():
         tick.set_rotation_mode("anchor")
+    axis.set_xlabel("layer")
+    axis.set_title("Channels that the best candidates keep")
     axis.set_xlim(-0.3, len(names) - 0.7)
     axis.set_ylim(0, 104)
     axis.set_ylabel("channels kept, %")
     if len(top) > 1:
         bar = figure.colorbar(ScalarMappable(norm, colour), ax=axis, pad=0.02)
-        bar.set_label(f"score, best {len(top)}", size=9)
+        bar.set_label(f"{found.score_name}, best {len(top)}")
         bar.ax.tick_params(labelsize=_SMALL)
         bar.ax.ticklabel_format(axis="y", useOffset=False)
         bar.outline.set_visible(False)
@@ -160,6 +165,8 @@ def comparison_figure(report: ComparisonReport) -> Figure:
         style: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "color": REFERENCE, "fontsize": _SMALL}
         scores.annotate("dense", (report.dense_score, 1.01), ha="center", **style)
     scores.set_yticks(range(len(order)), order)
+    scores.set_ylabel("criterion")
+    figure.suptitle(f"Criteria on the same {int(report.usable.sum())} configurations")
     tuned = "" if report.after is None else " after fine-tuning"
     scores.set_xlabel(f"score{tuned}; points: configurations, bar: mean")
     for name in others:

@@ -72,12 +72,12 @@ def pairs_figure(names: tuple[str, ...], tv: Tensor, real: NDArray[Any], synthet
         synthetic: Those of the synthetic one ``[d, d]``.
     """
     size = 0.3 * len(names)
-    figure, axes = new_figure(1, 2, width=4.4 + 2 * size, height=1.3 + size)
+    figure, axes = new_figure(1, 2, width=4.8 + 2 * size, height=1.5 + size)
     difference = synthetic - real
     reach = max(0.05, float(np.abs(difference).max()))
     panels = (
-        ("total variation of pairs (diagonal: columns)", tv.numpy(), "viridis", (0.0, max(0.05, float(tv.max())))),
-        ("association, synthetic minus real", difference, "RdBu_r", (-reach, reach)),
+        ("total variation of pairs\n(diagonal: columns)", tv.numpy(), "viridis", (0.0, max(0.05, float(tv.max())))),
+        ("association,\nsynthetic minus real", difference, "RdBu_r", (-reach, reach)),
     )
     for panel, (title, values, colours, (least, most)) in zip(axes[0], panels, strict=True):
         image = panel.imshow(values, cmap=colours, vmin=least, vmax=most)
@@ -99,6 +99,7 @@ def nearest_figure(nearest: NearestRecords) -> Figure:
     )
     for name, distance, colour, style in sides:
         axes[0, 0].ecdf(distance, color=colour, linestyle=style, label=name)
+    axes[0, 0].set_title("How near synthetic rows come to records")
     axes[0, 0].set_xlabel("distance to the nearest record (mean over columns)")
     axes[0, 0].set_ylabel("share of rows within")
     axes[0, 0].legend(frameon=False, loc="lower right")
