@@ -83,7 +83,7 @@ def build(
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    sizes = {"train_size": 256 if fast else None, "test_size": 64 if fast else 500}
+    sizes = {"train_size": 256 if fast else None, "test_size": 24 if fast else 500}
     return model, CanvasDataModule("digits", canvas=SCENE, batch_size=64, val_size=0, **sizes), trainer
 
 
@@ -128,7 +128,7 @@ def draw(model: AdaGlimpseModule, data: CanvasDataModule, curves: list[PolicyCur
     stopping.print()
     stopping.save(out / "stopping.csv")
     points = {"one even view": (model.glimpse.pixel_percent(model.glimpse.num_glimpses), even)}
-    save_figure(curve_figure(curves, stopping=stops, references=points), out / "policies.png")
+    save_figure(curve_figure(curves, stopping=stops, references=points), out / "comparison.png")
 
 
 def main() -> None:

@@ -124,7 +124,7 @@ def build(
             backbone_optimizer=partial(torch.optim.AdamW, lr=2e-3),
         )
     data = CanvasDataModule(
-        "fashion_mnist", canvas=canvas, clutter=clutter, batch_size=BATCH, val_size=64, test_size=64 if fast else 1000
+        "fashion_mnist", canvas=canvas, clutter=clutter, batch_size=BATCH, val_size=64, test_size=24 if fast else 1000
     )
     trainer = L.Trainer(
         accelerator="cpu",
@@ -200,7 +200,7 @@ def main() -> None:
         even = -float(model.task.score(shown.reconstruct(scenes), scenes, None).mean())
         print(f"one even view of {shown.size[0]} x {shown.size[1]} pixels, as many as all glimpses have: {even:.2f}")
     points = {} if even is None else {"one even view": (model.glimpse.pixel_percent(model.glimpse.num_glimpses), even)}
-    save_figure(curve_figure(curves, references=points), out / "policies.png")
+    save_figure(curve_figure(curves, references=points), out / "comparison.png")
     # of the last agent: where it looks, how far it zooms
     pictures = GlimpseReport(out, class_names=CLOTHES if args.task == "classification" else None)
     L.Trainer(accelerator="cpu", callbacks=[pictures], logger=False).test(model, data, verbose=False)

@@ -47,10 +47,10 @@ def _commands() -> list[str]:
 
 
 COMMANDS = _commands()
-SHELL = sorted(
-    {f"lightning-eff fit --config {path.relative_to(REPOSITORY)}" for path in CONFIGS}
-    | {command for command in COMMANDS if command.startswith("lightning-eff ")}
-)
+FITS = {f"lightning-eff fit --config {path.relative_to(REPOSITORY)}" for path in CONFIGS}
+SHELL = sorted(FITS | {command for command in COMMANDS if command.startswith("lightning-eff ")})
+# what a longer command reads as well is read once
+SHELL = [command for command in SHELL if not any(other.startswith(f"{command} ") for other in SHELL)]
 
 
 def parser_of(script: Path) -> argparse.ArgumentParser:
@@ -109,9 +109,8 @@ def test_configurations_in_readmes_are_read(
 def test_script_takes_the_arguments_of_all_scripts_and_those_it_is_called_with(script: Path) -> None:
     parser = parser_of(script)
     for command in COMMANDS:
-        program, *args = shlex.split(command)[1:]
-        if program == f"examples/{script.name}":
-            parser.parse_args(args)
+        if command.startswith(f"python examples/{script.name}"):
+            parser.parse_args(shlex.split(command)[2:])
     given = parser.parse_args(["--fast", "--seed", "7"])
     assert (given.fast, given.seed, given.out) == (True, 7, Path("runs") / script.stem)
     assert {"-h", "--fast", "--seed", "--out"} == {action.option_strings[0] for action in parser._actions[:4]}

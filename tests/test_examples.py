@@ -25,7 +25,7 @@ ADULT = Path(os.environ.get("LIGHTNING_EFF_DATA", ".")) / "dp_ntk" / "adult.data
 TEXT = str(REPOSITORY / "lightning_eff" / "moe" / "m*.py")
 WEAK_RELEASE = (".*the signal of the release is below its noise",)
 FEW_THRESHOLDS = ("thresholds of single exits are likely to over-fit",)
-GLIMPSES = (*(f"{name}.png" for name in ("exploration", "steps", "coverage", "scales", "policies")), "seeds.csv")
+GLIMPSES = (*(f"{name}.png" for name in ("exploration", "steps", "coverage", "scales", "comparison")), "seeds.csv")
 
 
 def rows(path: Path, key: str) -> dict[str, dict[str, Any]]:
