@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_eff.arguments import check_number
+from lightning_eff.arguments import check_choice, check_number
 
 DEVKIT = ("rmse", "mae", "irmse", "imae")
 
@@ -117,8 +117,7 @@ class DepthCompletionMetrics(Metric):
     ) -> None:
         super().__init__(**kwargs)
         _check(names, min_depth, min_target)
-        if reduction not in ("mean", "pooled"):
-            raise ValueError(f"expected reduction 'mean' or 'pooled', got {reduction!r}")
+        check_choice("reduction", reduction, ("mean", "pooled"))
         self.names, self.reduction = tuple(names), reduction
         self.min_depth, self.min_target = min_depth, min_target
         self._summed = self.names if reduction == "mean" else _needed(names)

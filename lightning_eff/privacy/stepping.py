@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_choice
 from lightning_eff.privacy.engine.engine import Clipping, PerSampleEngine
 from lightning_eff.privacy.noise import SecretStreams
 from lightning_eff.privacy.options import Dropped
@@ -36,8 +37,7 @@ class StaticMasks:
     """
 
     def __init__(self, masks: Mapping[str, Tensor], mode: MaskMode, parameters: Mapping[str, Tensor]) -> None:
-        if mode not in ("prune", "freeze"):
-            raise ValueError(f"expected mode 'prune' or 'freeze', got {mode!r}")
+        check_choice("mode", mode, ("prune", "freeze"))
         check_masks(masks, parameters)
         self.masks = {name: mask.to(parameters[name].device) for name, mask in masks.items()}
         self.mode = mode

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_eff.arguments import check_whole
+from lightning_eff.arguments import check_choice, check_whole
 from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.features import NTKFeatures
 from lightning_eff.synthesis.features.objective import Estimator
@@ -44,8 +44,7 @@ class NTKMMD(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if estimator not in ("u", "v"):
-            raise ValueError(f"expected estimator 'u' or 'v', got {estimator!r}")
+        check_choice("estimator", estimator, ("u", "v"))
         check_whole("num_classes", num_classes)
         if target is not None:
             target.require_layout(features.layout)

@@ -151,7 +151,7 @@ def test_errors_are_differentiable():
 def test_mistakes_are_told_before_work():
     with pytest.raises(ValueError, match=r"expected names out of .*'rmse'.*got \['rsme'\]"):
         DepthCompletionMetrics(["rsme"])
-    with pytest.raises(ValueError, match="expected reduction 'mean' or 'pooled', got 'sum'"):
+    with pytest.raises(ValueError, match="reduction must be one of mean, pooled, got 'sum'"):
         DepthCompletionMetrics(reduction="sum")
     with pytest.raises(ValueError, match="min_depth must be > 0"):
         DepthCompletionMetrics(min_depth=0)

@@ -461,3 +461,8 @@ def test_synchronised_batch_statistics_are_refused_before_processes_start():
     trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING))
     with pytest.raises(ValueError, match=r"sync_batchnorm=True mixes .*: leave it out and use GroupNorm"):
         strategy.setup(trainer)
+
+
+def test_a_seed_of_the_noise_is_warned_of():
+    with pytest.warns(UserWarning, match=r"noise_seed makes noise and sampling repeatable: .* nothing is private"):
+        DPGradientDropStrategy(noise_multiplier=1.0, options=PrivateTrainingOptions(noise_seed=0))

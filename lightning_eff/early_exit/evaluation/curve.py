@@ -16,6 +16,7 @@ from scipy.integrate import quad
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_eff.arguments import check_choice, check_whole
 from lightning_eff.documents import parsed, reading
 from lightning_eff.early_exit.evaluation.replay import Comparison, replay
 from lightning_eff.early_exit.inference.policies import Policy, ScoreFunction, policy_from, score
@@ -100,8 +101,7 @@ class CurveResult(Report):
         """Return the position of the threshold :meth:`at_budget` reads, the cheapest of equally accurate ones."""
         if not budget > 0:
             raise ValueError(f"budget must lie in (0, inf], got {budget}")
-        if rule not in get_args(Rule):
-            raise ValueError(f'expected the rule "max" or "last", got {rule!r}')
+        check_choice("rule", rule, get_args(Rule))
         dear = [cost > budget * (1 + TOLERANCE) for cost in self.cost]
         if rule == "last":
             first_dear = dear.index(True) if True in dear else len(dear)
@@ -262,10 +262,8 @@ class EarlyExitCurve(Metric):
         self.costs = [float(cost) for cost in costs]
         if len(self.costs) < 2 or not all(0 < cost < math.inf for cost in self.costs):
             raise ValueError(f"expected a cost > 0 for each of two or more outputs, got {self.costs}")
-        if points < 2:
-            raise ValueError(f"expected points >= 2, got {points}")
-        if comparison not in get_args(Comparison):
-            raise ValueError(f'expected the comparison "ge" or "gt", got {comparison!r}')
+        check_whole("points", points, 2)
+        check_choice("comparison", comparison, get_args(Comparison))
         self.policy, self.points, self.comparison = policy_from(policy), points, comparison
         self.add_state("score", [], dist_reduce_fx="cat")
         self.add_state("prediction", [], dist_reduce_fx="cat")

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check_choice
+
 Comparison = Literal["ge", "gt"]
 
 
@@ -32,8 +34,7 @@ def replay(scores: Any, thresholds: Sequence[float] | Tensor, comparison: Compar
         raise ValueError(
             f"expected scores [E, N], E >= 1, and thresholds [E], got {list(scores.shape)} and {list(limits.shape)}"
         )
-    if comparison not in ("ge", "gt"):
-        raise ValueError(f'expected the comparison "ge" or "gt", got {comparison!r}')
+    check_choice("comparison", comparison, ("ge", "gt"))
     limits = limits[:, None]
     leaves = scores >= limits if comparison == "ge" else (scores > limits) | (limits == -torch.inf)
     leaves &= limits < torch.inf

@@ -74,8 +74,7 @@ class DepthCompletionModule(LightningModule):
         reduction: Literal["pixels", "frames"] = "pixels",
     ) -> None:
         super().__init__()
-        if reduction not in ("pixels", "frames"):
-            raise ValueError(f"expected reduction 'pixels' or 'frames', got {reduction!r}")
+        check_choice("reduction", reduction, ("pixels", "frames"))
         if not isinstance(loss, nn.Module) and loss not in _LOSSES:
             raise ValueError(f"expected loss {' or '.join(map(repr, _LOSSES))} or a module, got {loss!r}")
         check_number("lr", lr, above=0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_eff.arguments import check_choice
 from lightning_eff.lidar.completion.forwarding import grey
 
 _NEAREST = 0.9  # range within which the lidar sees nothing, metres
@@ -40,8 +41,7 @@ class SparseToDenseResNet(nn.Module):
         super().__init__()
         if layers not in (18, 34):
             raise ValueError(f"expected layers 18 or 34, got {layers!r}")
-        if modality not in ("gd", "rgbd", "d"):
-            raise ValueError(f"expected modality 'gd', 'rgbd' or 'd', got {modality!r}")
+        check_choice("modality", modality, ("gd", "rgbd", "d"))
         self.modality = modality
         of_depth = 64 // len(modality)
         self.conv1_d = _conv(1, of_depth)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_eff.arguments import check_number
+from lightning_eff.arguments import check_choice, check_number
 
 #: FLOPs a token of one ordinary weight: forward, and backward to inputs and to weights, two each.
 FLOPS_PER_PARAMETER = 6.0
@@ -125,10 +125,9 @@ class DecoderShape:
         Raises:
             ValueError: ``"full"`` without ``vocab_size`` or ``seq_len``, or an unknown convention.
         """
+        check_choice("convention", convention, ("paper", "full"))
         if convention == "paper":
             return float(c_f * self.n_active + c_r * self.n_router)
-        if convention != "full":
-            raise ValueError(f"expected convention 'paper' or 'full', got {convention!r}")
         if vocab_size is None or seq_len is None:
             raise ValueError("convention 'full' counts head and attention: it needs vocab_size and seq_len")
         weights = self.n_active + self.n_router + self.d_model * vocab_size

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check_choice
 from lightning_eff.synthesis.embedding import MeanEmbedding
 from lightning_eff.synthesis.features.objective import (
     Estimator,
@@ -180,11 +181,8 @@ class NTKFeatures(nn.Module):
     ) -> MMD2Terms:
         """Return :meth:`mmd2` together with the terms it is made of; arguments are the same."""
         target.require_layout(self.layout)
-        if estimator not in ("u", "v") or backend not in ("auto", "kernel", "dense"):
-            raise ValueError(
-                "expected estimator 'u' or 'v' and backend 'auto', 'kernel' or 'dense', "
-                f"got {estimator!r} and {backend!r}"
-            )
+        check_choice("estimator", estimator, ("u", "v"))
+        check_choice("backend", backend, ("auto", "kernel", "dense"))
         dtype, device = self._weight.dtype, self._weight.device
         if any(block.device != device for block in target.blocks.values()):
             raise ValueError(f"expected a target on {device}: use target.to({str(device)!r})")

@@ -70,7 +70,7 @@ def test_grey_network_reads_luma_alone():
 def test_mistakes_are_told():
     with pytest.raises(ValueError, match="expected layers 18 or 34, got 50"):
         SparseToDenseResNet(50)
-    with pytest.raises(ValueError, match="expected modality 'gd', 'rgbd' or 'd', got 'rgb'"):
+    with pytest.raises(ValueError, match="modality must be one of gd, rgbd, d, got 'rgb'"):
         SparseToDenseResNet(modality="rgb")
     with pytest.raises(ValueError, match="expected an image with modality 'gd', got None"):
         SparseToDenseResNet()(None, torch.rand(1, 1, 16, 16))

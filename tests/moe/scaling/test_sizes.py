@@ -74,5 +74,5 @@ def test_values_out_of_range_are_named(arguments: dict[str, float], message: str
 def test_full_convention_says_what_it_lacks() -> None:
     with pytest.raises(ValueError, match="needs vocab_size and seq_len"):
         DecoderShape(256, 4).flops_per_token("full")
-    with pytest.raises(ValueError, match="'paper' or 'full'"):
+    with pytest.raises(ValueError, match="convention must be one of paper, full, got"):
         DecoderShape(256, 4).flops_per_token("half")

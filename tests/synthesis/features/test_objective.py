@@ -163,8 +163,8 @@ def test_a_generator_learns_through_it() -> None:
         ({"y": torch.tensor([0, 1] * 5 + [0, 2])}, "at least 2 samples of class 2"),
         ({"weights": torch.ones(2)}, "expected 3 finite weights"),
         ({"weights": torch.tensor([1.0, -1.0, 1.0])}, "expected 3 finite weights"),
-        ({"estimator": "w"}, "expected estimator 'u' or 'v'"),
-        ({"backend": "fast"}, "got 'u' and 'fast'"),
+        ({"estimator": "w"}, "estimator must be one of u, v, got 'w'"),
+        ({"backend": "fast"}, "backend must be one of auto, kernel, dense, got 'fast'"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
