@@ -150,6 +150,8 @@ class SyntheticLidarDataModule(SplitDataModule):
         **options: Any,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
+        for name, size in (("train_size", train_size), ("val_size", val_size), ("test_size", test_size)):
+            check_whole(name, size)
         self.sets = (
             SyntheticLidarDataset(length=train_size, part="train", seed=seed, **options),
             SyntheticLidarDataset(length=val_size, part="val", seed=seed, **options),

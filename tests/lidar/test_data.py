@@ -124,6 +124,8 @@ def test_synthetic_options_reach_the_frames():
     assert (sparse.train_set[0]["sparse"] > 0).sum() < (dense.train_set[0]["sparse"] > 0).sum() / 4
     with pytest.raises(TypeError, match="unexpected keyword argument 'skale'"):
         SyntheticLidarDataModule(2, skale=4)
+    with pytest.raises(ValueError, match=r"val_size must be a whole number >= 1, got 2\.5"):
+        SyntheticLidarDataModule(2, 2.5)
 
 
 class Recorder(L.LightningModule):
