@@ -272,7 +272,8 @@ class MultiExitNetwork(nn.Module):
         if self._costs is None:
             raise ValueError("no costs are known: call build, or measure_costs with an example, or set costs")
         if self._costs.unit != "given" and not torch.compiler.is_compiling() and self._costs_of.changed(self):
-            self.measure_costs(self._example_here(), "latency" if self._costs.unit == "s" else "flops")
+            with torch.inference_mode(False):
+                self.measure_costs(self._example_here(), "latency" if self._costs.unit == "s" else "flops")
         return self._costs
 
     @costs.setter
@@ -294,7 +295,8 @@ class MultiExitNetwork(nn.Module):
         if self._example is not None or torch.compiler.is_compiling():
             return
         few = samples(example_input, 2) if batch_size(example_input) > 2 else example_input
-        self._example = pytree.tree_map(lambda one: torch.zeros_like(one) if isinstance(one, Tensor) else one, few)
+        with torch.inference_mode(False):
+            self._example = pytree.tree_map(lambda one: torch.zeros_like(one) if isinstance(one, Tensor) else one, few)
 
     def _example_here(self) -> Any:
         """The example on the device and in the precision that the network has now."""

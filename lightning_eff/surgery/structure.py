@@ -26,7 +26,7 @@ VERSION = 1
 # An entry of the state dict whose name tells whoever loads a cut checkpoint the plain way what to do instead.
 HINT = "channels were removed from this network: load the checkpoint with lightning_eff.load_pruned"
 
-_MEMORY = "_lightning_eff_dense"  # on the cut root: {module path: {attribute: value before the first cut}}
+_MEMORY = "_lightning_eff_dense"  # on every cut layer, whatever holds it: {attribute: value before the first cut}
 _ATTRIBUTES = (
     "in_channels",
     "out_channels",
@@ -69,22 +69,21 @@ def _owner(modules: Mapping[str, nn.Module], path: str) -> str:
 
 def remember_cut(model: nn.Module, paths: Iterable[str]) -> None:
     """Note the attributes that the modules at ``paths`` have now, unless an earlier cut did; call before cutting."""
-    memory = model.__dict__.setdefault(_MEMORY, {})
     modules = dict(model.named_modules(remove_duplicate=False))
     for path in paths:
-        owner = _owner(modules, path)
-        memory.setdefault(owner, _attributes(modules[owner]))
+        layer = modules[_owner(modules, path)]
+        layer.__dict__.setdefault(_MEMORY, _attributes(layer))
     if hasattr(type(model), "on_save_checkpoint"):
         prunable(type(model))
 
 
 def dense_structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Attributes before the first cut of every module in ``model`` that was ever cut; empty for a whole network."""
-    found: dict[str, dict[str, Any]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for path, attributes in module.__dict__.get(_MEMORY, {}).items():
-            found.setdefault(".".join(filter(None, (prefix, path))), attributes)
-    return found
+    return {
+        path: module.__dict__[_MEMORY]
+        for path, module in model.named_modules(remove_duplicate=False)
+        if _MEMORY in module.__dict__
+    }
 
 
 def structure_of(model: nn.Module) -> dict[str, Any] | None:
@@ -112,12 +111,9 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Any] | None) -> No
         raise ValueError(
             f"the checkpoint is of another network: {type(model).__name__} has no layer {', '.join(unknown[:5])}"
         )
-    memory = model.__dict__.setdefault(_MEMORY, {})
     for path in wanted:
         if path not in dense:
-            memory[path] = structure["dense"][path] if structure else _attributes(modules[path])
-    if not memory:
-        del model.__dict__[_MEMORY]
+            modules[path].__dict__[_MEMORY] = structure["dense"][path] if structure else _attributes(modules[path])
     for path, attributes in wanted.items():
         module = modules[path]
         for name, value in attributes.items():
