@@ -179,7 +179,8 @@ def draw(found: list[tuple[Setting, dict[bool, Tensor]]], path: Path) -> None:
             axis.hist(scores[takes_part].numpy(), bins=30, density=True, color=colour, alpha=0.4, label=label)
             axis.plot(grid, densities[takes_part], color=colour)
         axis.axvline(setting.threshold(len(scores[True])), color=REFERENCE, linestyle="--", label="threshold")
-        axis.set_title(f"sigma {setting.noise_multiplier:g}, q {setting.sample_rate:g}, {setting.steps} step(s)")
+        steps = "1 step" if setting.steps == 1 else f"{setting.steps} steps"
+        axis.set_title(f"sigma {setting.noise_multiplier:g}, q {setting.sample_rate:g}, {steps}")
         axis.set_xlabel("released along the canary / C")
     axes[0, 0].set_ylabel("density (lines: theory)")
     axes[0, 0].legend()
