@@ -145,7 +145,7 @@ def references(model: AdaGlimpseModule, data: CanvasDataModule, fast: bool) -> d
     policies: dict[str, Any] = {name: make_policy(name, config) for name in names}
     some = data.train_set.__getitems__(list(range(16 if fast else 256)))
     images, target = (torch.stack(part) for part in zip(*some, strict=True))
-    rounds, population = (2, 4) if fast else (20, 40)
+    rounds, population = (1, 5) if fast else (20, 40)
     policies["best_fixed_sequence"] = BestFixedSequence.fit(
         model.backbone, model.task, config, images, target, rounds=rounds, population=population
     )
