@@ -6,7 +6,7 @@ All of them can be written in YAML as nested keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -154,6 +154,11 @@ class Calibration:
         """Check choices and ranges."""
         check_choices(self)
         check_whole("calibration samples", self.samples)
+        if self.loader is not None and not isinstance(self.loader, Iterable):
+            raise ValueError(
+                f"loader must give batches, as a DataLoader does, got a {type(self.loader).__name__}; how a batch is "
+                "split is said by split_batch= of the callback"
+            )
 
 
 def check_amount(amount: float | dict[str, int | float]) -> None:

@@ -437,6 +437,7 @@ def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], message: s
         (lambda: Allocation(target="flops"), "target must be one of"),
         (lambda: Layers(coupled="al"), "coupled must be one of"),
         (lambda: Calibration(source="test"), "source must be one of"),
+        (lambda: Calibration("val", 64, BatchKeys()), "loader must give batches.*got a BatchKeys; .*split_batch="),
         (lambda: Allocation(max_ratio=0), "max_ratio"),
         (lambda: Allocation(min_keep=0), "min_keep"),
         (lambda: Allocation(round_to=0), "round_to"),

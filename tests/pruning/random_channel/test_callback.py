@@ -385,7 +385,7 @@ def test_dict_batches_need_only_the_keys() -> None:
     loaders = [
         torch.utils.data.DataLoader([{"image": x, "label": y} for x, y in loader.dataset], 64) for loader in digits()
     ]
-    prune = callback(calibration=Calibration("train", 128, BatchKeys("image", "label")))
+    prune = callback(calibration=Calibration("train", 128), split_batch=BatchKeys("image", "label"))
     model = DictNet()
     trainer(prune, max_epochs=1).fit(model, *loaders)
     assert macs(model) < 0.55 * macs(Net())
