@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.batch import SplitBatch
 from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.glimpse.config import ACTION_SIZE
@@ -59,8 +60,7 @@ class GlimpseVecEnv(VecEnv):
         split_batch: SplitBatch | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be >= 1, got {num_envs}")
+        check_whole("num_envs", num_envs)
         self.world, self._scenes = world, _Scenes(dataset, seed, split_batch, device)
         # images that stop early make room for others, which are behind: a world has images of one age alone
         self._ages: list[tuple[GlimpseWorld, Tensor]] = []

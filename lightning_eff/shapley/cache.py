@@ -160,7 +160,7 @@ class CachedGame:
         with reading(str(path)):
             kept, values = parse_official(Path(path).read_text(encoding="utf-8"), style)
         if kept.shape[1] != self.n_players:
-            raise ValueError(f"{path}, line 1: it is for {kept.shape[1]} players, this game has {self.n_players}")
+            raise ValueError(f"{path}: line 1: it is for {kept.shape[1]} players, this game has {self.n_players}")
         table = self._known.setdefault(_WHOLE, {})
         for key, value in zip(_keys(kept), values.tolist(), strict=True):
             table.setdefault(key, value)

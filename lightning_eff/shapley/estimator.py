@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.shapley.games import Game
 from lightning_eff.shapley.result import ShapleyResult
 
@@ -48,9 +49,9 @@ class StopRule:
         for name in ("max_evals", "max_seconds", "rel_stderr"):
             limit = getattr(self, name)
             if limit is not None and not limit > 0:
-                raise ValueError(f"{name} must be positive, got {limit}")
-        if self.rank_stability is not None and not -1 < self.rank_stability <= 1:
-            raise ValueError(f"rank_stability must lie in (-1, 1], got {self.rank_stability}")
+                raise ValueError(f"{name} must be > 0, got {limit}")
+        if self.rank_stability is not None:
+            check_number("rank_stability", self.rank_stability, above=-1, most=1)
 
     @property
     def asks_precision(self) -> bool:
@@ -146,11 +147,7 @@ def player_count(game: Game) -> int:
 def check_counts(settings: object, *names: str, least: int = 1) -> None:
     """Raises ValueError unless the attributes `names` are ints of at least `least`."""
     for name in names:
-        count = getattr(settings, name)
-        if not isinstance(count, int) or isinstance(count, bool):
-            raise ValueError(f"{name} must be an int, got {count!r}")
-        if count < least:
-            raise ValueError(f"{name} must be at least {least}, got {count}")
+        check_whole(name, getattr(settings, name), least)
 
 
 def check_depth(depth: Depth) -> None:
@@ -163,8 +160,7 @@ def check_depth(depth: Depth) -> None:
 
 def check_direction(direction: str) -> None:
     """Raises ValueError unless `direction` is "remove" or "add"."""
-    if direction not in ("remove", "add"):
-        raise ValueError(f'direction must be "remove" or "add", got {direction!r}')
+    check_choice("direction", direction, ("remove", "add"))
 
 
 def resolve_budget(budget: int | str, n: int, auto: int | str | None = None) -> int:

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check_choice, check_whole
+
 Style = Literal["indices", "flags"]
 
 
@@ -31,8 +33,7 @@ def parse_official(text: str, style: Style | Literal["auto"] = "auto") -> tuple[
     Raises:
         ValueError: with the number of the line that is wrong.
     """
-    if style not in ("auto", "indices", "flags"):
-        raise ValueError(f'style must be "auto", "indices" or "flags", got {style!r}')
+    check_choice("style", style, ("auto", "indices", "flags"))
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines or not lines[0][1].isdecimal() or int(lines[0][1]) < 1:
         where, found = lines[0] if lines else (1, "")
@@ -60,10 +61,8 @@ def format_official(kept: Tensor, values: Tensor, style: Style, decimals: int = 
     Raises:
         ValueError: values that are no fractions, an unknown style, or fewer than 0 decimals.
     """
-    if style not in ("indices", "flags"):
-        raise ValueError(f'style must be "indices" or "flags", got {style!r}')
-    if decimals < 0:
-        raise ValueError(f"decimals must be at least 0, got {decimals}")
+    check_choice("style", style, ("indices", "flags"))
+    check_whole("decimals", decimals, 0)
     if values.ndim != 1 or not bool(((values >= 0) & (values <= 1)).all()):
         raise ValueError(
             "official files hold accuracies in %: the values of the game must be fractions in [0, 1], got "

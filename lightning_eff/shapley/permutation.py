@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check_number
 from lightning_eff.shapley.accumulator import Accumulator, DistinctCoalitions, UnitOrders, Units
 from lightning_eff.shapley.estimator import (
     Depth,
@@ -82,8 +83,7 @@ class PermutationShapley(ShapleyEstimator):
 
     def __post_init__(self) -> None:
         check_counts(self, "walks", "patience", "chunk_size")
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance must lie in [0, 1), got {self.tolerance}")
+        check_number("tolerance", self.tolerance, least=0, below=1)
         check_depth(self.depth)
         check_direction(self.direction)
 

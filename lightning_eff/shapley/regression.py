@@ -17,7 +17,6 @@ Shapes: `n` players, `b` rows, `q` extra columns, `D` components.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -25,6 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check_choice, check_number
 from lightning_eff.shapley.coalition_run import CoalitionEstimator, Sampled, over_groups
 from lightning_eff.shapley.coalitions import CoalitionSequence, LeverageSequence, SizeSequence
 from lightning_eff.shapley.estimator import check_counts, warn
@@ -71,11 +71,9 @@ class RegressionShapley(CoalitionEstimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sampling not in ("leverage", "kernel", "official"):
-            raise ValueError(f'sampling must be "leverage", "kernel" or "official", got {self.sampling!r}')
+        check_choice("sampling", self.sampling, ("leverage", "kernel", "official"))
         check_counts(self, "size_terms", least=0)
-        if not 0 <= self.ridge < math.inf:
-            raise ValueError(f"ridge must be >= 0, got {self.ridge}")
+        check_number("ridge", self.ridge, least=0)
 
     @property
     def unit_cost(self) -> int:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check_choice, check_number
 from lightning_eff.shapley.coalitions import SizeSequence
 from lightning_eff.shapley.estimator import (
     Request,
@@ -71,10 +72,8 @@ class TopKShapley(ShapleyEstimator):
     def __post_init__(self) -> None:
         resolve_budget(self.budget, 1)
         check_counts(self, "k", "chunk_size")
-        if not 0 < self.level < 1:
-            raise ValueError(f"level must lie in (0, 1), got {self.level}")
-        if self.bounds not in ("difference", "bernstein"):
-            raise ValueError(f'bounds must be "difference" or "bernstein", got {self.bounds!r}')
+        check_number("level", self.level, above=0, below=1)
+        check_choice("bounds", self.bounds, ("difference", "bernstein"))
         if self.value_range is not None and not self.value_range > 0:
             raise ValueError(f"value_range must be positive, got {self.value_range}")
         if self.bounds == "bernstein" and self.value_range is None:

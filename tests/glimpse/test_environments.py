@@ -292,7 +292,7 @@ def test_attributes_and_methods_are_reached_as_stable_baselines3_does():
 
 
 @pytest.mark.parametrize(
-    ("number", "environments", "message"), [(5, 0, "num_envs must be >= 1, got 0"), (0, 2, "empty")]
+    ("number", "environments", "message"), [(5, 0, "num_envs must be a whole number >= 1, got 0"), (0, 2, "empty")]
 )
 def test_no_environment_and_no_scene_are_refused(number, environments, message):
     with pytest.raises(ValueError, match=message):

@@ -121,7 +121,7 @@ def test_one_even_view_has_the_pixels_of_all_glimpses() -> None:
     torch.testing.assert_close(reference.reconstruct(flat), flat)
     stripes = spot((20, 20))
     assert float((reference.reconstruct(stripes) - stripes).abs().max()) > 0.3
-    with pytest.raises(ValueError, match="glimpses must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="glimpses must be a whole number >= 1, got 0"):
         UniformLowRes(CONFIG, glimpses=0)
 
 
@@ -168,7 +168,7 @@ def test_looking_ahead_pays_and_needs_scores() -> None:
     policy.begin(blind)
     with pytest.raises(RuntimeError, match="greedy_lookahead needs scores"):
         policy(blind.reset(images, scored=False))
-    with pytest.raises(ValueError, match="tries must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="tries must be a whole number >= 1, got 0"):
         GreedyLookahead(CONFIG, tries=0)
 
 

@@ -311,11 +311,11 @@ def test_progress_adds_up_where_groups_are_truncated_unequally():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PermutationShapley(3.5), "walks must be an int, got 3.5"),
-        (lambda: PermutationShapley("3"), "walks must be an int"),
+        (lambda: PermutationShapley(3.5), "walks must be a whole number >= 1, got 3.5"),
+        (lambda: PermutationShapley("3"), "walks must be a whole number"),
         (lambda: PermutationShapley(depth=True), "depth must be"),
-        (lambda: TopKShapley(2.5), "k must be an int"),
-        (lambda: RegressionShapley(size_terms=1.5), "size_terms must be an int"),
+        (lambda: TopKShapley(2.5), "k must be a whole number"),
+        (lambda: RegressionShapley(size_terms=1.5), "size_terms must be a whole number"),
         (lambda: RegressionShapley("infn"), "budget must be"),
         (lambda: TopKShapley(2, bounds="bernstein"), "needs value_range"),
     ],

@@ -323,9 +323,9 @@ def test_matched_depth_must_be_replaced_by_the_caller():
     [
         ({"depth": 0}, "depth must be"),
         ({"depth": "half"}, "depth must be"),
-        ({"direction": "up"}, "direction must be"),
-        ({"max_players": 0}, "max_players must be at least 1"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"direction": "up"}, "direction must be one of remove, add, got 'up'"),
+        ({"max_players": 0}, "max_players must be a whole number >= 1"),
+        ({"chunk_size": 0}, "chunk_size must be a whole number >= 1"),
     ],
 )
 def test_arguments_out_of_range_are_refused_before_any_game(arguments, message):

@@ -132,7 +132,7 @@ def test_values_of_groups_are_neither_read_nor_written(tmp_path):
     ],
 )
 def test_what_cannot_be_read_is_refused_by_its_line(tmp_path, text, complaint):
-    with pytest.raises(ValueError, match=f"f.txt, {complaint}"):
+    with pytest.raises(ValueError, match=f"f.txt: {complaint}"):
         imported(tmp_path / "f.txt", text)
 
 
@@ -152,9 +152,9 @@ def test_what_is_no_accuracy_is_not_written(tmp_path, game, complaint):
 
 
 def test_unknown_style_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='"indices" or "flags", got \'bits\''):
+    with pytest.raises(ValueError, match="style must be one of indices, flags, got 'bits'"):
         CachedGame(HUNDREDTHS).export_official(tmp_path / "f.txt", "bits")
-    with pytest.raises(ValueError, match='"auto", "indices" or "flags", got \'bits\''):
+    with pytest.raises(ValueError, match="style must be one of auto, indices, flags, got 'bits'"):
         imported(tmp_path / "f.txt", "4\n", style="bits")
-    with pytest.raises(ValueError, match="decimals must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="decimals must be a whole number >= 0, got -1"):
         CachedGame(HUNDREDTHS).export_official(tmp_path / "f.txt", decimals=-1)

@@ -350,9 +350,9 @@ def test_time_limit_ends_early_with_what_there_is():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"walks": 0}, "walks must be at least 1, got 0"),
-        ({"patience": 0}, "patience must be at least 1"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"walks": 0}, "walks must be a whole number >= 1, got 0"),
+        ({"patience": 0}, "patience must be a whole number >= 1"),
+        ({"chunk_size": 0}, "chunk_size must be a whole number >= 1"),
         ({"tolerance": 1.0}, r"tolerance must lie in \[0, 1\), got 1.0"),
         ({"depth": -1}, "depth must be"),
         ({"direction": "both"}, "direction must be"),

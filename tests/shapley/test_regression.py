@@ -193,7 +193,7 @@ def test_subsets_by_number_are_all_subsets(n, size):
     [
         ({"budget": "20m"}, "budget must be"),
         ({"budget": 0}, "budget must be"),
-        ({"sampling": "shapley"}, "sampling must be"),
+        ({"sampling": "shapley"}, "sampling must be one of leverage, kernel, official, got 'shapley'"),
         ({"ridge": -1.0}, "ridge must be"),
         ({"size_terms": -1}, "size_terms must be"),
         ({"chunk_size": 1}, "chunk_size must be"),

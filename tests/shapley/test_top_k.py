@@ -88,9 +88,9 @@ def test_no_more_distinct_coalitions_are_counted_than_there_are():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 0}, "k must be at least 1"),
+        ({"k": 0}, "k must be a whole number >= 1"),
         ({"k": 1, "level": 1.0}, "level must lie in"),
-        ({"k": 1, "bounds": "normal"}, "bounds must be"),
+        ({"k": 1, "bounds": "normal"}, "bounds must be one of difference, bernstein, got 'normal'"),
         ({"k": 1, "value_range": 0.0}, "value_range must be positive"),
         ({"k": 1, "budget": "n20"}, "budget must be"),
     ],

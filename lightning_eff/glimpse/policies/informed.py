@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.glimpse.config import ACTION_SIZE, GlimpseConfig
 from lightning_eff.glimpse.geometry import action_of
 from lightning_eff.glimpse.observation import Observation
@@ -31,8 +32,7 @@ class GreedyLookahead(Policy):
 
     def __init__(self, config: GlimpseConfig, tries: int = 16, seed: int = 0) -> None:
         super().__init__(config)
-        if tries < 1:
-            raise ValueError(f"tries must be >= 1, got {tries}")
+        check_whole("tries", tries)
         self.tries, self.seed = tries, seed
         self.generator = torch.Generator()
         self.restart()

@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_eff.arguments import check_whole
 from lightning_eff.glimpse.config import GlimpseConfig
 
 
@@ -26,8 +27,7 @@ class UniformLowRes:
     def __init__(self, config: GlimpseConfig, glimpses: int | None = None) -> None:
         self.config = config
         self.glimpses = config.num_glimpses if glimpses is None else glimpses
-        if self.glimpses < 1:
-            raise ValueError(f"glimpses must be >= 1, got {glimpses}")
+        check_whole("glimpses", self.glimpses)
 
     @property
     def size(self) -> tuple[int, int]:
