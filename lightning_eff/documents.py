@@ -7,18 +7,20 @@ or written by another program gets a ``ValueError`` with the file's name.
 from __future__ import annotations
 
 import csv
+import functools
 import pickle
 import sys
 import types
 import zipfile
 import zlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 _MALFORMED = (
     ValueError,  # json, UTF-8 and numpy raise kinds of it
@@ -79,6 +81,27 @@ def reading(what: str) -> Generator[None, None, None]:
     except _MALFORMED as error:
         missing = isinstance(error, KeyError) and f"it has no {error}"
         raise ValueError(f"{what}: {missing or str(error) or type(error).__name__}") from error
+
+
+def whole_state(load: Callable[P, None]) -> Callable[P, None]:
+    """Decorate a method that takes up a saved state, in attributes that it sets: all of the state is taken, or nothing.
+
+    A state that does not fit is a ``ValueError``, see :func:`reading`, and attributes are as they were.
+    """
+
+    @functools.wraps(load)
+    def taken(*args: P.args, **kwargs: P.kwargs) -> None:
+        owner = args[0]
+        before = dict(vars(owner))
+        try:
+            with reading(f"{type(owner).__name__} cannot go on from this checkpoint"):
+                load(*args, **kwargs)
+        except BaseException:
+            vars(owner).clear()
+            vars(owner).update(before)
+            raise
+
+    return taken
 
 
 def parsed(kind: Any, value: Any, name: str) -> Any:
