@@ -68,7 +68,7 @@ def test_numbers_of_other_libraries_become_plain_ones():
     event = PrivacyEvent(np.float32(1.5), np.float64(0.25), np.int64(3), sensitivity=np.float64(2))
     assert event == PrivacyEvent(1.5, 0.25, 3, sensitivity=2.0)
     assert {type(value) for value in vars(event).values()} == {float, int, str}
-    with pytest.raises(ValueError, match="steps must be an integer"):
+    with pytest.raises(ValueError, match="steps must be a whole number >= 1, got True"):
         PrivacyEvent(1.0, steps=True)
 
 
