@@ -53,7 +53,7 @@ def _rates(out: Path) -> None:
 
 def _private(out: Path) -> None:
     found = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
-    assert len(found) == 12
+    assert [row["setting"] for row in found] == ["dense", "row-0.5", "dense", "epoch-0.9"]
     assert len({row["epsilon prv"] for row in found}) == 1
 
 
