@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_eff.arguments import check_choice, check_number
+from lightning_eff.documents import parsed, whole_state
 from lightning_eff.early_exit.training.metrics import output_names
 from lightning_eff.early_exit.training.phased_module import PhasedModule
 
@@ -136,12 +137,14 @@ class PhaseEarlyStopping(Callback):
             "best_weights": self._best_weights,
         }
 
+    @whole_state
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote."""
-        self.best_of_phase = {phase: dict(best) for phase, best in state_dict["best_of_phase"].items()}
-        self._begin(state_dict["phase"])
-        self._waited, self._ran_out = dict(state_dict["waited"]), state_dict["ran_out"]
-        self._best_weights = state_dict["best_weights"]
+        self.best_of_phase = parsed(dict[int, dict[str, float]], state_dict["best_of_phase"], "best_of_phase")
+        self._begin(parsed(int, state_dict["phase"], "phase"))
+        self._waited = parsed(dict[str, int], state_dict["waited"], "waited")
+        self._ran_out = parsed(bool, state_dict["ran_out"], "ran_out")
+        self._best_weights = parsed(dict[str, Any] | None, state_dict["best_weights"], "best_weights")
 
     def _values(self, trainer: Trainer, module: PhasedModule) -> dict[str, float]:
         names = [f"{self.monitor}_{name}" for name in output_names(module.network.num_exits)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_eff.batch import SplitBatch, batch_size, call_model
 from lightning_eff.batch import split_batch as split_pair
+from lightning_eff.documents import whole_state
 from lightning_eff.early_exit.attaching.costs import ExitCosts
 from lightning_eff.early_exit.attaching.heads import Head
 from lightning_eff.early_exit.evaluation.curve import CurveResult, check_budgets
@@ -387,6 +388,7 @@ class EarlyExitModule(PhasedModule):
         """Add the phase and where the exits are."""
         save_phases(checkpoint, self.network, self._clock, self.phase_split, self._not_plain)
 
+    @whole_state
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the exits where they were, before their weights are loaded, and take up the phase."""
         self._foreign_heads = load_phases(

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_eff.documents import parsed, whole_state
 from lightning_eff.early_exit.calibration import Calibration, Method, calibrate, fit_temperatures
 from lightning_eff.early_exit.calibration.calibrate import check_goal, check_method
 from lightning_eff.early_exit.callbacks import PhaseEarlyStopping
@@ -130,6 +131,7 @@ class ThresholdCalibration(Callback):
         found = None if self.calibration is None else self.calibration.to_dict()
         return {"calibration": found, "before": self._before}
 
+    @whole_state
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote."""
         found = state_dict["calibration"]
@@ -269,9 +271,10 @@ class ExitReport(Callback):
         """The course of training so far."""
         return {"history": [dict(epoch) for epoch in self._history], "phases": list(self._phases)}
 
+    @whole_state
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote."""
-        self._history = [dict(epoch) for epoch in state_dict["history"]]
+        self._history = parsed(list[dict[str, Any]], state_dict["history"], "history")
         self._phases = list(state_dict["phases"])
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, data: Data) -> None:

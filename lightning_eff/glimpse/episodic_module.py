@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_eff.batch import SplitBatch, call_model
 from lightning_eff.batch import split_batch as split_pair
+from lightning_eff.documents import whole_state
 from lightning_eff.glimpse.agent.replay import GlimpseReplayBuffer
 from lightning_eff.glimpse.agent.sac import make_sac
 from lightning_eff.glimpse.backbones.base import GlimpseBackbone, Seen
@@ -371,6 +372,7 @@ class EpisodicModule(LightningModule):
             "buffer": self._buffer.state_dict() if goes_on and self.agent.replay.resume_buffer else None,
         }
 
+    @whole_state
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where training stopped; in several processes, all of them from the transitions of the first."""
         saved = checkpoint.get(_KEY)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_eff.arguments import check_whole
 from lightning_eff.batch import SplitBatch
+from lightning_eff.documents import whole_state
 from lightning_eff.lidar.batches import LidarKeys
 from lightning_eff.lidar.completion.forwarding import Forward
 from lightning_eff.lidar.evaluation import LineEvaluation
@@ -117,6 +118,7 @@ class LidarSaSCallback(Callback):
         """The last selection, plain Python."""
         return {"result": None if self.result is None else self.result.to_dict()}
 
+    @whole_state
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         found = state_dict["result"]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_eff.documents import whole_state
 from lightning_eff.lidar.choosing import choose
 from lightning_eff.lidar.contest import Frames, Gather, PassGame, alone, baseline_lines, contestants
 from lightning_eff.lidar.evaluation import Contestant, LineEvaluation, measure_sets
@@ -377,6 +378,7 @@ class LineStudy:
             "predictor": None if self.predictor is None else self.predictor.state_dict(),
         }
 
+    @whole_state
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave.
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_eff.documents import whole_state
 from lightning_eff.lidar.estimators import (
     EstimationOptions,
     EstimatorName,
@@ -234,6 +235,7 @@ class LineEstimation:
         records = [[id_, record.to_dict()] for id_, record in self.records.items()]
         return {"settings": self.settings(), "records": records}
 
+    @whole_state
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take in the frames of a `state_dict`; of a frame known already the record with more rounds is kept.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_eff.arguments import check_whole
+from lightning_eff.documents import whole_state
 from lightning_eff.moe.balance import forget_loads, update_balance_biases
 from lightning_eff.moe.layer import FineGrainedMoE
 from lightning_eff.moe.load_history import LoadHistory
@@ -125,6 +126,7 @@ class ExpertLoadMonitor(Callback):
         since = None if self._since is None else self._since.cpu()
         return {"history": self.history.state_dict(), "since": since, "logged_at": self._logged_at}
 
+    @whole_state
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote."""
         self.history, self._logged_at = LoadHistory.of(state_dict["history"]), state_dict["logged_at"]

@@ -19,6 +19,7 @@ from lightning_eff.arguments import check_choice, check_number
 from lightning_eff.batch import SplitBatch, call_model
 from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.data import ByteTextDataModule
+from lightning_eff.documents import parsed, whole_state
 from lightning_eff.moe.auxiliary import collect_aux_losses, total_aux_loss
 from lightning_eff.moe.balance import forget_loads, update_balance_biases
 from lightning_eff.moe.decoder import DecoderConfig
@@ -246,6 +247,7 @@ class MoEScalingModule(LightningModule):
             "decoder": self.decoder.to_dict(),
         }
 
+    @whole_state
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over what has been counted.
 
@@ -256,7 +258,7 @@ class MoEScalingModule(LightningModule):
         if saved is None:
             return
         self._check_shapes(checkpoint.get("state_dict", {}), saved["decoder"])
-        self.tokens_seen = saved["tokens_seen"]
+        self.tokens_seen = parsed(int, saved["tokens_seen"], "tokens_seen")
         self._losses.load(saved["losses"])
 
     def _network(self) -> DecoderLM:

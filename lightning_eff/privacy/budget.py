@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_eff.accounting import Accountant, PrivacyEvent, PrivacyLedger
+from lightning_eff.documents import whole_state
 from lightning_eff.privacy.planning import PrivacyPlan, default_delta
 
 _VERSION = 1
@@ -186,6 +187,7 @@ class Budget:
             "ledger": self.ledger.state_dict(),
         }
 
+    @whole_state
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what a file tells. What this object has spent beside it is kept: never less is told than was spent.
 

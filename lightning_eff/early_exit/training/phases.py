@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.cli import OptimizerCallable
 
+from lightning_eff.documents import parsed, whole_state
 from lightning_eff.early_exit.training.losses import Weights
 from lightning_eff.early_exit.training.schedules import Schedule
 
@@ -238,10 +239,15 @@ class PhaseClock:
         """Plain Python, for checkpoints."""
         return {"index": self.index, "began": dict(self.began), "saved": self.saved, "asked": self._asked}
 
+    @whole_state
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote."""
-        self.index, self.saved, self._asked = state["index"], state["saved"], state["asked"]
-        self.began = dict(state["began"])
+        index, count = parsed(int, state["index"], "index"), len(self.phases)
+        if not 0 <= index < count:
+            raise ValueError(f"expected the index of one of {count} phases, got {index}")
+        self.index, self.saved = index, parsed(int, state["saved"], "saved")
+        self._asked = parsed(bool, state["asked"], "asked")
+        self.began = parsed(dict[Unit, int], state["began"], "began")
 
     def _over(self, now: Mapping[Unit, int]) -> bool:
         return self.length is not None and now[self.table.unit] - self.began[self.table.unit] >= self.length

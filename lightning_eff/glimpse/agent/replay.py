@@ -20,6 +20,7 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from torch import Tensor
 
+from lightning_eff.documents import whole_state
 from lightning_eff.glimpse.config import ACTION_SIZE, StatePart
 from lightning_eff.glimpse.observation import PARTS, PRESENT, Observation, part_shapes, ranges
 
@@ -264,6 +265,7 @@ class GlimpseReplayBuffer(ReplayBuffer):
             "num_glimpses": self.num_glimpses,
         }
 
+    @whole_state
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take transitions and generator over.
 

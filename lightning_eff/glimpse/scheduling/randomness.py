@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_eff.documents import whole_state
+
 
 class RandomStream:
     """What torch draws while this runs: actions, noise of the policy, dropout.
@@ -42,6 +44,7 @@ class RandomStream:
         """Return seed and states: numbers and tensors."""
         return {"seed": self.seed, "states": dict(self._states)}
 
+    @whole_state
     def load_state_dict(self, state: dict[str, Any], other: int = 0) -> None:
         """Go on where a stream stopped.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eff.arguments import check_choice, check_number, check_whole
+from lightning_eff.documents import whole_state
 from lightning_eff.privacy.selection.granularity import Granularity, Scope, Units
 from lightning_eff.privacy.selection.schedule import RateSchedule
 from lightning_eff.privacy.selection.selected import Selection
@@ -195,6 +196,7 @@ class SelectionPlan:
         chosen = {name: self._current[name].state() for name in self._free}
         return {"selector": selector, "key": list(self._key), "chosen": chosen}
 
+    @whole_state
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote; a choice that still holds is not made anew."""
         if hasattr(self.selector, "load_state_dict"):

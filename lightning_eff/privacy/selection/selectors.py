@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_eff.arguments import check_choice, check_whole
 from lightning_eff.batch import LossFunction
+from lightning_eff.documents import whole_state
 from lightning_eff.privacy.public_data import (
     PublicSource,
     check_not_private,
@@ -91,6 +92,7 @@ class Selector:
         """Plain Python and tensors."""
         return {}
 
+    @whole_state
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote."""
 
@@ -226,6 +228,7 @@ class NoisyGradientSelector(Selector):
         """Steps seen and energies."""
         return {"steps": self._steps, "energy": {name: energy.cpu() for name, energy in self._energy.items()}}
 
+    @whole_state
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` wrote."""
         self._steps = state["steps"]

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from lightning_eff.batch import LossFunction
+from lightning_eff.documents import whole_state
 from lightning_eff.pruning.borrowing import borrowed
 from lightning_eff.pruning.dirichlet.data import Data, Likelihood, size_of
 from lightning_eff.pruning.dirichlet.gradients import SwitchGradients
@@ -168,6 +169,7 @@ class SwitchTraining:
             "settling": self._settling.state_dict(),
         }
 
+    @whole_state
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there: batches that were seen are drawn and passed over, so the loader should repeat its order."""
         self.switches.load_state_dict(state["switches"])
@@ -287,6 +289,7 @@ class _Settling:
     def state_dict(self) -> dict[str, Any]:
         return {"before": dict(self._before), "quiet": self._quiet}
 
+    @whole_state
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._before, self._quiet = dict(state["before"]), state["quiet"]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_eff.documents import whole_state
 from lightning_eff.pruning.dirichlet.options import DirichletOptions
 from lightning_eff.pruning.dirichlet.posterior import DirichletPosterior, dirichlet_kl
 
@@ -94,6 +95,7 @@ class Switches:
             "generator": self._generator.get_state(),
         }
 
+    @whole_state
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned."""
         with torch.no_grad():
