@@ -5,7 +5,8 @@ epoch has come: a resumed run sees the batches the uninterrupted one would have 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from types import MappingProxyType
 from typing import Any
@@ -104,6 +105,18 @@ class ResumableLoader(DataLoader[Any]):
     def load_state_dict(self, state: Mapping[str, int | None]) -> None:
         """Make the next iteration skip the batches handed out before, if it is of the same epoch."""
         self._loaded = dict(state)
+
+    @contextmanager
+    def aside(self) -> Generator[None, None, None]:
+        """Inside the block the loader gives whole epochs, and nothing of it is counted as handed out.
+
+        For whoever reads it beside a Trainer, whose own pass is under way or is to go on where a checkpoint left it.
+        """
+        held, self._loaded = (self._loaded, self._seen), {}
+        try:
+            yield
+        finally:
+            self._loaded, self._seen = held
 
     @property
     def _epoch(self) -> int | None:

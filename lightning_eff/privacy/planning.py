@@ -90,7 +90,7 @@ class PrivacyPlan:
         check_number("batch_size", batch_size, above=0)
         for name, number in (("epochs", epochs), ("steps", steps)):
             if number is not None:
-                check_whole(name, number)
+                check_whole(name, number, least=0)
         batch_size = min(batch_size, num_samples)
         per_epoch = math.ceil(num_samples / batch_size) if steps_per_epoch is None else steps_per_epoch
         total = steps if steps is not None else (epochs or 0) * per_epoch

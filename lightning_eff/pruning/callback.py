@@ -120,6 +120,7 @@ class StructuredPruningCallback(Callback):
         self._finished = False
         self._record = Record()
         self._protected: dict[str, str] | None = None
+        self._epoch_begun: int | None = None
         self._masks = Masks()
         self._graph: ChannelGraph | None = None
         self._example: Any = None
@@ -195,9 +196,15 @@ class StructuredPruningCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the next step when its epoch has come."""
+        self._epoch_begun = trainer.current_epoch
         if self._steps_done < self.schedule.steps and trainer.current_epoch >= self.schedule.epoch(self._steps_done):
             with untouched_generators():
                 self._prune(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The same where a run goes on from the last batch of an epoch, which skips the start of the next."""
+        if batch_idx == 0 and self._epoch_begun != trainer.current_epoch:
+            self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut what was only masked, measure the fine-tuned network, write and print the report."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain, islice, zip_longest
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_eff.batch import SplitBatch, batch_size, call_model
 from lightning_eff.batch import split_batch as split_pair
+from lightning_eff.data.loading import ResumableLoader
 from lightning_eff.pruning.samples import Samples, length_of, samples_in
 from lightning_eff.pruning.settings import Calibration
 from lightning_eff.pruning.values import ValueFunction, per_sample
@@ -178,7 +179,8 @@ class TrainerData:
         yield from self._on_device(loader, limit)
 
     def _on_device(self, loader: Any, limit: int | None) -> Iterator[Any]:
-        with _own_workers(loader):
+        aside = loader.aside() if isinstance(loader, ResumableLoader) else nullcontext()
+        with _own_workers(loader), aside:
             for batch in islice(loader, limit):
                 batch = self._trainer.precision_plugin.convert_input(batch)
                 batch = self._pl_module._on_before_batch_transfer(batch)
