@@ -293,7 +293,13 @@ def look(fast: Fast, out: Path, printed: str) -> None:
         fast.check(out)
 
 
-@pytest.mark.parametrize("name", stems(EXAMPLES, ".py"))
+def scripts() -> list[Any]:
+    """Names of all scripts; those that are not quick even when fast are marked slow."""
+    slow = ("fashion_resnet18_shapley", "overview")
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in stems(EXAMPLES, ".py")]
+
+
+@pytest.mark.parametrize("name", scripts())
 def test_script_runs_in_its_fast_variant(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
