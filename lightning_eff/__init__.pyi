@@ -134,6 +134,9 @@ from .pruning import (
     dirichlet_kl as dirichlet_kl,
     dirichlet_scores as dirichlet_scores,
 )
+from .reporting import (
+    Report as Report,
+)
 from .surgery import (
     ChannelGraph as ChannelGraph,
     PruningPlan as PruningPlan,
