@@ -168,7 +168,7 @@ def test_a_long_plan_is_told_in_few_rows_with_its_end():
     [
         ({"epochs": 1, "steps": 5, "noise_multiplier": 1.0}, "give epochs or steps"),
         ({"noise_multiplier": 1.0}, "give epochs or steps"),
-        ({"epochs": 0.5, "noise_multiplier": 1.0}, "epochs must be a whole number >= 1, got 0.5"),
+        ({"epochs": 0.5, "noise_multiplier": 1.0}, "epochs must be a whole number >= 0, got 0.5"),
         ({"epochs": 1}, "exactly one of noise_multiplier and target_epsilon"),
     ],
 )
