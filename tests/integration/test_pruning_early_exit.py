@@ -129,7 +129,7 @@ def test_a_cut_in_any_phase_is_trained_on(regime: str, start: int) -> None:
 
 def test_switches_of_a_backbone_that_stands_still_are_refused() -> None:
     module = exits("disjoint")
-    with pytest.raises(ValueError, match="the loss does not depend on the channels of network.backbone.4"):
+    with pytest.raises(ValueError, match="the loss does not depend on the channels of"):
         trainer(dirichlet(schedule=Schedule(start=3)), max_epochs=4).fit(module, loader(), loader(24, 2))
 
 

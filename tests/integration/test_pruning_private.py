@@ -84,7 +84,7 @@ def test_a_cut_by_public_data_costs_nothing_and_the_run_stays_private(make: Any)
     assert strategy.ledger.caveats == plain.ledger.caveats == []
     told = [one for one in strategy.ledger.assumptions if "chose during training which channels stay" in one]
     assert told == [
-        f"{make().__class__.__name__} chose during training which channels stay, on data that were given to it as public."
+        f"{type(make()).__name__} chose during training which channels stay, on data that were given to it as public."
     ]
 
 
