@@ -115,6 +115,7 @@ class EpisodicModule(LightningModule):
         if stage == "fit":
             check_trainer(self.trainer, self.agent)
             tell_of_missed_checkpoints(self.trainer)
+            self.policy.train()  # Lightning warns of modules that are not
 
     def configure_optimizers(self) -> Any:
         """Return the agent's own optimizers, of actor, critics and temperature, then the backbone's."""
@@ -129,13 +130,19 @@ class EpisodicModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Bring what is no submodule to the device."""
-        self.sac.move_to(self.device)
-        self.policy.train()  # Lightning warns of modules that are not
-        if self._stream is None:
-            self._stream = RandomStream(self._seed + self.trainer.global_rank)
+        self._begin()
         self._warned_of_warmup = False
         if self.glimpse.max_view == self.glimpse.camera_size:
             rank_zero_info("The largest field of view is the smallest one: the agent's zoom has no effect.")
+
+    def on_train_start(self) -> None:
+        """Bring it there where a tuner trains before the fit begins."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self.sac.move_to(self.device)
+        if self._stream is None:
+            self._stream = RandomStream(self._seed + self.trainer.global_rank)
 
     # Training
 
@@ -394,6 +401,7 @@ class EpisodicModule(LightningModule):
         if resumes:
             self._buffer.load_state_dict(saved["buffer"])
         self.counts, self.sac._n_updates = Counts(**saved["counts"]), saved["updates"]
+        self._stream = None  # of a checkpoint from before the fit, as tuners write them
         if saved["stream"] is not None:
             self._stream = RandomStream(self._seed)
             self._stream.load_state_dict(saved["stream"], other=trainer.global_rank)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -28,6 +29,12 @@ def check_trainer(trainer: Trainer, agent: AgentConfig) -> None:
         raise ValueError(
             f"{type(strategy).__name__} splits or wraps parameters that Stable-Baselines3 holds itself: use one device "
             'or strategy="ddp_find_unused_parameters_true"'
+        )
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+        raise ValueError(
+            "StochasticWeightAveraging averages what one optimizer trains, and agent and backbone have optimizers of "
+            "their own: use EMAWeightAveraging"
         )
     if isinstance(precision, HalfPrecision):
         raise ValueError(

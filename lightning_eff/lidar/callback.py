@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -89,6 +90,14 @@ class LidarSaSCallback(Callback):
         self.result: LineSelection | None = None
         self.evaluation: LineEvaluation | None = None
         self._epoch: int | None = None  # of the last selection in this fit
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a precision that depths would not survive."""
+        if stage == "fit" and isinstance(trainer.precision_plugin, HalfPrecision):
+            raise ValueError(
+                f"{type(self).__name__} measures depths, whose metres precision={trainer.precision!r} rounds before "
+                "they are seen: use 'bf16-mixed', or select lines by trainer.fit of a LidarSaSSelector afterwards"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what could not be done at the end, before training."""

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -200,7 +201,13 @@ class LidarSaSSelector(LightningModule):
         return torch.optim.SGD([self.anchor], lr=0.0)
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision of the trainer that depths would not survive."""
+        """Refuse a precision of the trainer that depths would not survive, and averages that would change the model."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if stage == "fit" and any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+            raise ValueError(
+                "StochasticWeightAveraging would estimate the statistics of the model's BatchNorm layers anew, and "
+                f"{type(self).__name__} trains nothing that could be averaged: leave it out"
+            )
         if self.trainer.precision not in ("32-true", "64-true"):
             raise ValueError(
                 f"expected a trainer of precision 32-true, got {self.trainer.precision}: the network's precision is "
@@ -234,6 +241,7 @@ class LidarSaSSelector(LightningModule):
         """Begin to time the round."""
         self._clock = time.perf_counter()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluate the coalitions of this round, and end it with its last batch."""
         rounds = min(self.trainer.current_epoch + 1, self.study.settings.estimation.rounds)
@@ -322,11 +330,13 @@ class LidarSaSSelector(LightningModule):
         """Prepare to measure."""
         self._prepare_to_measure("test")
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure all selections."""
         if not self._is_fitting:
             self._measure(batch)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measure all selections."""
         self._measure(batch)
@@ -387,6 +397,7 @@ class LidarSaSSelector(LightningModule):
 
     # predict
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Dense depth `[B, 1, H, W]` in metres from the lines selected for the first `k`."""
         masked = self.mask(batch, self.study.settings.k[0])
@@ -518,9 +529,12 @@ class LidarSaSSelector(LightningModule):
                 f"expected the model whose values the checkpoint holds (hash {state['model']}), got another: model "
                 f"{own}; load the same weights before resuming"
             )
+        if resumes:  # a tuner's trial may have come first, which ends like a fit
+            self.study = LineStudy(self.model, self.study.settings, gathered)
+            self.trainer.should_stop &= not self._finished
         self.study.load_state_dict(state)
         self._other_choice = choose_again(self.study, state["choice"], fitting=resumes) and resumes
-        self._loaded = True
+        self._loaded = self.study.estimation is not None
 
 
 def _ranges(lines: Sequence[int]) -> str:

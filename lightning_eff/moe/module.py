@@ -26,6 +26,7 @@ from lightning_eff.moe.decoder import DecoderConfig
 from lightning_eff.moe.distributed import Experts, shard_model
 from lightning_eff.moe.model import DecoderLM
 from lightning_eff.moe.window import LossWindow
+from lightning_eff.steps import planned_steps
 
 #: Targets that count in no loss, as torch's cross-entropy has it.
 IGNORED_TARGET = -100
@@ -105,6 +106,7 @@ class MoEScalingModule(LightningModule):
         self._losses = LossWindow(loss_window)
         self._since_step: list[Tensor] = []  # losses of the micro-batches of an optimizer step
         self._batch_shape = (0, 0)
+        self._steps: int | float = 0  # of the whole run
 
     def setup(self, stage: str) -> None:
         """Check that text and network fit together, and that nobody averages weights which are not there yet."""
@@ -151,9 +153,14 @@ class MoEScalingModule(LightningModule):
         return logits
 
     def on_train_start(self) -> None:
-        """Forget batches of a step that an earlier fit did not get to make."""
+        """Forget batches of a step that an earlier fit did not get to make; a tuner may have changed the steps."""
         self._since_step = []
         forget_loads(self._network())
+        if self._steps and self._steps != planned_steps(self.trainer):
+            self._steps = planned_steps(self.trainer)
+            for schedule in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+                for group, peak in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+                    group["lr"] = peak * self._factor(schedule.last_epoch)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch, auxiliary losses included."""
@@ -202,22 +209,22 @@ class MoEScalingModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer over all parameters, and warm-up and cosine over the steps of the run."""
         optimizer = self.optimizer(self.parameters())
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
+        self._steps = planned_steps(self.trainer)
+        if math.isinf(self._steps):
             raise ValueError(
                 "the learning rate falls over the whole run, which must have an end: give the Trainer max_steps or "
                 "max_epochs"
             )
-        warmup = round(self.warmup_fraction * steps)
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-            return self.final_lr_fraction + (1 - self.final_lr_fraction) * (1 + math.cos(math.pi * progress)) / 2
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _factor(self, step: int) -> float:
+        """Learning rate of a step, over the peak."""
+        warmup = round(self.warmup_fraction * self._steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, self._steps - warmup))
+        return self.final_lr_fraction + (1 - self.final_lr_fraction) * (1 + math.cos(math.pi * progress)) / 2
 
     @property
     def flops_seen(self) -> int:

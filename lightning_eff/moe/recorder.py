@@ -17,6 +17,7 @@ from lightning_eff.documents import parsed, whole_state
 from lightning_eff.moe.module import MoEScalingModule
 from lightning_eff.moe.scaling.laws import load_law
 from lightning_eff.moe.scaling.runs import append_run, run_names
+from lightning_eff.steps import planned_steps
 from lightning_eff.surgery.in_trainer import cutters
 
 
@@ -75,7 +76,7 @@ class RunRecorder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take note of time and of the steps to come."""
-        self._began, self._planned = time.perf_counter(), trainer.estimated_stepping_batches
+        self._began, self._planned = time.perf_counter(), planned_steps(trainer)
         before = _module(pl_module).tokens_seen
         if before and trainer.global_step == 0:
             rank_zero_warn(

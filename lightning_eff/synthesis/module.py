@@ -27,11 +27,12 @@ from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.batch import SplitBatch
 from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.documents import whole_state
+from lightning_eff.steps import planned_steps
 from lightning_eff.surgery.state import quiet_model
 from lightning_eff.surgery.structure import prunable
 from lightning_eff.synthesis.checkpoint import joined_history, promises, release_fingerprint, require_identity
 from lightning_eff.synthesis.embedding import MeanEmbedding
-from lightning_eff.synthesis.features import NTKFeatures
+from lightning_eff.synthesis.features import MMD2Terms, NTKFeatures
 from lightning_eff.synthesis.loaders import DataFreeModule, StepToken
 from lightning_eff.synthesis.networks import FCFeatureNet
 from lightning_eff.synthesis.options import (
@@ -330,7 +331,7 @@ class DPNTKGenerator(DataFreeModule):
             raise RuntimeError(f"training got a batch of data, which the release does not cover: {_TWO_WAYS}")
         x, y = self._samples(self.current_epoch, batch_idx)
         with torch.autocast(x.device.type, enabled=False):
-            terms = self.features.mmd2_terms(
+            terms: MMD2Terms = self.features.mmd2_terms(
                 self._released(), x.float(), y, weights=self._class_weights(), estimator=self.matching.estimator
             )
         self.steps_trained, self._trained_on = self.steps_trained + 1, self._in_use
@@ -510,7 +511,7 @@ class DPNTKGenerator(DataFreeModule):
             return torch.optim.lr_scheduler.StepLR(optimizer, self.matching.lr_period, 0.9)
         if self.matching.lr_schedule == "constant":
             return None
-        total = self.trainer.estimated_stepping_batches
+        total = planned_steps(self.trainer)
         if math.isinf(total):
             raise ValueError(
                 "a cosine schedule ends where training ends: set max_epochs or max_steps of the Trainer, or "

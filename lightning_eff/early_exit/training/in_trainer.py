@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_eff.early_exit.training.phases import Phase
+from lightning_eff.steps import steps_of_epoch
 from lightning_eff.surgery.state import untouched_generators
 from lightning_eff.surgery.structure import averaged_models
 
@@ -53,8 +54,8 @@ def first_batch(trainer: Trainer, pl_module: LightningModule) -> Any:
     return tree_map(lambda x: x.to(floating) if isinstance(x, Tensor) and x.is_floating_point() else x, batch)
 
 
-def steps_per_epoch(trainer: Trainer) -> int | None:
-    """Count optimizer steps of an epoch, None where the training data has no length.
+def steps_of_epochs(trainer: Trainer, first: int) -> Iterator[int]:
+    """Count the optimizer steps of one epoch after the other, from the ``first`` on; none where data have no length.
 
     Before the fit begins, Lightning's loop sets its data up for counting and then never loads the state that loaders
     have in a checkpoint. So what was set up for counting is dropped.
@@ -63,12 +64,14 @@ def steps_per_epoch(trainer: Trainer) -> int | None:
     begun = loop._combined_loader is not None
     with untouched_generators():
         loop.setup_data()
-        batches = trainer.num_training_batches
         if not begun and loop._data_fetcher is not None:
             loop._data_fetcher.teardown()
             loop._combined_loader = None
-    # the last step of an epoch may see fewer batches
-    return None if batches == math.inf else math.ceil(batches / trainer.accumulate_grad_batches)
+    for epoch in count(first):
+        steps = steps_of_epoch(trainer, epoch)
+        if not steps:
+            return
+        yield steps
 
 
 def check_trainer(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from itertools import accumulate, islice
 from typing import Any
 
 import lightning.pytorch as L
@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.early_exit.network import MultiExitNetwork
-from lightning_eff.early_exit.training.in_trainer import steps_per_epoch
+from lightning_eff.early_exit.training.in_trainer import steps_of_epochs
 from lightning_eff.early_exit.training.phases import Phase, PhaseClock, timetable
 from lightning_eff.early_exit.training.schedules import Schedule, build_schedule, check_schedule
 from lightning_eff.surgery.in_trainer import rewrap
@@ -166,10 +166,11 @@ class PhasedModule(L.LightningModule):
         length, counted = self._clock.length, self._clock.table.unit
         if length is None or unit == counted:
             return length
-        steps = steps_per_epoch(self.trainer)
-        if not steps:
-            return None
-        return length * steps if unit == "step" else math.ceil(length / steps)
+        steps = steps_of_epochs(self.trainer, self._clock.began["epoch"])
+        if unit == "step":
+            return sum(islice(steps, length)) or None
+        enough = (epochs for epochs, done in enumerate(accumulate(steps), 1) if done >= length)
+        return next(enough, None)
 
     # Moving on
 

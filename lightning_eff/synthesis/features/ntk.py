@@ -167,8 +167,10 @@ class NTKFeatures(nn.Module):
             ValueError: labels, weights or target do not fit; a class of positive weight has too few samples or no
                 count > 0.
         """
-        return self.mmd2_terms(target, x, y, weights=weights, estimator=estimator, backend=backend).mmd2
+        terms: MMD2Terms = self.mmd2_terms(target, x, y, weights=weights, estimator=estimator, backend=backend)
+        return terms.mmd2
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def mmd2_terms(
         self,
         target: MeanEmbedding,
