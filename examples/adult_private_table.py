@@ -8,7 +8,7 @@ is not private and has a folder of its own, ``not_private``.
 Download adult.data and adult.test from the UCI Machine Learning Repository (doi:10.24432/C5XW20).
 
 Run: python examples/adult_private_table.py --data FOLDER          (ten seconds for the rows, one minute in all)
-     python examples/adult_private_table.py --data FOLDER --fast   (a quarter of a minute: fewer steps and classifiers)
+     python examples/adult_private_table.py --data FOLDER --fast   (2,000 records, fewer steps and classifiers)
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ synthetic rows and tested on real ones, mean of three splits. With 398 records l
 The bounds are taken from the data set, which is public; of private records they would have to be known beforehand.
 
 Run: python examples/breast_cancer_private_table.py          (two minutes)
-     python examples/breast_cancer_private_table.py --fast   (a few seconds: one split, one epsilon, fewer steps)
+     python examples/breast_cancer_private_table.py --fast   (one split, one epsilon, fewer steps)
 """
 
 from __future__ import annotations

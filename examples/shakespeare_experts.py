@@ -9,7 +9,7 @@ The text is --text, or tinyshakespeare.txt in the folder that LIGHTNING_EFF_DATA
 Python's standard library.
 
 Run: python examples/shakespeare_experts.py         (about six minutes of one core)
-     python examples/shakespeare_experts.py --fast  (half a minute: few steps of a small network, to see that it works)
+     python examples/shakespeare_experts.py --fast  (few steps of a small network, to see that it works)
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ subset. Then the selector estimates what every line is worth to it, selects 32, 
 that neither training nor selection saw, beside evenly spread, random, most valuable and best interpolated lines.
 
 Run: python examples/synthetic_lidar_lines.py           (about two minutes on one core)
-     python examples/synthetic_lidar_lines.py --fast    (a quarter of a minute: few frames, to see that it works)
+     python examples/synthetic_lidar_lines.py --fast    (few frames, to see that it works)
 """
 
 from __future__ import annotations

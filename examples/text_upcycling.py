@@ -8,7 +8,7 @@ of a Trainer, `callbacks=[ReplaceFFN(...)]`, is the difference. Writes the table
 The text is --text, or the sources of Python's standard library.
 
 Run: python examples/text_upcycling.py         (about 3 minutes of one core)
-     python examples/text_upcycling.py --fast  (seconds: few steps of a small network, to see that it works)
+     python examples/text_upcycling.py --fast  (few steps of a small network, to see that it works)
 """
 
 from __future__ import annotations

@@ -114,7 +114,9 @@ def test_script_takes_the_arguments_of_all_scripts_and_those_it_is_called_with(s
     given = parser.parse_args(["--fast", "--seed", "7"])
     assert (given.fast, given.seed, given.out) == (True, 7, Path("runs") / script.stem)
     assert {"-h", "--fast", "--seed", "--out"} == {action.option_strings[0] for action in parser._actions[:4]}
-    assert f"python examples/{script.name} --fast" in str(parser.description), "the docstring must tell of --fast"
+    assert re.search(rf"python examples/{script.name} .*--fast", str(parser.description)), (
+        "the docstring must name --fast"
+    )
 
 
 def test_benchmarks_are_there_and_know_the_options_they_are_called_with() -> None:
