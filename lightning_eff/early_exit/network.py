@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.batch import SplitBatch, batch_size, call_model
+from lightning_eff.documents import parsed, reading
 from lightning_eff.early_exit.attaching.attachment import Engine, attach, given_inputs, hooks_from_dict
 from lightning_eff.early_exit.attaching.costs import ExitCosts, exit_costs
 from lightning_eff.early_exit.attaching.features import feature_of
@@ -190,7 +191,8 @@ class MultiExitNetwork(nn.Module):
         Raises:
             ValueError: this network asks for other exits, or has others; the message lists them.
         """
-        names = [one["name"] for one in structure["exits"]]
+        with reading("not where a network had its exits"):
+            names = [parsed(str, one["name"], "name") for one in structure["exits"]]
         own = set(self.exits)
         if not self.built and not isinstance(self._asked, int):
             own = {one for one in self._asked if isinstance(one, str)}
@@ -199,11 +201,18 @@ class MultiExitNetwork(nn.Module):
                 f"the exits differ: missing here are {sorted(set(names) - own)}, only here are "
                 f"{sorted(own - set(names))}; {len(names)} exits were saved, this network has {self.num_exits}"
             )
-        if structure["num_classes"] != self.num_classes:
-            raise ValueError(f"{structure['num_classes']} classes were saved, this network has {self.num_classes}")
+        if structure.get("num_classes") != self.num_classes:
+            raise ValueError(f"{structure.get('num_classes')} classes were saved, this network has {self.num_classes}")
         if not self.built:
-            self._attach({key: structure[key] for key in ("exits", "hooks", "inputs", "engine")})
-            self._costs = None if structure["costs"] is None else ExitCosts.from_dict(structure["costs"])
+            try:
+                with reading("not where a network had its exits"):
+                    costs = structure["costs"]
+                    self._costs = None if costs is None else ExitCosts.from_dict(costs)
+                    self._attach({key: structure[key] for key in ("exits", "hooks", "inputs", "engine")})
+            except ValueError:
+                self._costs = None
+                self.remove()
+                raise
             self._costs_of = Sizes()  # those that the weights will have, which are loaded afterwards
         return self
 

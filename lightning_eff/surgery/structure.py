@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_eff.documents import whole_file
+from lightning_eff.documents import parsed, reading, whole_file
 
 KEY = "lightning_eff.structure"
 VERSION = 1
@@ -102,15 +102,18 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Any] | None) -> No
         ValueError: another version, or layers that the model does not have; nothing has changed then.
     """
     dense = dense_structure(model)
+    if structure is not None:
+        with reading("not the structure of a cut network"):
+            structure = _checked(structure)
     wanted = {**dense, **(structure["modules"] if structure else {})}
-    if structure is not None and structure.get("version") != VERSION:
-        raise ValueError(f"expected a checkpoint structure of version {VERSION}, got {structure.get('version')!r}")
     modules = dict(model.named_modules(remove_duplicate=False))
     unknown = sorted(set(wanted) - set(modules))
     if unknown:
         raise ValueError(
             f"the checkpoint is of another network: {type(model).__name__} has no layer {', '.join(unknown[:5])}"
         )
+    for path, sizes in (structure or {"modules": {}})["modules"].items():
+        _check_layer(path, sizes, dense.get(path) or _attributes(modules[path]))
     for path in wanted:
         if path not in dense:
             modules[path].__dict__[_MEMORY] = structure["dense"][path] if structure else _attributes(modules[path])
@@ -136,6 +139,35 @@ def part_of(structure: Mapping[str, Any] | None, prefix: str) -> dict[str, Any] 
         for name in ("modules", "dense")
     }
     return {"version": structure["version"], **kept}
+
+
+def _checked(structure: Mapping[str, Any]) -> dict[str, Any]:
+    """The structure, if everything in it is of the type it should be."""
+    if structure["version"] != VERSION:
+        raise ValueError(f"expected a checkpoint structure of version {VERSION}, got {structure['version']!r}")
+    layers = {key: parsed(dict[str, dict[str, Any]], structure[key], key) for key in ("modules", "dense")}
+    if layers["modules"].keys() != layers["dense"].keys():
+        raise ValueError(
+            f"expected modules and dense of the same layers, got {[*layers['modules']]}, {[*layers['dense']]}"
+        )
+    return layers
+
+
+def _check_layer(path: str, sizes: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ValueError unless sizes are those of a layer that channels were taken from."""
+    shapes = parsed(dict[str, list[int]], sizes.get("shapes"), f"shapes of {path}")
+    told = {name: value for name, value in sizes.items() if name != "shapes"}
+    fits = told.keys() <= own.keys() and all(
+        _smaller([told[name]], [own[name]]) if isinstance(own[name], int) else _smaller(told[name], own[name])
+        for name in told
+    )
+    if not fits or not all(_smaller(shape, own["shapes"].get(name)) for name, shape in shapes.items()):
+        raise ValueError(f"{path}: expected at most the sizes {dict(own)}, got {dict(sizes)}")
+
+
+def _smaller(sizes: Any, own: Any) -> bool:
+    plain = parsed(list[int], sizes, "sizes")
+    return own is not None and len(plain) == len(own) and all(0 <= a <= b for a, b in zip(plain, own, strict=True))
 
 
 def _save(self: Any, checkpoint: dict[str, Any]) -> None:

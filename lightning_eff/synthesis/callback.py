@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_eff.arguments import check_whole
-from lightning_eff.documents import write_text
+from lightning_eff.documents import parsed, whole_state, write_text
 from lightning_eff.reporting import results_folder, save_figure
 from lightning_eff.synthesis.figures import loss_figure, signal_figure
 from lightning_eff.synthesis.module import DPNTKGenerator
@@ -88,10 +88,11 @@ class SynthesisFigures(Callback):
         losses = torch.stack(self._losses).tolist() if self._losses else []
         return {"steps": list(self._steps), "losses": losses}
 
+    @whole_state
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the losses of a checkpoint."""
-        self._steps = list(state_dict["steps"])
-        self._losses = [torch.tensor(loss) for loss in state_dict["losses"]]
+        self._steps = parsed(list[int], state_dict["steps"], "steps")
+        self._losses = [torch.tensor(loss) for loss in parsed(list[float], state_dict["losses"], "losses")]
 
     def _draw_samples(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DPNTKGenerator)

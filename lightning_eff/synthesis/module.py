@@ -26,7 +26,7 @@ from lightning_eff.accounting import PrivacyLedger, gaussian_sigma
 from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.batch import SplitBatch
 from lightning_eff.batch import split_batch as split_pair
-from lightning_eff.documents import whole_state
+from lightning_eff.documents import parsed, whole_state
 from lightning_eff.steps import planned_steps
 from lightning_eff.surgery.state import quiet_model
 from lightning_eff.surgery.structure import prunable
@@ -401,15 +401,20 @@ class DPNTKGenerator(DataFreeModule):
         require_identity(self._identity(), state["identity"])
         saved = PrivacyLedger()
         saved.load_state_dict(state["ledger"])
-        joined, self._releases = joined_history(self.ledger, self._releases, saved, state.get("releases", []))
+        releases = parsed(list[str], state.get("releases", []), "releases")
+        joined, self._releases = joined_history(self.ledger, self._releases, saved, releases)
+        self.embedding = None if state["embedding"] is None else MeanEmbedding.from_state_dict(state["embedding"])
+        self._in_use = None if self.embedding is None else release_fingerprint(self.embedding)
+        self._weights, self.steps_trained = None, parsed(int, state["steps_trained"], "steps_trained")
+        self._trained_on = parsed(str | None, state.get("trained_on"), "trained_on")
+        own = {name: tensor.shape for name, tensor in self.features.state_dict().items()}
+        if {name: tensor.shape for name, tensor in state["features"].items()} != own:
+            raise ValueError(f"expected a feature network of {own}")
+        # what cannot be undone comes last
+        self.features.load_state_dict(state["features"])
         self.ledger.load_state_dict(joined.state_dict())
         self.ledger.max_epsilon = self.release_options.max_epsilon
         self._tell_of_validation()
-        self.features.load_state_dict(state["features"])
-        self.embedding = None if state["embedding"] is None else MeanEmbedding.from_state_dict(state["embedding"])
-        self._in_use = None if self.embedding is None else release_fingerprint(self.embedding)
-        self._weights, self.steps_trained = None, int(state["steps_trained"])
-        self._trained_on = state.get("trained_on")
 
     def _warn_of_classes(self, embedding: MeanEmbedding) -> None:
         usable, drowned = usable_classes(embedding), drowned_classes(embedding)

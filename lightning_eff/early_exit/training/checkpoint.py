@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_eff.documents import parsed
 from lightning_eff.early_exit.attaching.heads import Head
 from lightning_eff.early_exit.inference.policies import Policy, policy_from
 from lightning_eff.early_exit.network import MultiExitNetwork
@@ -66,7 +67,8 @@ def load_phases(
         return None
     if saved["version"] != VERSION:
         raise ValueError(f"expected a checkpoint of early exits in version {VERSION}, got {saved['version']!r}")
-    _check_policy(saved.get("policy"), checkpoint, network)
+    _check_policy(parsed(str | None, saved.get("policy"), "policy"), checkpoint, network)
+    parsed(list[str] | tuple[str, ...], saved.get("not_plain", ()), "not_plain")
     regime = [phase.to_dict() for phase in clock.phases]
     if fitting and regime != saved["regime"]:
         raise ValueError(
@@ -79,15 +81,15 @@ def load_phases(
                 f"the checkpoint was trained with {name}={saved[name]}, this module has {own}: give it the same, or "
                 "load the weights alone and begin anew"
             )
+    structure, why = parsed(dict[str, Any] | None, saved["structure"], "structure"), None
     if regime == saved["regime"]:
         clock.load_state_dict(saved["clock"])
-    if saved["structure"] is None:
-        return None
-    try:
-        network.build_from(saved["structure"])
-    except ValueError as error:
-        return str(error)
-    return None
+    if structure is not None:
+        try:
+            network.build_from(structure)
+        except ValueError as error:
+            why = str(error)
+    return why
 
 
 def _check_policy(saved: str | None, checkpoint: Mapping[str, Any], network: MultiExitNetwork) -> None:
