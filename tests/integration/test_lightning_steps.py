@@ -61,7 +61,8 @@ def test_a_schedule_of_accumulation_equals_a_growing_batch(name: str) -> None:
 @pytest.mark.parametrize("name", [*PRIVATE_CASES, *MANUAL])
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_accumulation_is_refused_where_somebody_else_makes_the_steps(name: str, scheduled: bool) -> None:
-    message = "max_physical_batch_size" if name in PRIVATE_CASES else "not supported for\\s+manual optimization"
+    private = r"take the batch size you want to train with and max_physical_batch_size="
+    message = private if name in PRIVATE_CASES else r"not supported for\s+manual optimization"
     options = {} if scheduled else {"accumulate_grad_batches": 2}
     callbacks = [GradientAccumulationScheduler({0: 2})] if scheduled else []
     with pytest.raises((ValueError, RuntimeError, MisconfigurationException), match=message):
