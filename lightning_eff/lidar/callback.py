@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_eff.arguments import check_whole
@@ -22,7 +21,7 @@ from lightning_eff.lidar.completion.forwarding import Forward
 from lightning_eff.lidar.evaluation import LineEvaluation
 from lightning_eff.lidar.frames import Frame
 from lightning_eff.lidar.in_trainer import frames_in, gathered, on_device, validation_batches
-from lightning_eff.lidar.records import FrameId
+from lightning_eff.lidar.measuring import Measurement
 from lightning_eff.lidar.report import LineSelection
 from lightning_eff.lidar.settings import BASELINES, Baseline, LineGameOptions, Settings, Spread
 from lightning_eff.lidar.study import LineStudy
@@ -149,12 +148,10 @@ class LidarSaSCallback(Callback):
         study.share()
         now = study.note_round()
         result = self.result = study.finish(frames)
-        contestants = study.contestants()
-        measured: dict[FrameId, Tensor | None] = {}
+        measurement = Measurement(study)
         for frame in frames():
-            if frame.id not in measured:
-                measured[frame.id] = study.measure(frame, contestants)
-        found = self.evaluation = study.evaluation("calibration", contestants, measured)
+            measurement.add(frame)
+        found = self.evaluation = measurement.evaluation("calibration")
         logged = {
             "lidar/max_se": now.max_se,
             "lidar/v_empty": result.error_empty,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lightning_eff.documents import parsed, reading
 from lightning_eff.surgery.structure import HINT, KEY, apply_structure, part_of
 
 Options = TypeVar("Options")
@@ -46,7 +47,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
     Of a network that lost channels, the model takes on the shapes first.
     """
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    with reading(f"{path} holds no weights"):
+        loaded = parsed(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True), "what it holds")
     structure = loaded.get(KEY) if isinstance(loaded, Mapping) else None
     for name in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_eff.documents import parsed, reading, write_text
 from lightning_eff.lidar.frames import Frame
@@ -57,6 +57,12 @@ class ValueJournal:
                 self._read(file)
         if not self._own.exists():
             self._append([self._header])
+
+    @classmethod
+    def in_folder(cls, dirpath: Path, header: Mapping[str, Any], process: int = 0) -> ValueJournal:
+        """The journal of a folder whose errors are those of `header`, which gives the file its name."""
+        name = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=4).hexdigest()
+        return cls(dirpath / f"values-{name}.jsonl", header, process)
 
     def __len__(self) -> int:
         return sum(map(len, self._known.values()))
@@ -174,6 +180,18 @@ def fingerprint(*tensors: Tensor) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_hash(model: nn.Module) -> str:
+    """Sixteen hexadecimal digits that change with any weight or buffer of a network."""
+    digest = hashlib.blake2b(type(model).__qualname__.encode(), digest_size=8)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(tensor, Tensor):
+            plain = tensor.detach().cpu().contiguous()
+            digest.update(f"{plain.dtype}{list(plain.shape)}".encode())
+            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
     return digest.hexdigest()
 
 

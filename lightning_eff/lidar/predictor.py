@@ -5,12 +5,15 @@ Shapes: `F` frames, `n` candidates, `h`, `w` of an eighth of the image.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_eff.lidar.records import FrameId
+from lightning_eff.lidar.report import in_order
 from lightning_eff.surgery.state import untouched_generators
 
 SHRINK = 8
@@ -76,6 +79,21 @@ class ValuePredictor(nn.Module):
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
         return model.eval().requires_grad_(False)
+
+    @classmethod
+    def of_frames(
+        cls, thumbnails: Mapping[FrameId, Tensor], values: Mapping[FrameId, Tensor], steps: int, seed: int
+    ) -> ValuePredictor:
+        """Train on the frames that have both; see :meth:`trained`.
+
+        Raises:
+            ValueError: their images are of several sizes.
+        """
+        ids = [id_ for id_ in in_order(thumbnails) if id_ in values]
+        if len({thumbnails[id_].shape for id_ in ids}) > 1:
+            raise ValueError("the predictor needs images of one size: crop them")
+        images = torch.stack([thumbnails[id_] for id_ in ids])
+        return cls.trained(images, torch.stack([values[id_] for id_ in ids]), steps, seed)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> ValuePredictor:

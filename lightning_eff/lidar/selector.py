@@ -7,10 +7,8 @@ Spatially-Aware Shapley Value for Cost-Efficient Depth Completion" (arXiv 2303.1
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,20 +22,22 @@ from torch import Tensor, nn
 
 from lightning_eff.batch import SplitBatch
 from lightning_eff.documents import whole_state
+from lightning_eff.lidar.announcement import announcement
 from lightning_eff.lidar.batches import LidarKeys
 from lightning_eff.lidar.choosing import choose, kept_pixels
 from lightning_eff.lidar.completion.forwarding import Forward
-from lightning_eff.lidar.evaluation import Contestant, LineEvaluation
-from lightning_eff.lidar.frames import Frame, LinePixels
+from lightning_eff.lidar.dynamic import lines_by_frame, predicted_lines
+from lightning_eff.lidar.evaluation import LineEvaluation
+from lightning_eff.lidar.frames import Frame
 from lightning_eff.lidar.hyperparameters import built, load_weights, plain_hyperparameters
 from lightning_eff.lidar.in_trainer import Reader, frames_in, gathered
-from lightning_eff.lidar.journal import ValueJournal
-from lightning_eff.lidar.predictor import thumbnail
+from lightning_eff.lidar.journal import model_hash
+from lightning_eff.lidar.measuring import Measurement
 from lightning_eff.lidar.records import FrameId
-from lightning_eff.lidar.report import LineSelection, in_order
+from lightning_eff.lidar.report import LineSelection
 from lightning_eff.lidar.reuse import choice_of, choose_again
 from lightning_eff.lidar.settings import BASELINES, Baseline, Dynamic, LineGameOptions, Settings, Spread
-from lightning_eff.lidar.study import LineStudy, model_hash
+from lightning_eff.lidar.study import LineStudy
 from lightning_eff.lidar.values import EstimationOptions
 from lightning_eff.reporting import save_figure
 from lightning_eff.surgery.structure import prunable
@@ -139,11 +139,7 @@ class LidarSaSSelector(LightningModule):
             gathered,
         )
         self.evaluations: dict[str, LineEvaluation] = {}
-        self._contestants: list[Contestant] = []
-        self._measured: dict[FrameId, Tensor | None] = {}
-        self._shown: Frame | None = None  # the frame that selected lines are drawn over
-        self._own: dict[FrameId, dict[int, list[int]]] = {}
-        self._pixels: dict[FrameId, LinePixels] = {}
+        self._measurement: Measurement | None = None
         self._modes: list[tuple[nn.Module, bool]] = []
         self._finished = self._loaded = self._other_choice = False
         self._clock = 0.0
@@ -231,8 +227,8 @@ class LidarSaSSelector(LightningModule):
             for frame in self._reader("fit").frames():
                 study.count(frame)
             study.begin()
-        self._open_journal()
-        rank_zero_info(self._announcement())
+        self._keep_values()
+        rank_zero_info(f"{type(self).__name__}: {announcement(study)}")
         self._finished = study.complete and not self._other_choice
         if study.complete:
             self.trainer.should_stop = True
@@ -288,7 +284,7 @@ class LidarSaSSelector(LightningModule):
         for module, mode in self._modes:
             module.training = mode
         if self._other_choice and not self._finished:
-            self._open_journal()
+            self._keep_values()
             self._finish()
 
     def _finish(self) -> None:
@@ -356,25 +352,20 @@ class LidarSaSSelector(LightningModule):
 
     def _prepare_to_measure(self, stage: Literal["validate", "test"]) -> None:
         self.study.selection = self.result
-        self._contestants, self._measured, self._own, self._pixels = self.study.contestants(), {}, {}, {}
-        self._shown = None
         dynamic = self.study.settings.dynamic
+        own = None
         if dynamic is not None:
-            self._own = self._lines_by_frame(stage, dynamic)
+            own = lines_by_frame(self.study, dynamic, self._reader(stage).frames(), self.select)
+        self._measurement = Measurement(self.study, own)
 
     def _measure(self, batch: Any) -> None:
+        assert self._measurement is not None
         for frame in self._frames(batch):
-            self._shown = self._shown or frame
-            if frame.id not in self._measured:
-                found = self.study.measure(frame, self._contestants, self._own.get(frame.id))
-                self._measured[frame.id] = found
-                if found is not None:
-                    self._pixels[frame.id] = LinePixels.count([frame], self.study.settings.num_lines)
+            self._measurement.add(frame)
 
     def _tell(self, stage: str) -> None:
-        found = self.study.evaluation(stage, self._contestants, self._measured)
-        counted = {id_: one for part in gathered(self._pixels) for id_, one in part.items()}
-        pixels = sum(counted.values(), LinePixels(torch.zeros(self.study.settings.num_lines, dtype=torch.int64)))
+        assert self._measurement is not None
+        found, pixels = self._measurement.evaluation(stage), self._measurement.pixels()
         pixels.check(self.study.settings.game.unassigned)
         if pixels.unassigned:
             found.notes.append(f"{100 * pixels.share_unassigned:.1f} % of the pixels belong to no line.")
@@ -390,10 +381,10 @@ class LidarSaSSelector(LightningModule):
         """Draw the points of the selected lines over the first image, for every number of lines."""
         from lightning_eff.lidar.figures import points_figure
 
-        if self._shown is None:
+        if self._measurement is None or self._measurement.first is None:
             return
         for k, lines in self.result.selected.items():
-            save_figure(points_figure(self._shown, lines), directory / f"points_k{k}.png")
+            save_figure(points_figure(self._measurement.first, lines), directory / f"points_k{k}.png")
 
     # predict
 
@@ -411,99 +402,30 @@ class LidarSaSSelector(LightningModule):
         if dynamic is None:
             return self.select(k)
         if dynamic.source == "predictor":
-            return {place: self._predicted(rgb, [k])[k] for place, rgb in enumerate(inputs["rgb"])}
-        ids = [frame.id for frame in self._frames_of(inputs, torch.zeros_like(inputs["sparse"]))]
-        unknown = [frame for frame in ids if frame not in self._own and frame not in self.result.per_frame]
+            return {place: predicted_lines(self.study, rgb, [k])[k] for place, rgb in enumerate(inputs["rgb"])}
+        ids = [frame.id for frame in frames_in(inputs, torch.zeros_like(inputs["sparse"]))]
+        own = {} if self._measurement is None else self._measurement.own
+        unknown = [frame for frame in ids if frame not in own and frame not in self.result.per_frame]
         if unknown:
             raise ValueError(
                 f"there are no values of frame {unknown[0]!r}, which dynamic selection by {dynamic.source!r} needs: "
                 'to measure them takes ground truth; test the frames first, or take Dynamic("predictor")'
             )
         return {
-            place: self._own[frame][k] if frame in self._own else self.select(k, frame=frame)
-            for place, frame in enumerate(ids)
+            place: own[frame][k] if frame in own else self.select(k, frame=frame) for place, frame in enumerate(ids)
         }
-
-    def _predicted(self, rgb: Tensor, sizes: Sequence[int]) -> dict[int, list[int]]:
-        study = self.study
-        if study.predictor is None:
-            raise RuntimeError("the predictor is not trained yet: finish a fit first")
-        values = study.predictor(thumbnail(rgb)[None])[0].double()
-        return {k: study.lines_for(values, k) for k in sizes}
-
-    def _lines_by_frame(
-        self, stage: Literal["validate", "test"], dynamic: Dynamic
-    ) -> dict[FrameId, dict[int, list[int]]]:
-        """For every frame of a loader, on all processes, its own lines for every k."""
-        study, sizes = self.study, list(self.study.settings.k)
-        frames = self._reader(stage).frames()
-        if dynamic.source == "predictor":
-            mine = {frame.id: self._predicted(frame.rgb, sizes) for frame in frames}
-            return {id_: lines for part in gathered(mine) for id_, lines in part.items()}
-        values: dict[FrameId, tuple[str | None, Tensor | None]] = {}
-        known = study.known().per_frame
-        for frame in frames:
-            if dynamic.source == "previous" and frame.sequence is None:
-                raise ValueError(
-                    f'Dynamic("previous") needs to know which frames follow each other, frame {frame.id!r} has no '
-                    "sequence: add `sequence` (and `sample_id`s in the drive's order) to the batches"
-                )
-            if frame.id not in values:
-                own = known.get(frame.id)
-                values[frame.id] = frame.sequence, study.values_of(frame) if own is None else own
-        every = {id_: entry for part in gathered(values) for id_, entry in part.items()}
-        chosen: dict[FrameId, dict[int, list[int]]] = {}
-        before: dict[str | None, Tensor] = {}
-        for id_ in in_order(every):
-            sequence, own = every[id_]
-            used = own if dynamic.source == "oracle" else before.get(sequence)
-            if sequence is not None and own is not None:
-                before[sequence] = own
-            chosen[id_] = {k: self.select(k) if used is None else study.lines_for(used, k) for k in sizes}
-        return chosen
 
     # frames
 
     def _frames(self, batch: Any) -> list[Frame]:
-        inputs, target = self.split_batch(batch)
-        return self._frames_of(inputs, target)
+        return frames_in(*self.split_batch(batch))
 
-    def _frames_of(self, inputs: Mapping[str, Any], target: Tensor) -> list[Frame]:
-        return frames_in(inputs, target)
+    def _keep_values(self) -> None:
+        if self.dirpath is not None and self.study.journal is None:
+            self.study.keep_values(self.dirpath, self.trainer.global_rank)
 
     def _reader(self, stage: Literal["fit", "validate", "test"]) -> Reader:
         return Reader(self.trainer, self, stage, self._frames)
-
-    def _open_journal(self) -> None:
-        if self.dirpath is None or self.study.journal is not None:
-            return
-        header = {
-            "format": 1,
-            "model": model_hash(self.model),
-            "lines": self.study.lines,
-            **{
-                name: entry
-                for name, entry in self.study.told_game().items()
-                if name not in ("candidates", "min_pixels")
-            },
-        }
-        # another network or game has a file of its own
-        name = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=4).hexdigest()
-        self.study.journal = ValueJournal(self.dirpath / f"values-{name}.jsonl", header, self.trainer.global_rank)
-
-    def _announcement(self) -> str:
-        study = self.study
-        assert study.estimation is not None
-        missing = [line for line in range(study.settings.num_lines) if line not in study.lines]
-        null = [line for line in missing if not study.pixels.per_line[line]]
-        left_out = [line for line in missing if line not in null]
-        told = [f"{name}: {_ranges(lines)}" for name, lines in (("null", null), ("left out", left_out)) if lines]
-        return (
-            f"{type(self).__name__}: {len(study.lines)} of {study.settings.num_lines} lines are candidates"
-            + (f" ({'; '.join(told)})" if told else "")
-            + f"; {study.estimation.budget:,} coalitions of each of {study.expected} frames in "
-            f"{study.settings.estimation.rounds} rounds"
-        )
 
     # checkpoints
 
@@ -535,15 +457,3 @@ class LidarSaSSelector(LightningModule):
         self.study.load_state_dict(state)
         self._other_choice = choose_again(self.study, state["choice"], fitting=resumes) and resumes
         self._loaded = self.study.estimation is not None
-
-
-def _ranges(lines: Sequence[int]) -> str:
-    """Increasing numbers in words: 0-3, 7."""
-    parts: Iterator[int] = iter(lines)
-    spans: list[list[int]] = []
-    for line in parts:
-        if spans and line == spans[-1][1] + 1:
-            spans[-1][1] = line
-        else:
-            spans.append([line, line])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)

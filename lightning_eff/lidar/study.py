@@ -1,18 +1,17 @@
-"""The course of a line selection, whoever drives it: count lines, evaluate coalitions, select, measure beside others.
+"""The course of a line selection, whoever drives it: count lines, evaluate coalitions, select.
 
 Frames come one at a time, in any order and on any of several processes; what processes know of them is put together by
 the frames' ids, so that a frame that two of them saw counts once.
 
-Shapes: `n` candidates, `M` coalitions, `S` sets of lines.
+Shapes: `n` candidates, `M` coalitions.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +19,11 @@ from torch import Tensor, nn
 
 from lightning_eff.documents import whole_state
 from lightning_eff.lidar.choosing import choose
-from lightning_eff.lidar.contest import Frames, Gather, PassGame, alone, baseline_lines, contestants
-from lightning_eff.lidar.evaluation import Contestant, LineEvaluation, measure_sets
+from lightning_eff.lidar.contest import Frames, Gather, PassGame, alone, baseline_lines
 from lightning_eff.lidar.frames import Frame, LinePixels
 from lightning_eff.lidar.game import Completion, FrameGame
 from lightning_eff.lidar.gap import GapGame, mean_gap_game
-from lightning_eff.lidar.journal import ValueJournal, agree, frame_fingerprint
+from lightning_eff.lidar.journal import ValueJournal, agree, frame_fingerprint, model_hash
 from lightning_eff.lidar.lines import LidarWarning
 from lightning_eff.lidar.predictor import ValuePredictor, thumbnail
 from lightning_eff.lidar.records import FrameId, FrameRecord
@@ -115,6 +113,17 @@ class LineStudy:
         return self.estimation.lines
 
     # Coalitions.
+
+    def keep_values(self, dirpath: Path, process: int) -> None:
+        """Keep every value in a file of a folder at once; another network or game has a file of its own.
+
+        Args:
+            dirpath: the folder.
+            process: number of this process.
+        """
+        told = {name: one for name, one in self.told_game().items() if name not in ("candidates", "min_pixels")}
+        header = {"format": 1, "model": model_hash(self.completion.model), "lines": self.lines, **told}
+        self.journal = ValueJournal.in_folder(dirpath, header, process)
 
     def frame_game(self, frame: Frame) -> FrameGame:
         """The game of a frame, with what the journal knows of it."""
@@ -217,7 +226,8 @@ class LineStudy:
         self.selection = self.select(game if played else None)
         dynamic = self.settings.dynamic
         if dynamic is not None and dynamic.source == "predictor":
-            self.predictor = self._train_predictor(dynamic.steps)
+            known, seed = self.selection.per_frame, self.settings.estimation.seed
+            self.predictor = ValuePredictor.of_frames(self._thumbnails, known, dynamic.steps, seed)
         return self.selection
 
     def select(self, game: PassGame | None = None) -> LineSelection:
@@ -287,72 +297,6 @@ class LineStudy:
             "dynamic": None if self.settings.dynamic is None else self.settings.dynamic.source,
         }
 
-    # Lines by frame.
-
-    def _train_predictor(self, steps: int) -> ValuePredictor:
-        assert self.selection is not None
-        ids = [id_ for id_ in in_order(self._thumbnails) if id_ in self.selection.per_frame]
-        if len({self._thumbnails[id_].shape for id_ in ids}) > 1:
-            raise ValueError("the predictor needs images of one size: crop them")
-        images = torch.stack([self._thumbnails[id_] for id_ in ids])
-        values = torch.stack([self.selection.per_frame[id_] for id_ in ids])
-        return ValuePredictor.trained(images, values, steps, self.settings.estimation.seed)
-
-    def values_of(self, frame: Frame) -> Tensor | None:
-        """Values of one more frame, `[n]`, at the full budget, or more where it pools frames; None without truth."""
-        assert self.estimation is not None
-        if not self.completion.options.has_truth(frame):
-            return None
-        asked = self.settings
-        budget, count = self.estimation.budget, self.expected
-        if self.estimation.pooled:  # one frame has nothing to be pooled with: as many as solve it alone
-            budget, count = max(budget, 4 * len(self.lines) + 6), 1
-        options = replace(asked.estimation, rounds=1, budget=budget)
-        single = LineEstimation(self.lines, count, options, self.estimation.metric)
-        single.advance(FrameGame(frame, self.lines, self.completion))
-        return single.result().values
-
-    def lines_for(self, values: Tensor, k: int) -> list[int]:
-        """Lines that the values of one frame, `[n]`, select."""
-        return choose(values, [k], self.lines, self.settings.spread)[k].lines
-
-    # Measuring.
-
-    def contestants(self) -> list[Contestant]:
-        """What is measured side by side."""
-        return contestants(self.known(), self.settings)
-
-    def measure(
-        self, frame: Frame, contestants: Sequence[Contestant], own: dict[int, list[int]] | None = None
-    ) -> Tensor | None:
-        """Errors of one frame, `[S, 5]`; None where it has no ground truth.
-
-        Args:
-            frame: the frame.
-            contestants: what is measured.
-            own: for every k the lines that this frame has for itself.
-        """
-        sets: list[Sequence[int]] = []
-        for one in contestants:
-            if one.sets is not None:
-                sets.extend(one.sets)
-            else:
-                assert own is not None
-                sets.append(own[one.k or 0])
-        found = measure_sets(frame, sets, self.completion, self.settings.num_lines)
-        return None if found is None else found[0]
-
-    def evaluation(
-        self, stage: str, contestants: Sequence[Contestant], measured: dict[FrameId, Tensor | None]
-    ) -> LineEvaluation:
-        """Put together what all processes measured."""
-        every = {id_: one for part in self.gather(measured) for id_, one in part.items()}
-        known = {id_: one for id_, one in every.items() if one is not None}
-        notes = []
-        if self.settings.dynamic is not None and self.settings.dynamic.source == "oracle":
-            notes.append("dynamic oracle: every frame's lines by its own ground truth, a bound and no method.")
-        return LineEvaluation.of_frames(stage, contestants, known, skipped=len(every) - len(known), notes=notes)
-
     def known(self) -> LineSelection:
         """The selection; RuntimeError before there is any."""
         if self.selection is None:
@@ -410,15 +354,3 @@ class LineStudy:
         asked = self.settings
         written = {name: str(entry) for name, entry in vars(asked.game).items() if name != "coalition_batch"}
         return {**written, "metric": self.completion.metric, "num_lines": str(asked.num_lines)}
-
-
-def model_hash(model: nn.Module) -> str:
-    """Sixteen hexadecimal digits that change with any weight or buffer of a network."""
-    digest = hashlib.blake2b(type(model).__qualname__.encode(), digest_size=8)
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(tensor, Tensor):
-            plain = tensor.detach().cpu().contiguous()
-            digest.update(f"{plain.dtype}{list(plain.shape)}".encode())
-            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ from line_frames import toy_frame
 from torch import Tensor, nn
 
 from lightning_eff.lidar.completion.hole_filling import PullPushCompletion
+from lightning_eff.lidar.dynamic import values_of
 from lightning_eff.lidar.frames import Frame
 from lightning_eff.lidar.game import Completion
 from lightning_eff.lidar.journal import ValueJournal
@@ -170,7 +171,7 @@ def test_one_more_frame_has_values_where_all_others_were_pooled() -> None:
     study.begin()
     assert study.estimation is not None
     assert study.estimation.pooled
-    values = study.values_of(frames[0])
+    values = values_of(study, frames[0])
     assert values is not None
     assert float(values.sum()) == pytest.approx(drop(study, frames[0]), rel=1e-9)
 

@@ -401,7 +401,7 @@ def test_lines_by_frame_follow_the_frames_own_values_or_those_of_the_frame_befor
         run = fitted(made, loader([different(i) for i in range(4)]))
         held = [different(i, "another") for i in (5, 6, 7)]
         run.test(made, loader(held, shuffle=False), verbose=False)
-        chosen = {name: lines[1] for name, lines in made._own.items()}
+        chosen = {name: lines[1] for name, lines in made._measurement.own.items()}
         assert [chosen[f"frame {i}"][0] for i in (5, 6, 7)] == best[source]
         row = made.evaluations["test"].row(f"dynamic {source}", 1)
         assert row.lines is None
@@ -424,7 +424,7 @@ def test_a_predictor_tells_lines_from_the_image_alone() -> None:
     run = fitted(made, loader(samples))
     held = [{**different(i), "sample_id": f"held {i}"} for i in (0, 1)]
     run.test(made, loader(held, shuffle=False), verbose=False)
-    assert [made._own[f"held {i}"][1] for i in (0, 1)] == [[0], [3]]
+    assert [made._measurement.own[f"held {i}"][1] for i in (0, 1)] == [[0], [3]]
     no_truth = [{k: v for k, v in one.items() if k != "gt"} for one in held]
     depth = run.predict(made, loader(no_truth, shuffle=False))
     assert float(depth[0][1, 0, 0, 0]) == pytest.approx(100 - 3 * 1.25)

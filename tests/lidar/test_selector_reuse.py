@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_selector import different, fitted, lost, selector
 from torch import Tensor
 
+from lightning_eff.lidar.announcement import announcement
 from lightning_eff.lidar.contest import contestants
 from lightning_eff.lidar.lines import LidarWarning
 from lightning_eff.lidar.selector import LidarSaSSelector
@@ -68,7 +69,7 @@ def test_the_frame_before_is_that_of_the_number_before() -> None:
     run = fitted(made, loader([different(i) for i in range(4)]))
     run.test(made, loader([different(i) for i in (10, 8, 9)], shuffle=False), verbose=False)
     # even frames show the lines 0 to 2, odd ones 3 to 5; the first takes the mean values
-    assert [made._own[f"frame {i}"][1] for i in (8, 9, 10)] == [[0], [0], [3]]
+    assert [made._measurement.own[f"frame {i}"][1] for i in (8, 9, 10)] == [[0], [0], [3]]
 
 
 def test_frames_without_a_sequence_follow_no_other() -> None:
@@ -82,10 +83,10 @@ def test_frames_without_a_sequence_follow_no_other() -> None:
 def test_candidates_left_out_are_not_announced_as_null() -> None:
     made = selector(game=LineGameOptions(metric="mae", candidates=[0, 1, 2, 3]))
     fitted(made)
-    assert "4 of 8 lines are candidates (null: 6-7; left out: 4-5)" in made._announcement()
+    assert "4 of 8 lines are candidates (null: 6-7; left out: 4-5)" in announcement(made.study)
     every = selector()
     fitted(every)
-    assert "6 of 8 lines are candidates (null: 6-7);" in every._announcement()
+    assert "6 of 8 lines are candidates (null: 6-7);" in announcement(every.study)
 
 
 # other k or spread than the checkpoint's
