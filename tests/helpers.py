@@ -12,9 +12,13 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import ModuleType
+from typing import IO, Self
 from unittest.mock import patch
+
+import forks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / "examples"
@@ -62,11 +66,16 @@ def run_python(
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
     timeout: float = 300,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run code (``str``) or a file (``Path``) in a new interpreter; AssertionError with the end of its output if it
-    fails or takes longer than ``timeout`` seconds. Processes it started end with it."""
+    """Run code (``str``) or a file (``Path``) in a new process; AssertionError with the end of its output if it
+    fails or takes longer than ``timeout`` seconds. Processes it started end with it.
+
+    ``fresh``: in a new interpreter, where it matters what is imported, how strings are hashed or what memory it takes;
+    else in a fork of one that has imported torch and Lightning.
+    """
     command = [str(code_or_file)] if isinstance(code_or_file, Path) else ["-c", code_or_file]
-    return _run([*command, *args], env, cwd, timeout)
+    return _run([*command, *args], env, cwd, timeout, fresh)
 
 
 def run_cli(
@@ -76,8 +85,8 @@ def run_cli(
     return _run(["-m", "lightning_eff", *args], env, cwd, timeout)
 
 
-# Gloo's threads may outlive the interpreter and abort it (pytorch/pytorch#190489), and a process that ends first would
-# take the others along: all wait for each other, close their group and leave without the interpreter's own end.
+# A process that ends first would take the others along, and Gloo's threads may outlive an interpreter and abort it
+# (pytorch/pytorch#190489): all wait for each other, close their group and leave without the interpreter's own end.
 END_TOGETHER = """
 import os, sys, torch.distributed
 if torch.distributed.is_initialized():
@@ -96,11 +105,13 @@ def run_ddp(
     processes: int = 2,
     env: Mapping[str, str] | None = None,
     timeout: float = 300,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script that builds ``Trainer(accelerator="cpu", devices=DEVICES, strategy="ddp")``.
+    """Run a script that builds ``Trainer(accelerator="cpu", devices=DEVICES, strategy="ddp")``, on gloo.
 
-    Lightning starts the other processes itself, on gloo. The number of processes is in the environment variable
-    ``DEVICES`` as well; the script runs in ``tmp_path``.
+    The processes find each other by the environment that Lightning's launcher sets; with ``fresh``, Lightning itself
+    starts the others, in new interpreters. The number of processes is in the environment variable ``DEVICES`` as well;
+    the script runs in ``tmp_path``.
     """
     script = tmp_path / "ddp_script.py"
     script.write_text(source + END_TOGETHER)
@@ -108,7 +119,7 @@ def run_ddp(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ddp = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DEVICES": str(processes)}
-    return run_python(script, *args, env={**ddp, **(env or {})}, cwd=tmp_path, timeout=timeout)
+    return _run([str(script), *args], {**ddp, **(env or {})}, tmp_path, timeout, fresh, processes)
 
 
 def run_and_kill(
@@ -122,62 +133,98 @@ def run_and_kill(
     """Start a script (source or file), kill it (SIGKILL) when it prints a line that holds ``marker``, and return what
     it printed; AssertionError if it ends by itself or does not print the marker in time."""
     command = [str(script)] if isinstance(script, Path) else ["-c", script]
-    process = _start([*command, *args], env, cwd)
-    late = threading.Timer(timeout, _kill, [process])
-    late.start()
     lines = []
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
+    with _Running([*command, *args], env, cwd, timeout) as running:
+        for line in running.printed:
             lines.append(line)
             if marker in line:
                 return "".join(lines)
-    finally:
-        late.cancel()
-        _kill(process)
-        process.stdout.close()
     raise AssertionError(f"the script ended or was late before it printed {marker!r}:\n{_tail(''.join(lines))}")
 
 
 def _run(
-    command: list[str], env: Mapping[str, str] | None, cwd: str | Path | None, timeout: float
+    command: list[str],
+    env: Mapping[str, str] | None,
+    cwd: str | Path | None,
+    timeout: float,
+    fresh: bool = False,
+    processes: int = 1,
 ) -> subprocess.CompletedProcess[str]:
-    process = _start(command, env, cwd)
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        _kill(process)
-        output, _ = process.communicate()
-        raise AssertionError(f"expected an end within {timeout} s:\n{_tail(output)}") from None
-    finally:
-        _kill(process)
-    if process.returncode != 0:
-        raise AssertionError(f"the process ended with {process.returncode}:\n{_tail(output)}")
-    return subprocess.CompletedProcess(process.args, process.returncode, output)
+    with _Running(command, env, cwd, timeout, fresh, processes) as running:
+        output = running.printed.read()
+        code = running.wait()
+    if running.late:
+        raise AssertionError(f"expected an end within {timeout} s:\n{_tail(output)}")
+    if code != 0:
+        raise AssertionError(f"the process ended with {code}:\n{_tail(output)}")
+    return subprocess.CompletedProcess(command, code, output)
 
 
-def _start(command: list[str], env: Mapping[str, str] | None, cwd: str | Path | None) -> subprocess.Popen[str]:
-    # what a surrounding run may have set must not reach the new process
-    launcher = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "GROUP_RANK", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
-    inherited = {name: value for name, value in os.environ.items() if name not in launcher}
-    paths = [str(REPOSITORY), str(REPOSITORY / "tests"), *filter(None, [inherited.get("PYTHONPATH")])]
-    ours = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.Popen(
-        [sys.executable, *command],
-        env={**inherited, **ours, **(env or {})},
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that processes it starts can be ended with it
-    )
+class _Running:
+    """A process that is killed when its time is over or the block ends, with those it started."""
 
+    def __init__(
+        self,
+        command: list[str],
+        env: Mapping[str, str] | None,
+        cwd: str | Path | None,
+        timeout: float,
+        fresh: bool = False,
+        processes: int = 1,
+    ) -> None:
+        # what a surrounding run may have set must not reach the new process
+        launcher = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "GROUP_RANK", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+        inherited = {name: value for name, value in os.environ.items() if name not in launcher}
+        paths = [str(REPOSITORY), str(REPOSITORY / "tests"), *filter(None, [inherited.get("PYTHONPATH")])]
+        ours = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        environment = {**inherited, **ours, **(env or {})}
+        self._process: subprocess.Popen[str] | ForkServerProcess
+        self.printed: IO[str]
+        if fresh:
+            self._process = subprocess.Popen(
+                [sys.executable, *command],
+                env=environment,
+                cwd=cwd,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,  # so that processes it starts can be ended with it
+            )
+            assert self._process.stdout is not None
+            self.printed = self._process.stdout
+        else:
+            self._process, self.printed = forks.start(command, environment, cwd, processes)
+        self.late = False
+        self._timer = threading.Timer(timeout, self._end)
+        self._timer.start()
 
-def _kill(process: subprocess.Popen[str]) -> None:
-    """End the process and those it started that are still there; gone ones are fine."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    def wait(self) -> int:
+        """Exit status, once it has ended."""
+        if isinstance(self._process, subprocess.Popen):
+            return self._process.wait()
+        self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """End the process and those it started that are still there; gone ones are fine."""
+        assert self._process.pid is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()  # a fork that has just begun has no group yet
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self.kill()
+        self.wait()
+        self.printed.close()
+
+    def _end(self) -> None:
+        self.late = True
+        self.kill()
 
 
 def _tail(output: str, lines: int = 40) -> str:

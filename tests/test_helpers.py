@@ -15,6 +15,22 @@ def test_code_runs_in_a_new_process_with_one_thread():
     assert threads == "1"
 
 
+def test_new_process_knows_torch_and_nothing_of_this_package():
+    code = "import sys; print(*('torch' in sys.modules, 'lightning_eff' in sys.modules, __name__))"
+    assert run_python(code).stdout.split() == ["True", "False", "__main__"]
+
+
+def test_fresh_interpreter_has_imported_nothing():
+    assert run_python("import sys; print('torch' in sys.modules)", fresh=True).stdout.split() == ["False"]
+
+
+def test_unseeded_numbers_of_two_processes_differ():
+    code = "import random, numpy; print(random.random(), numpy.random.rand())"
+    first, second = (run_python(code).stdout.split() for _ in range(2))
+    assert first[0] != second[0]
+    assert first[1] != second[1]
+
+
 def test_file_runs_with_its_arguments_in_the_folder_given(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import os, sys; print(os.getcwd(), sys.argv[1], os.environ['COLOUR'])")
@@ -66,7 +82,8 @@ def test_script_that_never_prints_the_marker_fails():
         run_and_kill("print('hello')", "ready")
 
 
-def test_two_processes_talk_to_each_other(tmp_path):
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_talk_to_each_other(fresh, tmp_path):
     run_ddp(
         """
 import os
@@ -80,6 +97,7 @@ total = fabric.all_reduce(torch.tensor(fabric.global_rank + 1.0), reduce_op="sum
 Path(f"rank{fabric.global_rank}").write_text(str(total.item()))
 """,
         tmp_path,
+        fresh=fresh,
     )
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["3.0", "3.0"]
 
@@ -87,3 +105,12 @@ Path(f"rank{fabric.global_rank}").write_text(str(total.item()))
 def test_failure_in_a_run_of_two_processes_is_reported(tmp_path):
     with pytest.raises(AssertionError, match="seven"):
         run_ddp("raise ValueError('seven')", tmp_path)
+
+
+def test_process_that_fails_takes_the_others_along(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match="seven"):
+        run_ddp(
+            "import os, time\nif os.environ['LOCAL_RANK'] == '1': raise ValueError('seven')\ntime.sleep(60)", tmp_path
+        )
+    assert time.monotonic() - start < 30

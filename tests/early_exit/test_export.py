@@ -157,6 +157,7 @@ def test_one_program_runs_without_this_package(written, tmp_path):
         "assert torch.equal(exits, expected) and logits.shape == (64, 5) and confidence.dtype == torch.float32\n"
         "assert not any(name.startswith('lightning') for name in sys.modules)\n",
         cwd=tmp_path,
+        fresh=True,
     )
 
 

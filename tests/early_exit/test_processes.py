@@ -124,7 +124,7 @@ if __name__ == "__main__":
 def test_spawned_processes_cannot_build_exits_for_their_parent(tmp_path: Path) -> None:
     script = tmp_path / "spawn.py"  # what is spawned reads it again
     script.write_text(SPAWN)
-    assert "refused" in run_python(script).stdout
+    assert "refused" in run_python(script, fresh=True).stdout
 
 
 # The command line

@@ -29,5 +29,5 @@ print("torch" in sys.modules)
 import lightning_eff.glimpse.backbones, lightning_eff.glimpse.tasks, lightning_eff.glimpse.policies
 import lightning_eff.glimpse.exploration, lightning_eff.glimpse.evaluation, lightning_eff.glimpse.figures
 print("torch" in sys.modules, "stable_baselines3" in sys.modules, "gymnasium" in sys.modules)
-""").stdout.split()
+""", fresh=True).stdout.split()
     assert told == ["False", "True", "False", "False"]

@@ -52,4 +52,4 @@ def test_examples_of_docstrings_hold(module: str) -> None:
 def test_laws_and_plans_need_no_torch() -> None:
     heavy = ("torch", "lightning", "matplotlib", "pandas")
     code = f"import sys; import lightning_eff.moe; print([name for name in {heavy} if name in sys.modules])"
-    assert run_python(code).stdout.strip() == "[]"
+    assert run_python(code, fresh=True).stdout.strip() == "[]"

@@ -92,7 +92,7 @@ torch.save({"weights": model.state_dict(), "plan": prune.plan.to_dict(),
            f"rank{run.global_rank}.pt")
 """
     )
-    run_ddp(script, tmp_path)
+    run_ddp(script, tmp_path, fresh=True)  # Lightning itself starts the second one
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["plan"] == second["plan"]
     assert first["stages"] == second["stages"]

@@ -326,7 +326,7 @@ def test_drawing_opens_no_window_and_changes_no_setting():
 def test_import_brings_neither_lightning_nor_what_figures_and_tables_need():
     modules = ("oracle", "diagnostics", "figures", "interaction", "control_variate", "greedy")
     names = ", ".join(f"lightning_eff.shapley.{module}" for module in modules)
-    loaded = run_python(f"import sys, lightning_eff.shapley, {names}; print(*sys.modules)").stdout.split()
+    loaded = run_python(f"import sys, lightning_eff.shapley, {names}; print(*sys.modules)", fresh=True).stdout.split()
     assert "lightning_eff.shapley.figures" in loaded
     assert not {"lightning", "matplotlib", "rich", "scipy"} & set(loaded)
 

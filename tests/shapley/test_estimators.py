@@ -261,7 +261,7 @@ for estimator in (LeaveOneOut(), ExactShapley(depth=2), PermutationShapley(8), P
     assert set(result.top(2).tolist()) == {0, 1}, estimator
     print(result.method)
 assert not any(name.split(".")[0] in ("lightning", "pytorch_lightning", "torchvision") for name in sys.modules)
-""").stdout.split()
+""", fresh=True).stdout.split()
     assert printed == ["leave_one_out", "exact", "permutation", "permutation", "regression", "stratified",
                        "unbiased_kernel", "top_k", "greedy_backward"]  # fmt: skip
 

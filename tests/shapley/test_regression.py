@@ -222,5 +222,5 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 result = RegressionShapley(40_960, chunk_size=512).estimate(game, generator=0)
 assert result.n_evals > 40_000
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-""").stdout.split()[-1]
+""", fresh=True).stdout.split()[-1]
     assert float(peak) < 1000  # MB, the interpreter and torch included
