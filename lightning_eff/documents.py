@@ -7,6 +7,7 @@ or written by another program gets a ``ValueError`` with the file's name.
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import pickle
 import sys
@@ -78,6 +79,10 @@ def reading(what: str) -> Generator[None, None, None]:
     """
     try:
         yield
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place before the beginning of the file was asked for
+            raise
+        raise ValueError(f"{what}: it tells of places that it does not have") from error
     except _MALFORMED as error:
         missing = isinstance(error, KeyError) and f"it has no {error}"
         raise ValueError(f"{what}: {missing or str(error) or type(error).__name__}") from error

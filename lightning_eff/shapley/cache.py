@@ -126,7 +126,9 @@ class CachedGame:
         Raises:
             ValueError: the file was made with another fingerprint, or for another number of players or groups.
         """
-        with reading(f"{path} holds no values of coalitions"), np.load(path, allow_pickle=False) as file:
+        what = f"{path} holds no values of coalitions"
+        # opened here: numpy leaves a file open in which it finds no archive
+        with reading(what), Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             n, n_groups, fingerprint = int(file["n"]), int(file["groups"]), str(file["fingerprint"])
             masks, values, groups = file["masks"], file["values"], file["group"]
             if masks.dtype != np.uint8 or masks.shape != (len(values), -(-n // 8)) or groups.shape != (len(values),):

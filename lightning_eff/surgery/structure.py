@@ -269,9 +269,10 @@ def load_pruned(model: type[M] | M, path: str | Path, **kwargs: Any) -> M:
         return load(path, **{"weights_only": True, **kwargs})
     if kwargs:
         raise TypeError(f"load_pruned takes no options for an instance, got {sorted(kwargs)}")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    weights = checkpoint.get("state_dict", checkpoint)  # or a plain state dict of a whole network
-    state = {key: value for key, value in weights.items() if key != HINT}
+    with reading(f"{path} holds no weights"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        weights = checkpoint.get("state_dict", checkpoint)  # or a plain state dict of a whole network
+        state = {key: value for key, value in weights.items() if key != HINT}
     apply_structure(model, checkpoint.get(KEY))
     model.load_state_dict(state)
     if hasattr(type(model), "on_save_checkpoint"):

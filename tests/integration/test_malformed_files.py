@@ -9,24 +9,29 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutations import FAST, damaged, mutated, only_value_errors, refused, rewritten
+from mutations import FAST, damaged, mutated, only_value_errors, refused, rewritten, same
 from torch import nn
 
 from lightning_eff.accounting import PrivacyLedger
 from lightning_eff.early_exit.attaching.costs import ExitCosts
 from lightning_eff.early_exit.calibration.calibrate import Calibration
 from lightning_eff.early_exit.evaluation.curve import CurveResult
+from lightning_eff.early_exit.inference.export import export_early_exit
+from lightning_eff.early_exit.inference.exported import load_early_exit
+from lightning_eff.early_exit.network import MultiExitNetwork
 from lightning_eff.glimpse.config import GlimpseConfig
 from lightning_eff.glimpse.exploration import Trajectory
 from lightning_eff.lidar.evaluation import LineEvaluation
+from lightning_eff.lidar.hyperparameters import load_weights
 from lightning_eff.lidar.journal import ValueJournal
 from lightning_eff.lidar.report import LineSelection
 from lightning_eff.moe.scaling.fitting import fit_scaling_law
@@ -35,6 +40,7 @@ from lightning_eff.moe.scaling.result import FitResult
 from lightning_eff.moe.scaling.runs import append_run, read_runs, run_names
 from lightning_eff.moe.sweep.points import SWEEP_FILE, read_rows
 from lightning_eff.pruning.allocation import Dense
+from lightning_eff.pruning.dirichlet.memory import SwitchMemory
 from lightning_eff.pruning.memory import ScoreMemory
 from lightning_eff.pruning.random_channel.candidates import Candidate, Candidates
 from lightning_eff.pruning.random_channel.journal import Journal
@@ -42,7 +48,7 @@ from lightning_eff.pruning.record import Record
 from lightning_eff.pruning.report import Scores, Stage
 from lightning_eff.shapley import CachedGame, PermutationShapley, ShapleyResult
 from lightning_eff.shapley.games import TableGame
-from lightning_eff.surgery import ChannelGraph, PruningPlan
+from lightning_eff.surgery import ChannelGraph, PruningPlan, apply_plan, load_pruned, save_pruned
 from lightning_eff.surgery.graph import groups_from_dict
 from lightning_eff.synthesis.tables import CategoricalColumn, NumericColumn, TableSchema
 
@@ -318,6 +324,74 @@ FILES: dict[str, Document] = {
     ),
 }
 
+
+def _cut() -> nn.Module:
+    model = network()
+    apply_plan(model, PLAN, torch.zeros(2, 3))
+    return model
+
+
+def _pruned(folder: Path) -> Path:
+    save_pruned(_cut(), folder / "pruned.ckpt")
+    return folder / "pruned.ckpt"
+
+
+def _load_pruned(path: Path) -> nn.Module:
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    why = refused(lambda: _load(lambda: load_pruned(model, path)))
+    assert why is None or same(dict(model.state_dict()), before)
+    return model
+
+
+def _load(load: Callable[[], Any]) -> None:
+    with suppress(RuntimeError):  # torch's own, which names weights that are missing or of other shapes
+        load()
+
+
+def _weights(folder: Path) -> Path:
+    torch.save({"state_dict": network().state_dict()}, folder / "weights.ckpt")
+    return folder / "weights.ckpt"
+
+
+def _values(folder: Path) -> Path:
+    game = _cached()
+    game(torch.tensor([[True, False, True], [True, True, True]]))
+    game.save(folder / "values.npz")
+    return folder / "values.npz"
+
+
+def _load_values(path: Path) -> CachedGame:
+    game = _cached()
+    why = refused(lambda: game.load(path))
+    assert why is None or len(game) == 0
+    return game
+
+
+def _switches(folder: Path) -> Path:
+    SwitchMemory(folder, 0, "f").keep({"theta": torch.ones(3)})
+    return folder / "scores" / "step0-switches.pt"
+
+
+@cache
+def _exported() -> bytes:
+    exits = MultiExitNetwork(network(), ["0"], 2, example_input=torch.zeros(2, 3), thresholds=0.75)
+    with TemporaryDirectory() as folder:
+        return export_early_exit(exits, Path(folder) / "exits.zip", torch.zeros(2, 3), mode="stages").read_bytes()
+
+
+def _export(folder: Path) -> Path:
+    return rewritten(folder / "exits.zip", _exported())
+
+
+BINARY: dict[str, Document] = {
+    "pruned checkpoint": Document(_pruned, _load_pruned),
+    "weights": Document(_weights, lambda path: _load(lambda: load_weights(network(), path))),
+    "values of coalitions": Document(_values, _load_values, lambda read: read(torch.ones(1, 3, dtype=torch.bool))),
+    "switches": Document(_switches, lambda path: SwitchMemory(path.parents[1], 0, "f").stored()),
+    "exported exits": Document(_export, load_early_exit),
+}
+
 # those that are one nested document
 EDITED = ["plan", "ledger", "law", "fit", "schema", "lines", "scores", "Shapley values", "fingerprint of candidates"]
 
@@ -368,9 +442,20 @@ def fresh(folder: Path) -> Path:
     return made
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, *BINARY])
 def test_whole_file_is_read(name: str, tmp_path: Path) -> None:
-    FILES[name].use(FILES[name].load(FILES[name].make(tmp_path)))
+    document = {**FILES, **BINARY}[name]
+    document.use(document.load(document.make(tmp_path)))
+
+
+@pytest.mark.parametrize("name", BINARY)
+@settings(FAST, max_examples=6)
+@given(data=st.data())
+def test_damaged_archive_is_read_or_refused_with_a_reason(name: str, tmp_path: Path, data: st.DataObject) -> None:
+    document = BINARY[name]
+    path = document.make(fresh(tmp_path))
+    content = data.draw(damaged(path.read_bytes()))
+    only_value_errors(lambda: document.load(rewritten(path, content)), document.use)
 
 
 @pytest.mark.parametrize("name", STATES)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_eff.batch import batch_size
+from lightning_eff.documents import reading
 from lightning_eff.early_exit.attaching.features import BatchDim, select
 from lightning_eff.early_exit.inference.leaving import ExitOutput
 from lightning_eff.early_exit.inference.stream import Departures
@@ -38,14 +39,15 @@ def load_early_exit(path: str | Path) -> ExportedNetwork:
     """
     if not zipfile.is_zipfile(path):
         raise ValueError(f"expected a file that export_early_exit has written, got {path}: it is no archive")
-    with zipfile.ZipFile(path) as archive:
-        if MANIFEST in archive.namelist():
-            return _InStages(json.loads(archive.read(MANIFEST)), archive)
-        if not any(name.endswith(MANIFEST) for name in archive.namelist()):  # a checkpoint, another program
-            raise ValueError(f"expected a file that export_early_exit has written, got {path}: it has no {MANIFEST}")
-    extra = {MANIFEST: ""}
-    program = torch.export.load(path, extra_files=extra)
-    return _InOne(json.loads(extra[MANIFEST]), program)
+    with reading(f"{path} holds no exported network"):
+        with zipfile.ZipFile(path) as archive:
+            if MANIFEST in archive.namelist():
+                return _InStages(json.loads(archive.read(MANIFEST)), archive)
+            if not any(name.endswith(MANIFEST) for name in archive.namelist()):  # a checkpoint, another program
+                raise ValueError(f"expected a file that export_early_exit has written, got one without {MANIFEST}")
+        extra = {MANIFEST: ""}
+        program = torch.export.load(path, extra_files=extra)
+        return _InOne(json.loads(extra[MANIFEST]), program)
 
 
 class ExportedNetwork(ABC):
