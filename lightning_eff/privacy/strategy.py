@@ -19,8 +19,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_eff.privacy.accounted import CHECKPOINT_KEY
 from lightning_eff.privacy.logged import agree_on_logged, metrics_of_the_process
-from lightning_eff.privacy.training import CHECKPOINT_KEY, PrivateTraining
+from lightning_eff.privacy.training import PrivateTraining
 
 
 class DPGradientDropStrategy(PrivateTraining, SingleDeviceStrategy):

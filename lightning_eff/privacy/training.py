@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -21,9 +20,10 @@ from torch.optim import Optimizer
 from lightning_eff.accounting import PrivacyLedger
 from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.privacy import checks
+from lightning_eff.privacy.accounted import CHECKPOINT_KEY, AccountedTraining
 from lightning_eff.privacy.announcement import banner, hyperparameters, tell_loggers, write_reports
 from lightning_eff.privacy.batches import number_of_examples, some_examples
-from lightning_eff.privacy.budget import UNACCOUNTED, Budget, PrivateData, note
+from lightning_eff.privacy.budget import Budget, note
 from lightning_eff.privacy.engine.engine import Clipping
 from lightning_eff.privacy.engine.uses import slices
 from lightning_eff.privacy.inspection import Inspection
@@ -31,11 +31,8 @@ from lightning_eff.privacy.metrics import SpentEpsilon, log_step
 from lightning_eff.privacy.noise import SecretStreams
 from lightning_eff.privacy.options import PrivateTrainingOptions, check_options
 from lightning_eff.privacy.outputs import join_outputs, loss_of
-from lightning_eff.privacy.planning import PrivacyPlan, check_one_of
-from lightning_eff.privacy.public_data import holds_private
-from lightning_eff.privacy.records import check_rows
+from lightning_eff.privacy.planning import check_one_of
 from lightning_eff.privacy.replacement import KnownParameters, replaced
-from lightning_eff.privacy.sampling import CollateOrEmpty, private_loader
 from lightning_eff.privacy.selection.granularity import Granularity
 from lightning_eff.privacy.selection.plan import SelectionPlan
 from lightning_eff.privacy.selection.schedule import RateSchedule
@@ -43,12 +40,10 @@ from lightning_eff.privacy.selection.selected import Selection
 from lightning_eff.privacy.selection.selectors import Selector, SelectorName
 from lightning_eff.privacy.statement import write_statement
 from lightning_eff.privacy.stepping import MaskMode, PrivateStep, StaticMasks
-from lightning_eff.surgery.state import untouched_generators
-
-CHECKPOINT_KEY = "lightning_eff.dp"
+from lightning_eff.privacy.training_data import TrainingData
 
 
-class PrivateTraining(Strategy):
+class PrivateTraining(AccountedTraining):
     """Mixed into a strategy, before it; :class:`DPGradientDropStrategy` tells the arguments."""
 
     global_rank: int
@@ -100,11 +95,7 @@ class PrivateTraining(Strategy):
         self._known: KnownParameters | None = None
         self._spent = SpentEpsilon()
         self._static: StaticMasks | None = None
-        self._private_loaders: list[Any] = []
-        self._data: PrivateData | None = None
-        self._count_drawn: Callable[[], int] | None = None
-        self._drawn = 0
-        self._fewer_rows_seen = False
+        self._data = TrainingData()
         self._plan_is_restored = False
         self._norm_layers: list[tuple[str, torch.nn.Module]] = []
         self._inspection: Inspection | None = None
@@ -121,21 +112,6 @@ class PrivateTraining(Strategy):
         self._accelerator = accelerator
 
     @property
-    def ledger(self) -> PrivacyLedger:
-        """What was done to private data by all fits of this strategy, and what it rests on."""
-        return self._budget.ledger
-
-    @property
-    def epsilon(self) -> float:
-        """Epsilon spent so far, at the ledger's delta."""
-        return self.ledger.epsilon()
-
-    @property
-    def noise_multiplier(self) -> float | None:
-        """sigma; ``None`` until it is found for ``target_epsilon``."""
-        return self._budget.noise_multiplier
-
-    @property
     def active_coordinates(self) -> int:
         """Coordinates that the present step trains; 0 outside of a fit."""
         return 0 if self._step is None else self._step.active_coordinates
@@ -144,36 +120,6 @@ class PrivateTraining(Strategy):
     def selection_state(self) -> dict[str, Selection]:
         """Active coordinates of every parameter in the present step; empty outside of a fit."""
         return {} if self._step is None else dict(self._step.selections)
-
-    def plan(
-        self, num_samples: int | None = None, batch_size: float | None = None, epochs: int | None = None
-    ) -> PrivacyPlan:
-        """Tell what a run costs.
-
-        Args:
-            num_samples: Training samples N. ``None`` takes everything from the fit that runs or ran.
-            batch_size: Expected samples in a step, all processes together.
-            epochs: Passes over the data.
-
-        Raises:
-            ValueError: Something is missing, or the target is out of reach.
-        """
-        budget = self._budget
-        if num_samples is None and budget.plan is not None:
-            return budget.plan
-        if num_samples is None or batch_size is None or epochs is None:
-            raise ValueError("before a fit, plan needs num_samples, batch_size and epochs")
-        return PrivacyPlan.make(
-            num_samples,
-            batch_size,
-            epochs=epochs,
-            noise_multiplier=budget.given_noise,
-            target_epsilon=budget.target_epsilon,
-            delta=budget.given_delta,
-            accountant=self.ledger.accountant,
-            history=self.ledger.history,
-            max_epsilon=self.ledger.max_epsilon,
-        )
 
     def set_static_masks(self, masks: Mapping[str, Tensor], mode: MaskMode) -> None:
         """Train only what the masks leave, for the fit that is beginning or runs.
@@ -199,14 +145,8 @@ class PrivateTraining(Strategy):
         Raises:
             ValueError: Samples of the training data are in it; tells the ways out.
         """
-        for private in self._private_loaders:
-            if data is self._module().trainer.train_dataloader or holds_private(data, private):
-                raise ValueError(
-                    f"{who} would choose by private training data, which epsilon of {type(self).__name__} does not "
-                    "cover: give it data that nobody needs to protect, Calibration(loader=...), and the Trainer a "
-                    "validation loader; or let it follow a plan that was made without private data (plan=...); or "
-                    "prune in a fit on public data before"
-                )
+        trainer = self._module().trainer
+        self._data.refuse(data, trainer.train_dataloader, who, type(self).__name__)
 
     def note_resizing(self, sentence: str, *, public: bool) -> None:
         """Take up parameters that a callback has made smaller or masks, and write down what it went by.
@@ -234,7 +174,6 @@ class PrivateTraining(Strategy):
             checks.check_precision(self.precision_plugin)
             self._static = self._step = None
             self._inspection = Inspection(self.options.isolation_check, self.options.public_buffers)
-            self._fewer_rows_seen = False
             if not self._plan_is_restored:
                 self._plan.start_anew()
             self._plan_is_restored = False
@@ -262,19 +201,15 @@ class PrivateTraining(Strategy):
             return dataloader
         if self._streams is None:
             self._streams = self._make_streams()
-        loader, self._data, self._count_drawn = private_loader(
+        return self._data.draw_from(
             dataloader,
             poisson=self.poisson_sampling,
             streams=self._streams,
             first_step=None if self.options.noise_seed is None else lambda: self.ledger.steps,
             rank=self.global_rank,
             world_size=self.world_size,
+            anew=trainer.fit_loop._combined_loader is not None,
         )
-        if trainer.fit_loop._combined_loader is None:
-            self._private_loaders.append(dataloader)
-        else:  # loaded anew while training runs
-            self._private_loaders = [dataloader]
-        return loader
 
     def on_train_start(self) -> None:
         """Find the noise, count the steps, and say what is about to happen."""
@@ -300,11 +235,10 @@ class PrivateTraining(Strategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Choose what this step trains."""
         super().on_train_batch_start(batch, batch_idx)
-        assert self._count_drawn is not None
-        self._drawn = self._count_drawn()
+        self._data.next_batch()
         module = self._module()
         trainer = module.trainer
-        if self._data != self._budget.data or self._budget.plan_is_over:
+        if self._data.known != self._budget.data or self._budget.plan_is_over:
             self._begin_data()
         checks.refuse_batch_statistics(
             [(name, layer) for name, layer in self._norm_layers if checks.uses_batch_statistics(layer)]
@@ -322,11 +256,6 @@ class PrivateTraining(Strategy):
         assert self._step is not None
         self._step.begin(trainer.global_step, trainer.current_epoch)
 
-    def on_train_end(self) -> None:
-        """See what was logged at the end of the last epoch."""
-        super().on_train_end()
-        self._tell_monitors()
-
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's step on physical batches and collect their clipped sums.
 
@@ -336,7 +265,7 @@ class PrivateTraining(Strategy):
         assert self._inspection is not None
         batch, *others = args
         examples = number_of_examples(batch)
-        self._check_rows(examples)
+        self._data.check_rows(examples, self._as_steps_get_it)
         if not examples:
             return torch.zeros((), device=self.root_device)
         trainer = self._module().trainer
@@ -384,59 +313,40 @@ class PrivateTraining(Strategy):
         self._after_step()
         return output
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write what was spent into the file; never the state of a generator."""
-        checkpoint[CHECKPOINT_KEY] = {
-            **self._budget.state_dict(),
-            "max_grad_norm": self.max_grad_norm,
-            "clipping": self.clipping,
-            "selector": type(self._plan.selector).__name__,
-            "selection": self._plan.state_dict(),
-        }
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Take over what a file tells was spent.
+        """Take over what a file tells was spent, and how far the choice of coordinates was.
 
         Raises:
-            ValueError: A fit is to go on from a file that does not tell it.
+            ValueError: A fit is to go on from a file that does not tell what was spent.
         """
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-        fitting = self._module().trainer.state.fn == TrainerFn.FITTING
         state = checkpoint.get(CHECKPOINT_KEY)
-        if state is not None:
-            if fitting or not self.ledger.steps:
-                self._budget.load_state_dict(state)
-            # another rule starts from nothing
-            if fitting and state["selector"] == type(self._plan.selector).__name__:
-                self._plan.start_anew()
-                self._plan.load_state_dict(state["selection"])
-                self._plan_is_restored = True
-        elif fitting:
-            if not self.options.allow_unaccounted_resume:
-                raise ValueError(
-                    f"{checkpoint_path} does not tell what was spent before (it has no {CHECKPOINT_KEY!r}), so epsilon "
-                    "would be too small. To begin with its weights, load them with load_from_checkpoint and fit "
-                    "without ckpt_path; to go on all the same, set allow_unaccounted_resume=True, which every report "
-                    "tells"
-                )
-            note(self.ledger.caveats, UNACCOUNTED)
+        fitting = self._module().trainer.state.fn == TrainerFn.FITTING
+        # another rule starts from nothing
+        if fitting and state is not None and state["selector"] == type(self._plan.selector).__name__:
+            self._plan.start_anew()
+            self._plan.load_state_dict(state["selection"])
+            self._plan_is_restored = True
         return checkpoint
 
     def teardown(self) -> None:
         """Let go of the step, the key of the noise and the loaders, and write the reports of a fit."""
         if self._streams is not None and self.options.dirpath is not None and self.global_rank == 0:
             write_reports(self.ledger, self.options.dirpath)
-        self._step = self._streams = self._static = self._inspection = self._count_drawn = None
-        self._private_loaders, self._norm_layers = [], []
+        self._step = self._streams = self._static = self._inspection = None
+        self._data, self._norm_layers = TrainingData(), []
         self._plan_is_restored = False
         super().teardown()
         # a Trainer refuses a strategy that has one already, unless it is told nothing about it
         self._idle_accelerator, self._accelerator = self.accelerator, None
 
-    def _module(self) -> LightningModule:
-        assert self.lightning_module is not None
-        return self.lightning_module
+    def _settings_state(self) -> dict[str, Any]:
+        return {
+            "max_grad_norm": self.max_grad_norm,
+            "clipping": self.clipping,
+            "selector": type(self._plan.selector).__name__,
+            "selection": self._plan.state_dict(),
+        }
 
     def _make_streams(self) -> SecretStreams:
         seed = self.options.noise_seed
@@ -445,15 +355,9 @@ class PrivateTraining(Strategy):
     def _begin_data(self) -> None:
         """Get the budget ready for the training data as they are now."""
         trainer = self._module().trainer
-        if len(self._private_loaders) != 1:
-            raise ValueError(
-                f"private training takes one train dataloader, got {len(self._private_loaders)}: samples of several "
-                "take part with several rates, which no accountant counts. Join the data sets, for example with "
-                "ConcatDataset"
-            )
-        self._plan.check_public(self._private_loaders[0])
+        self._plan.check_public(self._data.loader())
         fit = trainer.fit_loop
-        data, planned = self._data, trainer.estimated_stepping_batches
+        data, planned = self._data.known, trainer.estimated_stepping_batches
         assert data is not None
         remaining = None if planned in (float("inf"), -1) else max(0, int(planned) - trainer.global_step)
         asked = max((fit.min_epochs or 0) * data.steps_per_epoch, fit.min_steps or 0) - trainer.global_step
@@ -490,19 +394,10 @@ class PrivateTraining(Strategy):
             (name, layer) for name, layer in module.named_modules() if isinstance(layer, checks.NORM_LAYERS)
         ]
 
-    def _check_rows(self, rows: int) -> None:
-        """Compare the rows of a batch with the samples drawn; fewer ask, once, how many rows a single sample makes."""
-        check_rows(rows, self._drawn)
-        loader = self._private_loaders[0]
-        if rows == self._drawn or self._fewer_rows_seen or not hasattr(loader, "collate_fn"):
-            return
-        self._fewer_rows_seen = True
-        module = self._module()
-        with untouched_generators():
-            one = CollateOrEmpty(loader.collate_fn, loader.dataset).one()
-            one = module._on_before_batch_transfer(self.precision_plugin.convert_input(one), dataloader_idx=0)
-            one = self.batch_to_device(one, dataloader_idx=0)
-        check_rows(rows, self._drawn, number_of_examples(one))
+    def _as_steps_get_it(self, batch: Any) -> Any:
+        """A batch of the loader after all that Lightning does to it before a step."""
+        batch = self._module()._on_before_batch_transfer(self.precision_plugin.convert_input(batch), dataloader_idx=0)
+        return self.batch_to_device(batch, dataloader_idx=0)
 
     def _user_step(self, others: list[Any], kwargs: Mapping[str, Any]) -> Callable[[Any, Any], Tensor]:
         """The user's step on a module (a copy, perhaps) and a batch, as a function that returns the loss."""
@@ -557,15 +452,3 @@ class PrivateTraining(Strategy):
             active_coordinates=float(self.active_coordinates),
             drop_rate=self._plan.dropped,
         )
-
-    def _tell_monitors(self) -> None:
-        trainer = self._module().trainer
-        for sentence in checks.monitors_of_training_metrics(trainer, self.lr_scheduler_configs):
-            if sentence not in self.ledger.caveats:
-                rank_zero_warn(f"{sentence} Let it go by a metric of public data, or by validation.")
-                note(self.ledger.caveats, sentence)
-
-    def _stop(self, trainer: Trainer) -> None:
-        trainer.should_stop = True
-        bound = self.ledger.max_epsilon
-        rank_zero_info(f"Private training stops: one more step would pass max_epsilon = {bound:g}.")

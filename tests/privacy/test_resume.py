@@ -8,10 +8,10 @@ from private_runs import Classifier, equal, fit, loader, private, trainer_of, we
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_eff.accounting import PrivacyEvent
+from lightning_eff.privacy.accounted import CHECKPOINT_KEY
 from lightning_eff.privacy.budget import _begins_with
 from lightning_eff.privacy.selection.plan import SelectionPlan
 from lightning_eff.privacy.selection.selectors import NoisyGradientSelector
-from lightning_eff.privacy.training import CHECKPOINT_KEY
 
 pytestmark = pytest.mark.filterwarnings("ignore:noise_seed makes noise and sampling repeatable")
 
