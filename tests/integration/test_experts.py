@@ -121,6 +121,7 @@ def test_a_head_on_frozen_experts_is_trained_privately_each_sample_by_itself() -
     assert strategy.ledger.caveats == []
 
 
+@pytest.mark.slow
 def test_a_backbone_of_experts_learns_to_explore(tmp_path: Path) -> None:
     backbone = ElasticViT(10, 32, ViTSize(16, 1, 2), patch_size=4, channels=1)
     module = make_module(backbone)

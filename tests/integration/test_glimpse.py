@@ -108,6 +108,7 @@ def test_exits_stand_on_a_backbone_that_sees_whole_images(make: Any) -> None:
     assert torch.allclose(answer.logits, expected.logits, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_backbone_is_trained_privately_before_it_explores(tmp_path: Path) -> None:
     strategy, whole = private(), Whole(vit())
     batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES, torch.arange(6)), batch_size=3)

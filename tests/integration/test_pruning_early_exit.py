@@ -147,6 +147,7 @@ def test_pruning_the_backbone_alone_is_refused_because_heads_read_it() -> None:
     assert widths(module.network.backbone) == [8, 8, 12, 3]
 
 
+@pytest.mark.slow
 def test_calibration_at_the_end_of_the_fit_knows_the_smaller_costs() -> None:
     module = exits()
     trainer(shapley(), ThresholdCalibration(budget=0.8)).fit(module, loader(), loader(24, 2))
@@ -217,6 +218,7 @@ def test_exits_stand_on_a_network_that_was_cut_before_and_their_checkpoint_tells
     assert same_state(loaded, module)
 
 
+@pytest.mark.slow
 def test_the_cut_network_is_exported_and_answers_as_before(tmp_path: Path) -> None:
     module = exits()
     trainer(shapley()).fit(module, loader(), loader(24, 2))
@@ -225,6 +227,7 @@ def test_the_cut_network_is_exported_and_answers_as_before(tmp_path: Path) -> No
         assert torch.allclose(got, wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_criteria_are_compared_on_all_outputs_of_one_network() -> None:
     module = exits()
     graph = ChannelGraph.from_model(module, X[:2])
