@@ -14,9 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -27,6 +25,13 @@ from lightning_eff.pruning.allocation import Dense
 from lightning_eff.pruning.decision import Counts, Decision, best_channels
 from lightning_eff.pruning.masking import Masks, zero_readers
 from lightning_eff.pruning.memory import ScoreMemory, fingerprint, forget, function_bytes
+from lightning_eff.pruning.neighbours import (
+    refuse_averaging_behind,
+    refuse_module,
+    refuse_private_data,
+    refuse_same_layers,
+    tell_strategy,
+)
 from lightning_eff.pruning.record import Record
 from lightning_eff.pruning.repair import Repair, repair
 from lightning_eff.pruning.report import PruneReport, Scores, Stage
@@ -144,17 +149,11 @@ class StructuredPruningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let checkpoints of this module carry their shapes."""
         refuse_unsupported(trainer)
-        if stage == "fit" and (reason := getattr(pl_module, "refuses", {}).get("pruning")):
-            raise MisconfigurationException(f"{type(self).__name__} in a fit of {type(pl_module).__name__}: {reason}")
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if stage == "fit":
-            self._refuse_others(callbacks)
-        for later in callbacks[callbacks.index(self) + 1 :] if self in callbacks else ():
-            if isinstance(later, WeightAveraging | StochasticWeightAveraging):
-                raise MisconfigurationException(
-                    f"{type(later).__name__} must come before {type(self).__name__} in callbacks: at the end of the "
-                    "fit it replaces the weights, which are measured and masked after that"
-                )
+            refuse_module(self, pl_module)
+            refuse_same_layers(self, [one for one in callbacks if isinstance(one, StructuredPruningCallback)])
+        refuse_averaging_behind(self, callbacks)
         if stage == "fit" and structure_of(pl_module) is None:
             self._reset()  # another network than the one this callback pruned before
         if self.layers.submodule:
@@ -186,7 +185,7 @@ class StructuredPruningCallback(Callback):
         """Trace before training, so that what cannot work is told before hours are spent."""
         if self._steps_done < self.schedule.steps:
             with untouched_generators():
-                self._refuse_private(trainer, pl_module)
+                refuse_private_data(self, trainer, self._loaders(self._data(trainer, pl_module)))
                 graph = self._trace(trainer, pl_module)
                 graph.refuse_nothing(type(pl_module).__name__)
                 self._record.dense = self._record.dense or Dense.of(graph)
@@ -275,11 +274,8 @@ class StructuredPruningCallback(Callback):
             self._masks.replace(graph, named.keep)
             self._masks.open(self._model(pl_module))
         self._steps_done += 1
-        if hasattr(trainer.strategy, "note_resizing"):
-            public = self.given_plan is not None or self.calibration.loader is not None
-            trainer.strategy.note_resizing(
-                f"{type(self).__name__} chose during training which channels stay, {self._chosen_by}.", public=public
-            )
+        public = self.given_plan is not None or self.calibration.loader is not None
+        tell_strategy(self, trainer, self._chosen_by, public=public)
         self._record.stages.append(self._measure(f"pruned, step {self._steps_done}", trainer, pl_module))
         self._log(pl_module)
         if self.dirpath is not None and trainer.is_global_zero:
@@ -355,27 +351,7 @@ class StructuredPruningCallback(Callback):
                 zero_readers(module.get_submodule(self.layers.submodule), graph, self.plan)
         self._masks = Masks()
 
-    # Others in the Trainer
-
-    def _refuse_others(self, callbacks: list[Any]) -> None:
-        """Raise where another callback prunes the same layers: each counts channels of the network it has traced."""
-        mine = self.layers.submodule
-        for other in callbacks:
-            if other is self or not isinstance(other, StructuredPruningCallback):
-                continue
-            theirs = other.layers.submodule
-            if _within(mine, theirs) or _within(theirs, mine):
-                raise MisconfigurationException(
-                    f"{type(self).__name__} and {type(other).__name__} prune the same network in one fit, and neither "
-                    "knows what the other has removed: use one fit after the other, one callback with several steps "
-                    "(Schedule(steps=...)), or layers.submodule of parts that do not overlap"
-                )
-
-    def _refuse_private(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise where a strategy that trains privately knows that its data would be read."""
-        if hasattr(trainer.strategy, "refuse_private_data"):
-            for loader in self._loaders(self._data(trainer, pl_module)):
-                trainer.strategy.refuse_private_data(loader, type(self).__name__)
+    # What was looked at
 
     def _loaders(self, data: TrainerData) -> list[Any]:
         """Whatever scores, repairs and reports are made on."""
@@ -469,8 +445,3 @@ class StructuredPruningCallback(Callback):
             self._full_plan().save(self.dirpath / "plan.json")
             self.report.write(self.dirpath)
             rank_zero_info(f"{type(self).__name__}: plan, tables and figure are in {self.dirpath}")
-
-
-def _within(part: str, whole: str) -> bool:
-    """Whether a submodule lies within another, or is it."""
-    return not whole or part == whole or part.startswith(f"{whole}.")
