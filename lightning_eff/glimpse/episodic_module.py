@@ -27,7 +27,13 @@ from lightning_eff.glimpse.backbones.base import GlimpseBackbone, Seen
 from lightning_eff.glimpse.config import ACTION_SIZE, AgentConfig, GlimpseConfig, RewardOptions, TrainingPlan
 from lightning_eff.glimpse.crop import take_glimpse
 from lightning_eff.glimpse.geometry import views_of
-from lightning_eff.glimpse.in_trainer import check_trainer, progress, share_buffers, tell_of_missed_checkpoints
+from lightning_eff.glimpse.in_trainer import (
+    check_trainer,
+    progress,
+    refuse_averages_of_one_optimizer,
+    share_buffers,
+    tell_of_missed_checkpoints,
+)
 from lightning_eff.glimpse.observation import Observation
 from lightning_eff.glimpse.scheduling.options import options_from
 from lightning_eff.glimpse.scheduling.phases import (
@@ -114,6 +120,7 @@ class EpisodicModule(LightningModule):
         """Say what the trainer cannot do, before any work."""
         if stage == "fit":
             check_trainer(self.trainer, self.agent)
+            refuse_averages_of_one_optimizer(self.trainer)
             tell_of_missed_checkpoints(self.trainer)
             self.policy.train()  # Lightning warns of modules that are not
 

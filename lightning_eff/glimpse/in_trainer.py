@@ -30,12 +30,6 @@ def check_trainer(trainer: Trainer, agent: AgentConfig) -> None:
             f"{type(strategy).__name__} splits or wraps parameters that Stable-Baselines3 holds itself: use one device "
             'or strategy="ddp_find_unused_parameters_true"'
         )
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
-        raise ValueError(
-            "StochasticWeightAveraging averages what one optimizer trains, and agent and backbone have optimizers of "
-            "their own: use EMAWeightAveraging"
-        )
     if isinstance(precision, HalfPrecision):
         raise ValueError(
             f"the agent learns in single precision, got precision={precision.precision!r}: use 'bf16-mixed', which "
@@ -52,6 +46,16 @@ def check_trainer(trainer: Trainer, agent: AgentConfig) -> None:
                 f"gradient_clip would clip gradients that precision={precision.precision!r} has scaled: use "
                 "precision='bf16-mixed', or gradient_clip=None"
             )
+
+
+def refuse_averages_of_one_optimizer(trainer: Trainer) -> None:
+    """Raise a ValueError for a callback that averages what a single optimizer trains."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+        raise ValueError(
+            "StochasticWeightAveraging averages what one optimizer trains, and agent and backbone have optimizers of "
+            "their own: use EMAWeightAveraging"
+        )
 
 
 def tell_of_missed_checkpoints(trainer: Trainer) -> None:
