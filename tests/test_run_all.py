@@ -152,6 +152,7 @@ def test_short_is_the_usual_way_and_only_and_skip_choose(folder):
     run_all.main(["--only", "c", "--full"], folder)
     assert ran(folder) == ["a --short", "c "]
     assert [row[0] for row in rows(folder)[2:]] == ["Adding a", "Adding c"]  # what is there already stays
+    assert "Not measured: `b.py`." in (folder / "results.md").read_text()
     with pytest.raises(SystemExit):
         run_all.main(["--only", "d"], folder)
     with pytest.raises(SystemExit):

@@ -156,20 +156,21 @@ def run(
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"environment": here, "benchmarks": found | rest}, indent=1) + "\n")
     file.write_text(json.dumps({"environment": here, "benchmarks": found}, indent=1) + "\n")
-    out.write_text(markdown(here, found), encoding="utf-8")
+    missing = [name for name in keep if name not in found]
+    out.write_text(markdown(here, found, missing), encoding="utf-8")
     return found
 
 
-def markdown(where: dict[str, str], found: dict[str, Entry]) -> str:
+def markdown(where: dict[str, str], found: dict[str, Entry], missing: Sequence[str] = ()) -> str:
     """Everything as it is to stand in a README: the machine, the headlines, further cases, how busy the machine was."""
     versions = ", ".join(f"{name} {where[name]}" for name in (*VERSIONS, *PEERS) if where[name] != "not installed")
     place = f"{where['processor']}, {where['cores']} cores, {where['system']}, Python {where['python']}"
-    tables = headline_table(found), further_table(found), run_table(found)
+    tables = headline_table(found, missing), further_table(found), run_table(found)
     return "\n".join([f"{place}; {versions}.\n", *(table.to_markdown() for table in tables if table.rows)])
 
 
-def headline_table(found: dict[str, Entry]) -> Table:
-    """One row a headline; benchmarks that could not run say why."""
+def headline_table(found: dict[str, Entry], missing: Sequence[str] = ()) -> Table:
+    """One row a headline; benchmarks that could not run say why, those that did not run stand in the caption."""
     lines = [Headline(**fields) for entry in found.values() for fields in entry["headlines"]]
     here = [line for line in lines if not line.aside]
     aims = [f"{sum(verdicts)} of {len(verdicts)}" for verdicts in (_verdicts(here), _verdicts(lines))]
@@ -181,6 +182,8 @@ def headline_table(found: dict[str, Entry]) -> Table:
         f"`python examples/benchmarks/run_all.py{'' if short else ' --full'}` makes this table, "
         f"`python examples/benchmarks/SCRIPT{' --short' if short else ''}` measures its rows."
     )
+    if missing:
+        caption += f" Not measured: {', '.join(f'`{name}.py`' for name in missing)}."
     return _table("Benchmarks", found, False, caption)
 
 

@@ -200,7 +200,7 @@ def tables(seeds: int = SEEDS, repeats: int = 3, methods: Sequence[str] = tuple(
     ]
 
 
-# peers, the published code, ours; SVARM wants more evaluations than these to be of use
+# peers, the published code, ours
 HEADLINED = list(METHODS)[:6]
 
 
