@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -27,7 +26,6 @@ from lightning_eff.arguments import check_number, check_whole
 from lightning_eff.batch import SplitBatch
 from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.documents import parsed, whole_state
-from lightning_eff.steps import planned_steps
 from lightning_eff.surgery.state import quiet_model
 from lightning_eff.surgery.structure import prunable
 from lightning_eff.synthesis.checkpoint import joined_history, promises, release_fingerprint, require_identity
@@ -43,17 +41,17 @@ from lightning_eff.synthesis.options import (
     plain_options,
 )
 from lightning_eff.synthesis.processes import ONE_RELEASE, Processes
-from lightning_eff.synthesis.reading import PrivateData, records_of
+from lightning_eff.synthesis.reading import PrivateData, encoded, records_of
 from lightning_eff.synthesis.release import NOT_PRIVATE, release_mean_embedding
 from lightning_eff.synthesis.report import VALIDATION, PrivacyReport, privacy_report
 from lightning_eff.synthesis.sampling import Labels, class_labels, latent_codes
+from lightning_eff.synthesis.schedule import lr_scheduler
 from lightning_eff.synthesis.signal import (
+    class_warnings,
     class_weights,
-    drowned_classes,
     noise_floor,
     noise_norms,
     signal_norms,
-    usable_classes,
 )
 from lightning_eff.synthesis.spaces import RecordSpace
 from lightning_eff.synthesis.synthetic import SyntheticData
@@ -193,15 +191,7 @@ class DPNTKGenerator(DataFreeModule):
             RuntimeError: This process is one of several that do not run together yet; no record was read.
         """
         epsilon = self.epsilon if epsilon is None else epsilon
-        if isinstance(data, str | Path | LightningDataModule):
-            raise ValueError(
-                "release reads rows, tensors, a data set or a loader, got a "
-                f"{'file name' if isinstance(data, str | Path) else 'data module'}: call "
-                "release(read_csv(path)), with read_csv of lightning_eff.synthesis.tables, or "
-                "trainer.fit(model, datamodule=...)"
-            )
-        if self.schema is not None and _are_rows(data):
-            data = self.schema.encode(data)
+        data = encoded(data, self.schema)
         self.features.to(self.device)
         start = time.perf_counter()
         embedding = release_mean_embedding(
@@ -221,7 +211,8 @@ class DPNTKGenerator(DataFreeModule):
         self._releases.append(self._in_use)
         if math.isinf(epsilon):
             rank_zero_warn(NOT_PRIVATE)
-        self._warn_of_classes(embedding)
+        for sentence in class_warnings(embedding):
+            rank_zero_warn(sentence)
         return embedding
 
     def privacy_report(self) -> PrivacyReport:
@@ -316,7 +307,7 @@ class DPNTKGenerator(DataFreeModule):
     def configure_optimizers(self) -> Any:
         """Adam over the generator's parameters, with the schedule asked for."""
         optimizer = torch.optim.Adam([p for p in self.generator.parameters() if p.requires_grad], self.lr)
-        schedule = self._schedule(optimizer)
+        schedule = lr_scheduler(optimizer, self.matching, self.trainer)
         if schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -416,21 +407,6 @@ class DPNTKGenerator(DataFreeModule):
         self.ledger.max_epsilon = self.release_options.max_epsilon
         self._tell_of_validation()
 
-    def _warn_of_classes(self, embedding: MeanEmbedding) -> None:
-        usable, drowned = usable_classes(embedding), drowned_classes(embedding)
-        if not usable.all():
-            few = ", ".join(str(c) for c in (~usable).nonzero().flatten().tolist())
-            rank_zero_warn(
-                f"class {few}: too few records for this epsilon. Their counts lie within three standard "
-                "deviations of the noise; they are left out of training, and what is generated for them is arbitrary"
-            )
-        if drowned.any():
-            weak = ", ".join(str(c) for c in drowned.nonzero().flatten().tolist())
-            rank_zero_warn(
-                f"class {weak}: the signal of the release is below its noise, so what is generated may show little "
-                "of the records; merge classes, take smaller feature_widths, or allow a larger epsilon"
-            )
-
     def _tell_of_validation(self) -> None:
         if self.release_options.allow_nonprivate_validation and VALIDATION not in self.ledger.not_covered:
             self.ledger.not_covered.append(VALIDATION)
@@ -510,23 +486,3 @@ class DPNTKGenerator(DataFreeModule):
         if self.embedding is None:
             return torch.ones(self.num_classes, dtype=torch.float64)
         return self.embedding.counts.double().cpu()
-
-    def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler | None:
-        if self.matching.lr_schedule == "step":
-            return torch.optim.lr_scheduler.StepLR(optimizer, self.matching.lr_period, 0.9)
-        if self.matching.lr_schedule == "constant":
-            return None
-        total = planned_steps(self.trainer)
-        if math.isinf(total):
-            raise ValueError(
-                "a cosine schedule ends where training ends: set max_epochs or max_steps of the Trainer, or "
-                "MatchingOptions(lr_schedule='constant')"
-            )
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, int(total)))
-
-
-def _are_rows(data: Any) -> bool:
-    """Whether data are a table's rows: by column, one mapping a row, or a data frame."""
-    if isinstance(data, Mapping) or hasattr(data, "columns"):
-        return True
-    return isinstance(data, list | tuple) and bool(data) and isinstance(data[0], Mapping) and "x" not in data[0]

@@ -8,12 +8,14 @@ shards without padding, samplers are asked beforehand which records they would t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,6 +25,7 @@ from lightning_eff.accounting import Adjacency
 from lightning_eff.batch import SplitBatch
 from lightning_eff.synthesis.processes import ONE_RELEASE, Processes
 from lightning_eff.synthesis.samplers import contents_are_compared, records_taken
+from lightning_eff.synthesis.tables import Rows, TableSchema
 
 PrivateData = DataLoader[Any] | Dataset[Any] | tuple[Tensor, Tensor] | Iterable[Any]
 
@@ -251,3 +254,26 @@ def _tensor(value: Any) -> Any:
 
 def _kind(value: Any) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def encoded(data: PrivateData | Rows, schema: TableSchema | None) -> PrivateData:
+    """What a release reads of what was handed to it: rows of a table in the coordinates of their schema.
+
+    Raises:
+        ValueError: It is a file's name or a data module, which are read elsewhere; or rows do not fit the schema.
+    """
+    if isinstance(data, str | Path | LightningDataModule):
+        raise ValueError(
+            "release reads rows, tensors, a data set or a loader, got a "
+            f"{'file name' if isinstance(data, str | Path) else 'data module'}: call "
+            "release(read_csv(path)), with read_csv of lightning_eff.synthesis.tables, or "
+            "trainer.fit(model, datamodule=...)"
+        )
+    return schema.encode(data) if schema is not None and _are_rows(data) else data
+
+
+def _are_rows(data: Any) -> bool:
+    """Whether data are a table's rows: by column, one mapping a row, or a data frame."""
+    if isinstance(data, Mapping) or hasattr(data, "columns"):
+        return True
+    return isinstance(data, list | tuple) and bool(data) and isinstance(data[0], Mapping) and "x" not in data[0]

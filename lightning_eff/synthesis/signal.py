@@ -85,3 +85,22 @@ def noise_floor(embedding: MeanEmbedding, weights: Tensor) -> float:
     A generator whose samples have exactly the private means has this loss in expectation.
     """
     return float((weights.double() * noise_norms(embedding) ** 2).sum())
+
+
+def class_warnings(embedding: MeanEmbedding) -> list[str]:
+    """Sentences on classes of which a release says little or nothing."""
+    told = []
+    usable, drowned = usable_classes(embedding), drowned_classes(embedding)
+    if not usable.all():
+        few = ", ".join(str(c) for c in (~usable).nonzero().flatten().tolist())
+        told.append(
+            f"class {few}: too few records for this epsilon. Their counts lie within three standard "
+            "deviations of the noise; they are left out of training, and what is generated for them is arbitrary"
+        )
+    if drowned.any():
+        weak = ", ".join(str(c) for c in drowned.nonzero().flatten().tolist())
+        told.append(
+            f"class {weak}: the signal of the release is below its noise, so what is generated may show little "
+            "of the records; merge classes, take smaller feature_widths, or allow a larger epsilon"
+        )
+    return told

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_eff.synthesis.tables.columns import CategoricalColumn, NumericColumn, TableColumn, onehot
-from lightning_eff.synthesis.tables.schema import Rows, TableSchema
+from lightning_eff.synthesis.tables.rows import Rows
+from lightning_eff.synthesis.tables.schema import TableSchema
 
 
 def gower_coordinates(schema: TableSchema, rows: Rows) -> NDArray[np.float32]:

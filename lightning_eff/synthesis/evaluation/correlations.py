@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from lightning_eff.synthesis.evaluation.marginals import Cells
 from lightning_eff.synthesis.tables.columns import CategoricalColumn
-from lightning_eff.synthesis.tables.schema import Rows, TableSchema
+from lightning_eff.synthesis.tables.rows import Rows
+from lightning_eff.synthesis.tables.schema import TableSchema
 
 
 def associations(schema: TableSchema, rows: Rows) -> NDArray[np.float64]:

@@ -16,7 +16,8 @@ from torchmetrics import Metric
 
 from lightning_eff.reporting import human
 from lightning_eff.synthesis.tables.columns import CategoricalColumn, NumericColumn, TableColumn, onehot
-from lightning_eff.synthesis.tables.schema import Rows, TableSchema
+from lightning_eff.synthesis.tables.rows import Rows
+from lightning_eff.synthesis.tables.schema import TableSchema
 
 
 class Cells:

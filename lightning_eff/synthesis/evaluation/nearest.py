@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.synthesis.evaluation.coordinates import gower_coordinates
-from lightning_eff.synthesis.tables.schema import Rows, TableSchema
+from lightning_eff.synthesis.tables.rows import Rows
+from lightning_eff.synthesis.tables.schema import TableSchema
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

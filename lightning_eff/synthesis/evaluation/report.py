@@ -21,7 +21,8 @@ from lightning_eff.synthesis.evaluation.downstream import Downstream, train_synt
 from lightning_eff.synthesis.evaluation.figures import marginals_figure, nearest_figure, pairs_figure
 from lightning_eff.synthesis.evaluation.marginals import Cells
 from lightning_eff.synthesis.evaluation.nearest import NearestRecords, nearest_records
-from lightning_eff.synthesis.tables.schema import Rows, TableSchema
+from lightning_eff.synthesis.tables.rows import Rows
+from lightning_eff.synthesis.tables.schema import TableSchema
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,7 +2,8 @@
 
 from lightning_eff.synthesis.tables.columns import CategoricalColumn, Head, NumericColumn, TableColumn
 from lightning_eff.synthesis.tables.data import TabularDataModule, read_csv, split_rows
-from lightning_eff.synthesis.tables.schema import Rows, TableSchema, columns_of, schema_from
+from lightning_eff.synthesis.tables.rows import Rows, columns_of
+from lightning_eff.synthesis.tables.schema import TableSchema, schema_from
 
 __all__ = [
     "CategoricalColumn",

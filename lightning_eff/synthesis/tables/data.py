@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_eff.arguments import check_number, check_whole
-from lightning_eff.synthesis.tables.schema import Rows, TableSchema, columns_of, schema_from
+from lightning_eff.synthesis.tables.rows import Rows, columns_of
+from lightning_eff.synthesis.tables.schema import TableSchema, schema_from
 
 
 class TabularDataModule(LightningDataModule):

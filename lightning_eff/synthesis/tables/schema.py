@@ -6,10 +6,8 @@ from private rows would themselves say something about them, so they are declare
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +28,8 @@ from lightning_eff.synthesis.tables.columns import (
     TableColumn,
     Value,
 )
-
-Rows = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]] | Any
-"""A table: values by column name, one mapping a row, or a pandas data frame."""
+from lightning_eff.synthesis.tables.inference import inferred_categories, inferred_column
+from lightning_eff.synthesis.tables.rows import Rows, columns_of
 
 DECLARED, INFERRED = "declared", "inferred from rows that were stated to be public"
 
@@ -307,9 +304,11 @@ class TableSchema:
         if label is not None and label not in table:
             raise ValueError(f"expected the label among the columns {list(table)}, got {label!r}")
         columns = [
-            _inferred(name, values, encoding, bins, max_categories) for name, values in table.items() if name != label
+            inferred_column(name, values, encoding, bins, max_categories)
+            for name, values in table.items()
+            if name != label
         ]
-        classes = None if label is None else _categories(label, table[label])
+        classes = None if label is None else inferred_categories(label, table[label])
         return cls(columns, label, classes, source=INFERRED)
 
     def __eq__(self, other: object) -> bool:
@@ -367,27 +366,6 @@ def schema_from(schema: TableSchema | Mapping[str, Any] | str | Path) -> TableSc
     return TableSchema.load(schema) if isinstance(schema, str | Path) else TableSchema.from_dict(schema)
 
 
-def columns_of(rows: Rows) -> dict[str, Sequence[Any]]:
-    """Values by column name, from any form of rows.
-
-    Raises:
-        ValueError: It is no such form, or rows differ in their keys.
-    """
-    if isinstance(rows, Mapping):
-        return dict(rows)
-    if hasattr(rows, "columns") and hasattr(rows, "to_numpy"):  # a pandas data frame, without pandas
-        return {str(name): rows[name].to_numpy() for name in rows.columns}
-    if isinstance(rows, Sequence) and rows and all(isinstance(row, Mapping) for row in rows):
-        names = list(rows[0])
-        if any(row.keys() != rows[0].keys() for row in rows):
-            raise ValueError(f"expected the keys {names} in every row, got rows with others")
-        return {name: [row[name] for row in rows] for name in names}
-    raise ValueError(
-        f"expected values by column name, a list of mappings or a data frame, got {type(rows).__name__}"
-        + (" without any row" if isinstance(rows, Sequence) and not rows else "")
-    )
-
-
 def _truths(column: CategoricalColumn) -> bool:
     return any(isinstance(category, bool) for category in column.categories)
 
@@ -416,56 +394,3 @@ def _plain(column: TableColumn) -> dict[str, Any]:
         if value != field.default:
             plain[field.name] = list(value) if isinstance(value, tuple) else value
     return plain
-
-
-def _distinct(values: Iterable[Any]) -> list[Value]:
-    plain = values.tolist() if hasattr(values, "tolist") else list(values)
-    return sorted({value for value in plain if not _is_missing(value)}, key=lambda value: (str(type(value)), value))
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or value != value or str(value) in ("", "<NA>")  # NaN differs from itself
-
-
-def _plain_values(values: Iterable[Any]) -> list[Any]:
-    """Plain Python, texts as numbers where all of them are, as a file holds them."""
-    plain = values.tolist() if hasattr(values, "tolist") else list(values)
-    told = [value for value in plain if not _is_missing(value)]
-    if told and all(isinstance(value, str) for value in told):
-        for kind in (int, float):
-            with suppress(ValueError):
-                return [None if _is_missing(value) else kind(value) for value in plain]
-    return plain
-
-
-def _categories(name: str, values: Iterable[Any]) -> list[Value]:
-    """Different values, where they are so few that they can be categories."""
-    plain = _plain_values(values)
-    numbers, distinct = _distinct(plain), _distinct(values)
-    if {str(number) for number in numbers} == {str(value) for value in distinct}:  # not "007", which is no number 7
-        distinct = numbers
-    if len(distinct) < 2:
-        raise ValueError(f"column {name!r}: expected at least two different values, got {len(distinct)}: leave it out")
-    if len(distinct) > max(20, sum(not _is_missing(value) for value in plain) // 2):
-        raise ValueError(
-            f"column {name!r}: {len(distinct)} different values in {len(plain)} rows are no categories (names, notes "
-            "and identifiers are none): leave the column out"
-        )
-    return distinct
-
-
-def _inferred(name: str, values: Sequence[Any], encoding: Encoding, bins: int, max_categories: int) -> TableColumn:
-    if getattr(getattr(values, "dtype", None), "kind", "") in ("M", "m") or any(
-        isinstance(value, date) for value in values
-    ):
-        raise ValueError(f"column {name!r}: dates are no numbers yet: make them days since a day of your choice first")
-    plain = _plain_values(values)
-    missing, distinct = any(map(_is_missing, plain)), _distinct(plain)
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct)
-    if not numeric or len(distinct) <= max_categories:
-        if missing and len(distinct) == 1:
-            return CategoricalColumn(name, _distinct(values), missing=True)
-        return CategoricalColumn(name, _categories(name, values), missing=missing)
-    numbers = [float(value) for value in distinct]
-    whole = all(number.is_integer() for number in numbers)
-    return NumericColumn(name, min(numbers), max(numbers), encoding, bins, integer=whole, missing=missing)
