@@ -6,18 +6,16 @@ Letters: E expansion rate, G granularity, n = E G experts, k experts a token use
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from dataclasses import dataclass, field
+from typing import Literal
 
 from lightning_eff.arguments import check_number, check_whole
+from lightning_eff.moe.nested import NestedOptions, check_literals
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu"]
 Backend = Literal["auto", "fused", "grouped", "reference"]
 Choice = Literal["token_choice", "expert_choice"]
 Norm = Literal["layernorm", "rmsnorm", "none"]
-
-_Group = TypeVar("_Group", "Routing", "Balance", "Initialisation")
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ class Initialisation:
 
 
 @dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(NestedOptions):
     """Options of a fine-grained mixture-of-experts layer.
 
     Args:
@@ -174,24 +172,6 @@ class MoEConfig:
                     f"top_k must be at most expansion_rate * granularity = {self.n_experts} experts, got {self.top_k}"
                 )
         self._check_choices()
-
-    @classmethod
-    def of(cls, config: MoEConfig | Mapping[str, Any] | None = None, **overrides: Any) -> MoEConfig:
-        """Make a config of one, or of a dict such as :meth:`to_dict` gives, and options that replace its own.
-
-        Args:
-            config: None starts from the defaults. Groups within a dict may be dicts.
-            **overrides: Fields by name; a dict for a group replaces only what it names.
-
-        Raises:
-            ValueError: A name is unknown, or a value lies outside its range.
-        """
-        made = config if isinstance(config, MoEConfig) else _with(cls(), dict(config or {}))
-        return _with(made, overrides) if overrides else made
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain dicts of plain values: what a checkpoint's hyper-parameters may hold."""
-        return asdict(self)
 
     @property
     def n_experts(self) -> int:
@@ -272,42 +252,3 @@ class MoEConfig:
             raise ValueError(
                 "group_size, softmax_over='tokens' and evaluation='expert_choice' belong to router='expert_choice'"
             )
-
-
-def _with(config: MoEConfig, changes: dict[str, Any]) -> MoEConfig:
-    known = {f.name for f in fields(config)}
-    check_names("MoEConfig", changes, known)
-    for name, kind in (("routing", Routing), ("balance", Balance), ("init", Initialisation)):
-        value = changes.get(name)
-        if isinstance(value, Mapping):
-            changes[name] = _with_group(getattr(config, name), value)
-        elif name in changes and not isinstance(value, kind):
-            raise ValueError(f"{name} must be a {kind.__name__} or a dict of its fields, got {value!r}")
-    return replace(config, **changes)
-
-
-def _with_group(group: _Group, changes: Mapping[str, Any]) -> _Group:
-    check_names(type(group).__name__, changes, {f.name for f in fields(group)})
-    return replace(group, **changes)
-
-
-def check_names(owner: str, given: Mapping[str, Any], known: set[str]) -> None:
-    """Raise a ValueError unless all that is given is known; it names both."""
-    if unknown := set(given) - known:
-        raise ValueError(f"{owner} has no {', '.join(sorted(map(str, unknown)))}; it has {', '.join(sorted(known))}")
-
-
-def check_literals(options: Any) -> None:
-    """Raise a ValueError where a field of a dataclass holds a string that its annotation does not list."""
-    for name, hint in get_type_hints(type(options)).items():
-        allowed = _strings(hint)
-        others = tuple(part for part in get_args(hint) if isinstance(part, type))
-        others += (int,) if float in others else ()
-        value = getattr(options, name)
-        if allowed and value not in allowed and (isinstance(value, str) or not isinstance(value, others)):
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _strings(hint: Any) -> list[str]:
-    """Strings that an annotation of literals and unions lets through."""
-    return [hint] if isinstance(hint, str) else [s for part in get_args(hint) for s in _strings(part)]

@@ -6,7 +6,7 @@ Letters: d model width, T positions of a sequence, V vocabulary, f hidden width 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lightning_eff.arguments import check_number, check_whole
@@ -15,14 +15,13 @@ from lightning_eff.moe.config import (
     Initialisation,
     MoEConfig,
     Norm,
-    check_literals,
-    check_names,
 )
+from lightning_eff.moe.nested import NestedOptions, check_literals
 from lightning_eff.moe.scaling.sizes import DecoderShape
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(NestedOptions):
     """Options of a :class:`~lightning_eff.moe.DecoderLM`.
 
     Args:
@@ -88,24 +87,6 @@ class DecoderConfig:
             )
         self._check_experts()
 
-    @classmethod
-    def of(cls, config: DecoderConfig | Mapping[str, Any] | None = None, **overrides: Any) -> DecoderConfig:
-        """Make a config of one, or of a dict such as :meth:`to_dict` gives, and options that replace its own.
-
-        Args:
-            config: None starts from the defaults. Groups within a dict may be dicts.
-            **overrides: Fields by name; a dict for ``moe`` or ``init`` replaces only what it names.
-
-        Raises:
-            ValueError: A name is unknown, or a value lies outside its range.
-        """
-        made = config if isinstance(config, DecoderConfig) else _with(cls(), dict(config or {}))
-        return _with(made, overrides) if overrides else made
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain dicts of plain values: what a checkpoint's hyper-parameters may hold."""
-        return asdict(self)
-
     def dense_twin(self) -> DecoderConfig:
         """Return the decoder of the same active parameters without experts, with their activation and output norm."""
         if self.moe is None:
@@ -165,18 +146,3 @@ class DecoderConfig:
                     f"ffn_output_norm={self.ffn_output_norm!r} is of dense feed-forward networks, of which there are "
                     "none; use moe={'output_norm': ...}"
                 )
-
-
-def _with(config: DecoderConfig, changes: dict[str, Any]) -> DecoderConfig:
-    check_names("DecoderConfig", changes, {f.name for f in fields(config)})
-    moe, init = changes.get("moe"), changes.get("init")
-    if isinstance(moe, Mapping):
-        changes["moe"] = MoEConfig.of(config.moe, **moe)
-    elif not (moe is None or isinstance(moe, MoEConfig)):
-        raise ValueError(f"moe must be a MoEConfig, a dict of its fields or None, got {moe!r}")
-    if isinstance(init, Mapping):
-        check_names("Initialisation", init, {f.name for f in fields(config.init)})
-        changes["init"] = replace(config.init, **init)
-    elif "init" in changes and not isinstance(init, Initialisation):
-        raise ValueError(f"init must be an Initialisation or a dict of its fields, got {init!r}")
-    return replace(config, **changes)
