@@ -16,15 +16,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.batch import SplitBatch, batch_size, call_model
 from lightning_eff.documents import parsed, reading
-from lightning_eff.early_exit.attaching.attachment import Engine, attach, given_inputs, hooks_from_dict
-from lightning_eff.early_exit.attaching.costs import ExitCosts, exit_costs
+from lightning_eff.early_exit.attaching.attachment import Engine, attach, check_inputs, hooks_from_dict
+from lightning_eff.early_exit.attaching.costs import ExitCosts
 from lightning_eff.early_exit.attaching.features import feature_of
 from lightning_eff.early_exit.attaching.heads import Head, HeadBuilder, head_from
+from lightning_eff.early_exit.attaching.kept_costs import KeptCosts
 from lightning_eff.early_exit.attaching.placement import Exits, named_exits, number_of_exits
 from lightning_eff.early_exit.attaching.probe import probe, samples
 from lightning_eff.early_exit.attaching.self_check import SelfCheck, check_exits
@@ -114,9 +114,8 @@ class MultiExitNetwork(nn.Module):
         self._clone: set[int] = set()
         self._structure: dict[str, Any] = {}
         self._handles: list[Any] = []
-        self._costs: ExitCosts | None = None
-        self._costs_of = self._stages_of = Sizes()
-        self._example: Any = None  # zeros: operations are counted anew on them once channels have been removed
+        self._costs = KeptCosts()
+        self._stages_of = Sizes()
         self._stages: Any = None
         self._evaluation = Evaluation(self)
         self.register_buffer("score_thresholds", torch.full((self.num_exits,), math.inf, dtype=torch.float32))
@@ -182,7 +181,7 @@ class MultiExitNetwork(nn.Module):
     def structure(self) -> dict[str, Any]:
         """Return where the exits are and what they read, plain Python, for checkpoints."""
         self._need_built()
-        costs = None if self._costs is None else self.costs.to_dict()
+        costs = None if self._costs.known is None else self.costs.to_dict()
         return {**self._structure, "num_classes": self.num_classes, "costs": costs}
 
     def build_from(self, structure: dict[str, Any]) -> MultiExitNetwork:
@@ -207,13 +206,12 @@ class MultiExitNetwork(nn.Module):
             try:
                 with reading("not where a network had its exits"):
                     costs = structure["costs"]
-                    self._costs = None if costs is None else ExitCosts.from_dict(costs)
+                    self._costs = KeptCosts(None if costs is None else ExitCosts.from_dict(costs))
                     self._attach({key: structure[key] for key in ("exits", "hooks", "inputs", "engine")})
             except ValueError:
-                self._costs = None
+                self._costs = KeptCosts()
                 self.remove()
                 raise
-            self._costs_of = Sizes()  # those that the weights will have, which are loaded afterwards
         return self
 
     def remove(self) -> nn.Module:
@@ -228,7 +226,7 @@ class MultiExitNetwork(nn.Module):
         """Return one line: layers, shapes and costs of the exits, parameters of the heads, engine and why."""
         self._need_built()
         told = [f"{one['name']} {tuple(one['shape'])}" for one in self._structure["exits"]]
-        if self._costs is not None:
+        if self._costs.known is not None:
             told = [f"{one} at {share:.0%}" for one, share in zip(told, self.costs.fractions(), strict=False)]
         weights = human(sum(p.numel() for p in self.heads.parameters()), "parameters")
         why = f" (with hooks {self.checked.problem})" if self.checked is not None and self.checked.problem else ""
@@ -278,47 +276,20 @@ class MultiExitNetwork(nn.Module):
         Raises:
             ValueError: nothing was measured, or channels were removed and no example is known.
         """
-        if self._costs is None:
-            raise ValueError("no costs are known: call build, or measure_costs with an example, or set costs")
-        if self._costs.unit != "given" and not torch.compiler.is_compiling() and self._costs_of.changed(self):
-            with torch.inference_mode(False):
-                self.measure_costs(self._example_here(), "latency" if self._costs.unit == "s" else "flops")
-        return self._costs
+        return self._costs.of(self)
 
     @costs.setter
     def costs(self, costs: ExitCosts) -> None:
-        if len(costs.heads) != self.num_exits or len(costs.backbone) != self.num_outputs:
-            raise ValueError(f"expected costs of {self.num_exits} heads, got {costs}")
-        self._costs, self._costs_of = costs, Sizes(self)
+        self._costs.keep(costs, self)
 
     def measure_costs(self, example_input: Any, kind: Literal["flops", "latency"] = "flops") -> ExitCosts:
         """Measure and keep what each output costs; see :func:`exit_costs`."""
         self._need_built()
-        self.costs = costs = exit_costs(self, example_input, kind)
-        self._example = None
-        self.keep_shapes(example_input)
-        return costs
+        return self._costs.measure(self, example_input, kind)
 
     def keep_shapes(self, example_input: Any) -> None:
         """Note what inputs look like, not what is in them, to measure costs anew when channels are removed."""
-        if self._example is not None or torch.compiler.is_compiling():
-            return
-        few = samples(example_input, 2) if batch_size(example_input) > 2 else example_input
-        with torch.inference_mode(False):
-            self._example = pytree.tree_map(lambda one: torch.zeros_like(one) if isinstance(one, Tensor) else one, few)
-
-    def _example_here(self) -> Any:
-        """The example on the device and in the precision that the network has now."""
-        if self._example is None:
-            raise ValueError("channels were removed since costs were measured: call measure_costs with an example")
-        like = next((p for p in self.parameters() if p.is_floating_point()), torch.zeros(()))
-
-        def here(one: Any) -> Any:
-            return (
-                one.to(like.device, like.dtype if one.is_floating_point() else None) if isinstance(one, Tensor) else one
-            )
-
-        return pytree.tree_map(here, self._example)
+        self._costs.keep_shapes(example_input)
 
     def self_check(self, example_input: Any) -> SelfCheck:
         """Let some samples of a small batch leave inside of the backbone's forward and compare the others."""
@@ -376,7 +347,7 @@ class MultiExitNetwork(nn.Module):
         batch = batch_size(args[0] if args and isinstance(args[0], Tensor) else (args, kwargs))
         with self._evaluation:
             if batch == 0:
-                return self._no_answers()
+                return ExitOutput.empty(self.num_classes, self.score_thresholds.device)
             rule = self.rule
             if self.engine == "off":
                 return select_from_all(rule, self.forward(*args, **kwargs))
@@ -386,7 +357,7 @@ class MultiExitNetwork(nn.Module):
                 from lightning_eff.early_exit.inference.staged import predict_staged
 
                 return predict_staged(self, self.stages((args, kwargs)), args, kwargs)
-            self._check_inputs(args, kwargs)
+            check_inputs(self.backbone, self._structure["inputs"], args, kwargs)
             leaving = Leaving(rule, self.heads, batch)
             run = Compact(self.tape, leaving)
             try:
@@ -438,17 +409,6 @@ class MultiExitNetwork(nn.Module):
                 "training, not its backbone; predict is not compiled"
             )
 
-    def _check_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise where there are inputs that the example had not: how they go around exits is not known."""
-        known = self._structure["inputs"]
-        if len(args) + len(kwargs) == len(known) == 1:
-            return
-        if new := [name for name in given_inputs(self.backbone, args, kwargs) if name not in known]:
-            raise ValueError(
-                f"predict got {', '.join(new)}, which the example had not that the exits were built with "
-                f"({', '.join(known)}): build them with an example that has all inputs of the backbone"
-            )
-
     def _classify(self, index: int, feature: Tensor) -> Tensor:
         logits: Tensor = self.heads[index](feature)
         return logits
@@ -484,14 +444,6 @@ class MultiExitNetwork(nn.Module):
             self.heads.to(like.device, like.dtype)
         self._handles = place(self.backbone, hooks_from_dict(self.tape, structure["hooks"]))
 
-    def _no_answers(self) -> ExitOutput:
-        device = self.score_thresholds.device
-        return ExitOutput(
-            torch.zeros(0, self.num_classes, device=device),
-            torch.zeros(0, dtype=torch.int64, device=device),
-            torch.zeros(0, device=device),
-        )
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiExitNetwork:
         """Move as any module; thresholds and temperatures stay float32, in bfloat16 0.999 would be 1."""
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
@@ -504,7 +456,7 @@ class MultiExitNetwork(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load as any module; costs that came with the file are of the shapes that are there now."""
-        self._costs_of.changed(self)
+        self._costs.hold_for(self)
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

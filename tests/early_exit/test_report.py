@@ -463,6 +463,6 @@ def test_percent_are_not_taken_for_fractions(make: Any) -> None:
 
 def test_exits_whose_costs_nobody_knows_are_asked_for_them() -> None:
     net = joint(example_input=torch.zeros(2, 1, 8, 8))
-    net.network._costs = None  # as where no operation could be counted
+    net.network._costs.known = None  # as where no operation could be counted
     with pytest.raises(ValueError, match=r"ExitReport needs the costs of the exits: give the module cost=\[\.\.\.\]"):
         exits_of(net, "ExitReport")

@@ -190,6 +190,27 @@ def given_inputs(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return [str(name) for name, value in given.items() if value is not None]
 
 
+def check_inputs(backbone: nn.Module, known: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise where there are inputs that the example had not: how they go around exits is not known.
+
+    Args:
+        backbone: that is called.
+        known: inputs of the example, as in ``structure["inputs"]``.
+        args: of the call.
+        kwargs: of the call.
+
+    Raises:
+        ValueError: names them.
+    """
+    if len(args) + len(kwargs) == len(known) == 1:
+        return
+    if new := [name for name in given_inputs(backbone, args, kwargs) if name not in known]:
+        raise ValueError(
+            f"predict got {', '.join(new)}, which the example had not that the exits were built with "
+            f"({', '.join(known)}): build them with an example that has all inputs of the backbone"
+        )
+
+
 def _channels(backbone: nn.Module, call: Call) -> str | None:
     shape = sample_shape(call)
     return channels_of(backbone.get_submodule(call.layer), shape) if len(shape) == 3 else None

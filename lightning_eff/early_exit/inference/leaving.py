@@ -32,6 +32,15 @@ class ExitOutput:
     exit_index: Tensor
     confidence: Tensor
 
+    @classmethod
+    def empty(cls, num_classes: int, device: torch.device) -> ExitOutput:
+        """Return the answer to a batch of no samples."""
+        return cls(
+            torch.zeros(0, num_classes, device=device),
+            torch.zeros(0, dtype=torch.int64, device=device),
+            torch.zeros(0, device=device),
+        )
+
     def to(self, device: torch.device | str, **options: Any) -> ExitOutput:
         """Return it on another device; Trainers move what ``predict_step`` returns by this."""
         return ExitOutput(*(tensor.to(device, **options) for tensor in (self.logits, self.exit_index, self.confidence)))
