@@ -175,9 +175,10 @@ class _Running:
         # what a surrounding run may have set must not reach the new process
         launcher = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "GROUP_RANK", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
         inherited = {name: value for name, value in os.environ.items() if name not in launcher}
-        paths = [str(REPOSITORY), str(REPOSITORY / "tests"), *filter(None, [inherited.get("PYTHONPATH")])]
-        ours = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths)}
-        environment = {**inherited, **ours, **(env or {})}
+        given = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(env or {})}
+        # what a test puts beside it comes on top: a fork finds the package by this alone
+        paths = [given.get("PYTHONPATH"), str(REPOSITORY), str(REPOSITORY / "tests"), inherited.get("PYTHONPATH")]
+        environment = {**inherited, **given, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         self._process: subprocess.Popen[str] | ForkServerProcess
         self.printed: IO[str]
         if fresh:
