@@ -10,6 +10,8 @@ import csv
 import errno
 import functools
 import pickle
+import secrets
+import shutil
 import sys
 import types
 import zipfile
@@ -43,16 +45,21 @@ _MALFORMED = (
 def whole_file(path: str | Path) -> Generator[Path, None, None]:
     """Yield a path to write to; when the block ends without an error, what was written takes the place of ``path``.
 
-    The file is written beside ``path`` as ``<name>.part``, which a process that dies leaves behind and the next one
-    writes over. Folders are made; the target of a link, not the link, is replaced; a device is written to directly.
+    The file is written beside ``path`` under a name of its own that ends in ``.part``, which a process that dies leaves
+    behind; of several that write at a time the last one stays. Folders are made; permissions of a file that is replaced
+    are kept; the target of a link, not the link, is replaced; what is no file, as a device, is written to directly.
     """
-    path = Path(path).resolve()
+    path = Path(path)
     if path.exists() and not path.is_file():
         yield path
         return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.part")
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
+        beside.touch(exist_ok=False)
+        if path.exists():
+            shutil.copymode(path, beside)  # before anything is in it
         yield beside
         beside.replace(path)
     except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,36 @@ def test_target_of_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None
 def test_device_is_written_to_and_not_replaced() -> None:
     write_text("/dev/null", "gone")
     assert Path("/dev/null").is_char_device()
+
+
+def test_pipe_behind_a_link_is_written_to() -> None:
+    reader, writer = os.pipe()
+    write_text(f"/dev/fd/{writer}", "through")
+    os.close(writer)
+    with os.fdopen(reader) as end:
+        assert end.read() == "through"
+
+
+def test_file_that_only_its_owner_may_read_stays_so(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "ledger.json", "old")
+    path.chmod(0o600)
+    with whole_file(path) as beside:
+        assert beside.stat().st_mode & 0o777 == 0o600
+        beside.write_text("new")
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_writers_of_one_file_do_not_write_over_each_other_and_the_last_one_stays(tmp_path: Path) -> None:
+    own = write_text(tmp_path / "a.part", "of somebody else")
+    with whole_file(tmp_path / "a") as one:
+        one.write_text("one")
+        with whole_file(tmp_path / "a") as other:
+            other.write_text("other")
+        assert one.read_text() == "one"
+        assert (tmp_path / "a").read_text() == "other"
+    assert (tmp_path / "a").read_text() == "one"
+    assert own.read_text() == "of somebody else"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @dataclass(frozen=True)

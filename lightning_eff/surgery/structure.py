@@ -246,8 +246,8 @@ def is_prunable(cls: type) -> bool:
 
 def save_pruned(model: nn.Module, path: str | Path) -> None:
     """Save a plain torch model, cut or not, for :func:`load_pruned`."""
-    with whole_file(path) as beside:
-        torch.save({"state_dict": model.state_dict(), KEY: structure_of(model)}, beside)
+    with whole_file(path) as beside, beside.open("wb") as file:
+        torch.save({"state_dict": model.state_dict(), KEY: structure_of(model)}, file)
 
 
 def load_pruned(model: type[M] | M, path: str | Path, **kwargs: Any) -> M:

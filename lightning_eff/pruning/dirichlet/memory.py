@@ -28,8 +28,8 @@ class SwitchMemory:
         """Write the state of a training in place of the last one."""
         if self._path is None:
             return
-        with whole_file(self._path) as beside:
-            torch.save({"fingerprint": self._fingerprint, "state": dict(state)}, beside)
+        with whole_file(self._path) as beside, beside.open("wb") as file:
+            torch.save({"fingerprint": self._fingerprint, "state": dict(state)}, file)
 
     def stored(self) -> dict[str, Any] | None:
         """The state of the same training, if one was kept."""
