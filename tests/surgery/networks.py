@@ -123,6 +123,12 @@ def torchvision_net(name: str) -> Callable[[], nn.Module]:
     return lambda: randomised(getattr(torchvision.models, name)(weights=None, num_classes=10))
 
 
+def bottlenecks(**options: int) -> Callable[[], nn.Module]:
+    """ResNet-50's kind of blocks, with and without a projection beside them, in a third of its depth."""
+    blocks = torchvision.models.resnet.Bottleneck, [1, 2, 1, 1]
+    return lambda: randomised(torchvision.models.ResNet(*blocks, num_classes=10, **options))
+
+
 def tiny_vit() -> nn.Module:
     model = torchvision.models.VisionTransformer(
         image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=10
@@ -132,7 +138,13 @@ def tiny_vit() -> nn.Module:
 
 
 def vgg_bn() -> nn.Module:
-    return randomised(torchvision.models.vgg11_bn(weights=None, num_classes=10))
+    """VGG-11 with an eighth of its channels: its linear layers alone have 120 million weights."""
+    widths = [8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 64, "M"]
+    model = torchvision.models.VGG(torchvision.models.vgg.make_layers(widths, batch_norm=True), init_weights=False)
+    for index, layer in enumerate(model.classifier):
+        if isinstance(layer, nn.Linear):
+            model.classifier[index] = nn.Linear(64 * 49 if index == 0 else 64, 10 if index == 6 else 64)
+    return randomised(model)
 
 
 CIFAR, IMAGE = (3, 8, 8), (3, 32, 32)
@@ -141,14 +153,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "SmallCNN": (lambda: randomised(SmallCNN(width=8)), (1, 8, 8)),
     "VGG-BN": (vgg_bn, IMAGE),
     "ResNet-18": (torchvision_net("resnet18"), IMAGE),
-    "ResNet-50": (torchvision_net("resnet50"), IMAGE),
+    "bottlenecks": (bottlenecks(), IMAGE),
     "MobileNetV2": (torchvision_net("mobilenet_v2"), IMAGE),
     "MobileNetV3": (torchvision_net("mobilenet_v3_small"), IMAGE),
     "DenseNet": (
         lambda: randomised(torchvision.models.DenseNet(8, (3, 3), 16, num_classes=10)),
         IMAGE,
     ),
-    "ResNeXt": (torchvision_net("resnext50_32x4d"), IMAGE),
+    "ResNeXt": (bottlenecks(groups=32, width_per_group=4), IMAGE),
     "squeeze-excite": (lambda: randomised(SqueezeExcite()), CIFAR),
     "grouped": (Grouped, CIFAR),
     "concat-flatten": (ConcatFlatten, CIFAR),

@@ -18,7 +18,10 @@ def counted(model: torch.nn.Module, x: torch.Tensor) -> float:
     return counter.get_total_flops() / 2 / len(x)
 
 
-@pytest.mark.parametrize("name", ["ResNet-18", "ResNet-50", "MobileNetV2", "DenseNet", "grouped", "ViT", "transposed"])
+COUNTED = ["ResNet-18", "bottlenecks", "MobileNetV2", "DenseNet", "grouped", "ViT", "transposed"]
+
+
+@pytest.mark.parametrize("name", COUNTED)
 def test_macs_and_params_equal_the_counter_dense_and_cut(name: str) -> None:
     for seed in range(3):
         model, x = build(name)

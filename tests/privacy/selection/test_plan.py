@@ -172,7 +172,7 @@ plan.bind({"w": torch.empty(50, 40)})
 print("chosen", plan.at(11)["w"].positions.tolist())
 """
     made = plan(parameters={"w": torch.empty(50, 40)}, drop_rate=0.9, refresh=3, seed=5)
-    result = run_python(script, env={"PYTHONHASHSEED": "1"}, fresh=True)
+    result = run_python(script)  # where strings have other hashes
     assert f"chosen {made.at(11)['w'].positions.tolist()}" in result.stdout
 
 
