@@ -60,7 +60,10 @@ class BatchKeys:
         wanted = [self.inputs] if isinstance(self.inputs, str) else list(self.inputs)
         missing = [key for key in (*wanted, self.target) if key not in batch]
         if missing:
-            raise KeyError(f"the batch has no {missing}; its keys are {sorted(map(str, batch))}")
+            raise KeyError(
+                f"the batch has no {missing}; its keys are {sorted(map(str, batch))}: "
+                "name those wanted, split_batch=BatchKeys(inputs, target)"
+            )
         inputs = batch[self.inputs] if isinstance(self.inputs, str) else {key: batch[key] for key in wanted}
         return inputs, batch[self.target]
 

@@ -46,7 +46,7 @@ def test_batch_keys_take_several_entries_by_name():
 
 
 def test_missing_key_is_named_with_those_present():
-    with pytest.raises(KeyError, match=r"label.*image"):
+    with pytest.raises(KeyError, match=r"label.*image.*split_batch=BatchKeys\(inputs, target\)"):
         BatchKeys("image", "label")({"image": X})
 
 

@@ -129,6 +129,15 @@ def test_benchmarks_are_there_and_know_the_options_they_are_called_with() -> Non
                 assert f'"{option}"' in source, command
 
 
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.parent.relative_to(REPOSITORY)))
+def test_tables_in_readmes_are_whole(readme: Path) -> None:
+    """An empty line within a table makes text of the rows behind it."""
+    text = re.sub(r"```.*?```", "", readme.read_text(), flags=re.DOTALL)
+    for table in re.findall(r"(?m)(?:^\|.*\n?)+", text):
+        assert re.match(r".*\n\|[\s:|-]+\n", table), table
+        assert len({row.replace(r"\|", "").count("|") for row in table.splitlines()}) == 1, table
+
+
 def test_scripts_that_are_named_are_there() -> None:
     for command in COMMANDS:
         if command.startswith("python "):

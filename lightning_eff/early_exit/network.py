@@ -230,7 +230,8 @@ class MultiExitNetwork(nn.Module):
             told = [f"{one} at {share:.0%}" for one, share in zip(told, self.costs.fractions(), strict=False)]
         weights = human(sum(p.numel() for p in self.heads.parameters()), "parameters")
         why = f" (with hooks {self.checked.problem})" if self.checked is not None and self.checked.problem else ""
-        return f"{self.num_exits} exits: {', '.join(told)} of the cost; heads {weights}; engine {self.engine}{why}"
+        count = f"{self.num_exits} {'exit' if self.num_exits == 1 else 'exits'}"
+        return f"{count}: {', '.join(told)} of the cost; heads {weights}; engine {self.engine}{why}"
 
     # Thresholds and costs
 

@@ -160,12 +160,14 @@ def loads_figure(history: LoadHistory, title: str = "") -> Figure:
     heat.set(xlabel="step", ylabel="experts by layer")
 
     worst = torch.stack([relative_load(load).amax(-1) for load in history.layers(history.chosen).values()])
+    marker = "o" if len(history.steps) == 1 else ""  # a line through one point shows nothing
     if len(names) <= _MOST_LINES:
         for number, (name, line) in enumerate(zip(names, worst, strict=True)):
-            lines.plot(history.steps, line.numpy(), color=SERIES[number], label=name, linewidth=1.4)
+            lines.plot(history.steps, line.numpy(), color=SERIES[number], label=name, linewidth=1.4, marker=marker)
     else:
         lines.fill_between(history.steps, worst.amin(0).numpy(), worst.amax(0).numpy(), color=REFERENCE, alpha=0.3)
-        lines.plot(history.steps, worst.mean(0).numpy(), color=KEPT, label=f"mean of {len(names)} layers")
+        mean = worst.mean(0).numpy()
+        lines.plot(history.steps, mean, color=KEPT, label=f"mean of {len(names)} layers", marker=marker)
     lines.axhline(1, color="black", linewidth=0.8, linestyle="--")
     lines.set(ylabel="busiest expert\nover mean", xlim=(edges[0], edges[-1]))
     lines.legend(frameon=False, fontsize=7, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))

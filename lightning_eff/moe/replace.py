@@ -118,6 +118,10 @@ class _Plan(NamedTuple):
 
 def _matched(model: nn.Module, match: Match) -> dict[str, nn.Module]:
     """Return what matches, also where one module has several names."""
+    if not isinstance(match, str) and not callable(match):
+        raise ValueError(
+            f"match must be text such as 'layers.*.mlp' or a function (name, module) -> bool, got {match!r}"
+        )
     test = match if callable(match) else _pattern(match)
     found = {name: module for name, module in model.named_modules(remove_duplicate=False) if test(name, module)}
     if "" in found:

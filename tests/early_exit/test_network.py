@@ -812,6 +812,8 @@ def test_fraction_of_deferred_copies_is_checked(fraction):
 def test_summary_tells_where_exits_are_what_they_cost_and_how_samples_leave():
     line = small().summary()
     assert line == "2 exits: 1 (8,) at 36%, 3 (8,) at 88% of the cost; heads 90 parameters; engine hooks"
+    one = MultiExitNetwork(chain(), ["1"], CLASSES, example_input=INPUTS[:2])
+    assert one.summary().startswith("1 exit: 1 (8,)")
 
 
 def test_a_head_of_another_width_than_the_classes_is_refused():

@@ -282,6 +282,15 @@ def test_heat_map_shows_loads_over_their_mean_and_marks_the_idle() -> None:
     assert [text.get_text() for text in figure.axes[1].get_yticklabels()] == ["a", "b"]
 
 
+@pytest.mark.parametrize("layers", [2, 12])
+def test_one_record_is_drawn_as_points_since_a_line_through_it_shows_nothing(layers: int) -> None:
+    history = LoadHistory({f"layer {number}": 2 for number in range(layers)})
+    history.add(10, torch.tensor([1, 3] * layers), torch.tensor([1, 3] * layers))
+    drawn = [line for line in loads_figure(history).axes[0].lines if len(line.get_xdata()) == 1]
+    assert drawn
+    assert {line.get_marker() for line in drawn} == {"o"}
+
+
 def test_empty_history_is_not_drawn() -> None:
     with pytest.raises(ValueError, match="no step has been recorded"):
         loads_figure(LoadHistory({"a": 4}))

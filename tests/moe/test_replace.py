@@ -325,6 +325,8 @@ def test_matches_that_are_none_or_too_many_are_told() -> None:
         replace_ffn(model, "ffn")
     with pytest.raises(ValueError, match=r"block.ffn lies within block, and both match"):
         replace_ffn(model, lambda name, _: name in ("block", "block.ffn"))
+    with pytest.raises(ValueError, match=r"match must be text .* or a function .*, got \['block.ffn'\]"):
+        replace_ffn(model, ["block.ffn"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the model itself matches"):
         replace_ffn(mlp(), lambda *_: True)
     with pytest.raises(ValueError, match="init must be one of fresh, upcycle, got 'up'"):
