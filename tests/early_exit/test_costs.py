@@ -29,6 +29,18 @@ def test_disabled_exits_cost_nothing():
     assert costs.totals([False, False]) == [64.0, 192.0, 240.0]
 
 
+def test_costs_stay_where_layers_get_other_parameters_but_no_channel_goes():
+    fresh = chain()
+    backbone = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    loaded = MultiExitNetwork(backbone, ["1", "3"], 3).build_from(fresh.structure())
+    for network in (fresh, loaded):
+        before = network.costs
+        nn.utils.parametrizations.weight_norm(network.backbone[2])
+        assert network.costs == before
+        network.backbone[4] = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 3))
+        assert network.costs == before
+
+
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_attention_is_counted_in_every_context(context):
     # per layer 2 * 4 d d L + 2 * 2 L L d + 2 * 2 L d m for width d, tokens L, inner width m

@@ -40,7 +40,7 @@ class KeptCosts:
         """
         if self.known is None:
             raise ValueError("no costs are known: call build, or measure_costs with an example, or set costs")
-        if self.known.unit != "given" and not torch.compiler.is_compiling() and self._of.changed(network):
+        if self.known.unit != "given" and not torch.compiler.is_compiling() and self._of.resized(network):
             with torch.inference_mode(False):
                 self.measure(network, self._example_for(network), "latency" if self.known.unit == "s" else "flops")
         return self.known
