@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -188,6 +188,21 @@ def _lines(folder: Path) -> Any:
     return LidarSaSCallback([2], 4, calibration=calibration, estimation=estimation, dirpath=folder / "lines", **LINES)
 
 
+class EpochCount(Callback):
+    """Counts the epoch that Lightning 2.6 forgets to count when it goes on from the last batch of the one before.
+
+    Checkpoints written from there on make Lightning begin their epoch anew, whatever is trained.
+    """
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        epochs = trainer.fit_loop.epoch_progress
+        if epochs.total.ready == epochs.total.processed:
+            epochs.increment_ready()
+            epochs.increment_started()
+
+
 class Run:
     """A technique in a fit.
 
@@ -224,7 +239,7 @@ class Run:
             )
             trainer = pl.Trainer(
                 accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-                max_epochs=self.epochs, callbacks=[*self.callbacks(folder), saving, *more],
+                max_epochs=self.epochs, callbacks=[EpochCount(), *self.callbacks(folder), saving, *more],
                 default_root_dir=folder, **self.options(folder),
             )  # fmt: skip
             data = self.data()
