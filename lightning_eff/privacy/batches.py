@@ -16,7 +16,7 @@ _Array = Tensor | np.ndarray
 _PLAIN = (str, bytes, bool, int, float, complex, type(None))
 
 
-def number_of_examples(batch: Any) -> int:
+def number_of_samples(batch: Any) -> int:
     """Size of the first dimension, which all tensors of the batch share.
 
     Raises:
@@ -55,10 +55,10 @@ def number_of_examples(batch: Any) -> int:
     return size
 
 
-def some_examples(batch: Any, part: slice | Sequence[int]) -> Any:
+def some_samples(batch: Any, part: slice | Sequence[int]) -> Any:
     """Cut samples out of a batch: tensors along their first dimension, and lists with one entry for each sample."""
     part = part if isinstance(part, slice) else list(part)
-    size = number_of_examples(batch)
+    size = number_of_samples(batch)
 
     def cut(node: Any) -> Any:
         if isinstance(node, _Array):

@@ -84,7 +84,7 @@ def accuracy_figure(
 
 
 def tension_figure(
-    prune_rates: Sequence[float],
+    amounts: Sequence[float],
     drop_rates: Sequence[float],
     accuracies: Sequence[Sequence[float]],
     *,
@@ -94,29 +94,29 @@ def tension_figure(
     """Heat map of accuracy over two rates; the best cell is framed.
 
     Args:
-        prune_rates: rates of pre-pruning, the rows.
+        amounts: parts of the coordinates that pre-pruning takes, the rows.
         drop_rates: rates of gradient dropping, the columns.
-        accuracies: ``[len(prune_rates)][len(drop_rates)]``; NaN where nothing was run.
+        accuracies: ``[len(amounts)][len(drop_rates)]``; NaN where nothing was run.
         title: of the figure.
         metric: what the colour shows.
 
     Raises:
         ValueError: the accuracies are no such table.
     """
-    if len(accuracies) != len(prune_rates) or any(len(row) != len(drop_rates) for row in accuracies):
+    if len(accuracies) != len(amounts) or any(len(row) != len(drop_rates) for row in accuracies):
         raise ValueError(
-            f"expected accuracies as {len(prune_rates)} rows of {len(drop_rates)}, got rows of "
+            f"expected accuracies as {len(amounts)} rows of {len(drop_rates)}, got rows of "
             f"{[len(row) for row in accuracies]}"
         )
     from matplotlib.patches import Rectangle
 
-    width, height = 2.2 + 0.8 * len(drop_rates), 1.5 + 0.55 * len(prune_rates)
+    width, height = 2.2 + 0.8 * len(drop_rates), 1.5 + 0.55 * len(amounts)
     figure, ((axis,),) = new_figure(width=max(4.8, width), height=max(3.0, height))
     image = axis.imshow(accuracies, aspect="auto", cmap="cividis")
     axis.grid(visible=False)
     axis.set_xticks(range(len(drop_rates)), [f"{rate:g}" for rate in drop_rates])
-    axis.set_yticks(range(len(prune_rates)), [f"{rate:g}" for rate in prune_rates])
-    axis.set(xlabel="drop rate", ylabel="prune rate", title=title)
+    axis.set_yticks(range(len(amounts)), [f"{rate:g}" for rate in amounts])
+    axis.set(xlabel="drop rate", ylabel="amount pruned before", title=title)
     cells = {
         (row, column): value
         for row, values in enumerate(accuracies)

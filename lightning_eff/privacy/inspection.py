@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from lightning_eff.accounting import PrivacyLedger
-from lightning_eff.privacy.batches import number_of_examples, some_examples
+from lightning_eff.privacy.batches import number_of_samples, some_samples
 from lightning_eff.privacy.budget import note
 from lightning_eff.privacy.isolation import IsolationReport, check_sample_isolation
 from lightning_eff.privacy.options import IsolationCheck
@@ -78,18 +78,18 @@ class Inspection:
                 error; or the step does not work for one sample.
             RuntimeError: The module cannot be copied.
         """
-        examples = number_of_examples(batch)
-        if self._isolation == "off" or examples < 2:
+        samples = number_of_samples(batch)
+        if self._isolation == "off" or samples < 2:
             return
         self._batches += 1
         if not _is_power_of_two(self._batches):
             return
         # samples may come in an order, of their classes for example
-        apart = -(-examples // (_LATER if self._checks else _FIRST))
-        some = some_examples(batch, slice(len(self._checks) % apart, None, apart))
+        apart = -(-samples // (_LATER if self._checks else _FIRST))
+        some = some_samples(batch, slice(len(self._checks) % apart, None, apart))
         report = self._compare(module, step, some)
         if report.isolated:
-            self._checks.append(number_of_examples(some))
+            self._checks.append(number_of_samples(some))
             self.tell(ledger)
             return
         if self._isolation == "error":

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_eff.batch import LossFunction
-from lightning_eff.privacy.batches import number_of_examples, some_examples
+from lightning_eff.privacy.batches import number_of_samples, some_samples
 from lightning_eff.privacy.engine import PerSampleEngine
 from lightning_eff.reporting import Column, Report, Table
 from lightning_eff.surgery.state import Generators, untouched_generators
@@ -162,7 +162,7 @@ def check_sample_isolation(
         ValueError: the batch has less than two samples, the step does not work for one, or the engine refuses the
             module.
     """
-    n = number_of_examples(batch)
+    n = number_of_samples(batch)
     if n < 2:
         raise ValueError(f"expected at least two samples to compare, got {n}")
     compared = _Comparison(module, loss_fn, batch, n)
@@ -211,8 +211,8 @@ class _Comparison:
         alone, left = self._alone(total)
         return IsolationReport(inside, alone, _relative(left, max(sum(inside), sum(alone))), tol)
 
-    def _run(self, batch: Any, examples: int, left_out: list[int] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        with self._without_dropout, self.engine.record(examples):
+    def _run(self, batch: Any, samples: int, left_out: list[int] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        with self._without_dropout, self.engine.record(samples):
             loss = self._loss_fn(self._module, batch)
         self.engine.backward(loss)
         # what is not finite contributes nothing
@@ -228,7 +228,7 @@ class _Comparison:
         alone = []
         for i in range(self._n):
             try:
-                norm, single = self._run(some_examples(self._batch, slice(i, i + 1)), 1)
+                norm, single = self._run(some_samples(self._batch, slice(i, i + 1)), 1)
             except Exception as error:
                 raise ValueError(
                     f"the training step works for {self._n} samples and fails for one: {error}. A batch that is drawn "
@@ -248,7 +248,7 @@ class _Comparison:
             # every sample is kept in one of two turns
             kept = sorted(out) if turn % 2 else sorted(random.Random(turn).sample(range(self._n), self._n // 2))
             out = [i for i in range(self._n) if i not in kept]
-            other = some_examples(self._batch, [i if i in kept else kept[turn % len(kept)] for i in range(self._n)])
+            other = some_samples(self._batch, [i if i in kept else kept[turn % len(kept)] for i in range(self._n)])
             state = Generators()
             norms, total = self._run(self._batch, self._n, out)
             state.restore()

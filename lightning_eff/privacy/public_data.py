@@ -67,11 +67,11 @@ def check_not_private(public: Any, private: Any, argument: str) -> None:
 def holds_private(public: Any, private: Any) -> str:
     """Return the class of a data set that both have samples of, ``""`` for none; see :func:`check_not_private`."""
     ours = list(_pieces(public))
-    for one, its_examples in _pieces(private):
-        for other, examples in ours:
+    for one, its_samples in _pieces(private):
+        for other, samples in ours:
             if not _same_data(one, other):
                 continue
-            if its_examples is not None and examples is not None and its_examples.isdisjoint(examples):
+            if its_samples is not None and samples is not None and its_samples.isdisjoint(samples):
                 continue
             return type(one).__name__
     return ""
@@ -89,11 +89,11 @@ def _pieces(data: Any) -> Iterator[tuple[Any, frozenset[int] | None]]:
                 yield from _pieces(part)
     elif isinstance(data, Subset):
         indices = [int(index) for index in data.indices]
-        for piece, examples in _pieces(data.dataset):
+        for piece, samples in _pieces(data.dataset):
             if isinstance(data.dataset, ConcatDataset):
-                yield piece, examples  # all of it: which part an index falls into is not worth following
+                yield piece, samples  # all of it: which part an index falls into is not worth following
             else:
-                yield piece, frozenset(indices if examples is None else _nested(data.dataset, indices))
+                yield piece, frozenset(indices if samples is None else _nested(data.dataset, indices))
     elif isinstance(data, ConcatDataset):
         for part in data.datasets:
             yield from _pieces(part)

@@ -23,7 +23,7 @@ from torch.utils.data import (
 )
 
 from lightning_eff.arguments import check_number, check_whole
-from lightning_eff.privacy.batches import some_examples
+from lightning_eff.privacy.batches import some_samples
 from lightning_eff.privacy.budget import PrivateData
 from lightning_eff.privacy.noise import SecretStreams
 from lightning_eff.privacy.records import check_each_record_once
@@ -131,19 +131,19 @@ class CollateOrEmpty:
         self.dataset = dataset
         self._empty: Any = None
 
-    def __call__(self, examples: list[Any]) -> Any:
+    def __call__(self, samples: list[Any]) -> Any:
         """Make a batch of what was drawn.
 
         Raises:
             ValueError: The function gives None for every sample there is.
         """
-        batch = self.collate(examples) if examples else None
+        batch = self.collate(samples) if samples else None
         if batch is not None:
             return batch
         if self._empty is None:
             with untouched_generators():
                 one = self.one()
-            self._empty = some_examples(one, slice(0, 0))
+            self._empty = some_samples(one, slice(0, 0))
         return self._empty
 
     def one(self) -> Any:
@@ -293,15 +293,15 @@ def private_loader(
         )
     check_each_record_once(dataset)
     check_no_replacement(loader)
-    examples = len(dataset)  # type: ignore[arg-type]
-    logical = min(batch_size * world_size, examples)
-    steps = max(1, examples // logical if getattr(loader, "drop_last", False) else math.ceil(examples / logical))
-    data = PrivateData(examples, logical, steps, _name(dataset))
+    samples = len(dataset)  # type: ignore[arg-type]
+    logical = min(batch_size * world_size, samples)
+    steps = max(1, samples // logical if getattr(loader, "drop_last", False) else math.ceil(samples / logical))
+    data = PrivateData(samples, logical, steps, _name(dataset))
     if not poisson:
         return loader, data, lambda: int(batch_size)
     sampler = PoissonBatchSampler(
-        examples,
-        logical / examples,
+        samples,
+        logical / samples,
         steps,
         rank=rank,
         world_size=world_size,

@@ -126,9 +126,9 @@ class PrivateStep:
         self._begun = True
 
     @contextmanager
-    def record(self, examples: int) -> Iterator[None]:
-        """Record the forward pass of a physical batch of ``examples`` >= 1 samples."""
-        with self._engine.record(examples):
+    def record(self, samples: int) -> Iterator[None]:
+        """Record the forward pass of a physical batch of ``samples`` >= 1 samples."""
+        with self._engine.record(samples):
             yield
 
     def collect(self) -> None:

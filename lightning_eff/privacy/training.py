@@ -22,7 +22,7 @@ from lightning_eff.arguments import check_choice, check_number, check_whole
 from lightning_eff.privacy import checks
 from lightning_eff.privacy.accounted import CHECKPOINT_KEY, AccountedTraining
 from lightning_eff.privacy.announcement import banner, hyperparameters, tell_loggers, write_reports
-from lightning_eff.privacy.batches import number_of_examples, some_examples
+from lightning_eff.privacy.batches import number_of_samples, some_samples
 from lightning_eff.privacy.budget import Budget, note
 from lightning_eff.privacy.engine.engine import Clipping
 from lightning_eff.privacy.engine.uses import slices
@@ -264,18 +264,18 @@ class PrivateTraining(AccountedTraining):
         assert self._step is not None
         assert self._inspection is not None
         batch, *others = args
-        examples = number_of_examples(batch)
-        self._data.check_rows(examples, self._as_steps_get_it)
-        if not examples:
+        samples = number_of_samples(batch)
+        self._data.check_rows(samples, self._as_steps_get_it)
+        if not samples:
             return torch.zeros((), device=self.root_device)
         trainer = self._module().trainer
-        size = min(examples, self.max_physical_batch_size or examples)
+        size = min(samples, self.max_physical_batch_size or samples)
         self._inspection.check_isolation(self._module(), self._user_step(others, kwargs), batch, self.ledger)
-        parts = list(slices(examples, size))
+        parts = list(slices(samples, size))
         outputs, sizes = [], []
         with self._inspection.watch_buffers(self._module(), self.ledger):
             for part in parts:
-                physical = batch if len(parts) == 1 else some_examples(batch, part)
+                physical = batch if len(parts) == 1 else some_samples(batch, part)
                 count = part.stop - part.start
                 # what the user logs is weighted by the size of the batch that Lightning knows of
                 if len(parts) > 1:
@@ -408,13 +408,13 @@ class PrivateTraining(AccountedTraining):
 
         return step
 
-    def _collect(self, output: Any, examples: int) -> Any:
+    def _collect(self, output: Any, samples: int) -> Any:
         """Run backward for one physical batch, take its clipped sum, and return the output without graph."""
         assert self._step is not None
         loss = loss_of(output)
         if loss.requires_grad:
             # the loss is a mean over the batch: a sample's own gradient is n times its share
-            loss.register_hook(lambda gradient: gradient * examples)  # type: ignore[no-untyped-call]
+            loss.register_hook(lambda gradient: gradient * samples)  # type: ignore[no-untyped-call]
             super().backward(loss, None)
         self._step.collect()
         return {**output, "loss": loss.detach()} if isinstance(output, Mapping) else loss.detach()

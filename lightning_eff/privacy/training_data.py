@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_eff.privacy.batches import number_of_examples
+from lightning_eff.privacy.batches import number_of_samples
 from lightning_eff.privacy.budget import PrivateData
 from lightning_eff.privacy.noise import SecretStreams
 from lightning_eff.privacy.public_data import holds_private
@@ -113,4 +113,4 @@ class TrainingData:
         self._fewer_rows_seen = True
         with untouched_generators():
             one = as_steps_get_it(CollateOrEmpty(loader.collate_fn, loader.dataset).one())
-        check_rows(rows, self._drawn, number_of_examples(one))
+        check_rows(rows, self._drawn, number_of_samples(one))

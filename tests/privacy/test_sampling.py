@@ -19,7 +19,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_eff.privacy.batches import number_of_examples, some_examples
+from lightning_eff.privacy.batches import number_of_samples, some_samples
 from lightning_eff.privacy.noise import SecretStreams
 from lightning_eff.privacy.sampling import PoissonBatchSampler, poisson_loader
 
@@ -242,7 +242,7 @@ Pair = namedtuple("Pair", "x y")
 
 def test_examples_are_cut_out_of_whatever_a_batch_is_made_of():
     x = torch.arange(12).reshape(4, 3)
-    some = some_examples(
+    some = some_samples(
         {"pair": Pair(x, [x, np.arange(4)]), "data": Batch(x, ["a", "b", "c", "d"]), "scale": 0.5, "two": ["p", "q"]},
         slice(1, 3),
     )
@@ -257,7 +257,7 @@ def test_examples_are_cut_out_of_whatever_a_batch_is_made_of():
 def test_the_batch_that_examples_are_cut_out_of_stays():
     batch = {"x": torch.arange(4), "names": list("abcd")}
     before = copy.deepcopy(batch)
-    some_examples(batch, slice(0, 1))
+    some_samples(batch, slice(0, 1))
     assert batch["names"] == before["names"]
     assert torch.equal(batch["x"], before["x"])
 
@@ -274,11 +274,11 @@ def test_the_batch_that_examples_are_cut_out_of_stays():
 )
 def test_batches_whose_examples_cannot_be_told_apart_are_refused_by_name(batch, error, named):
     with pytest.raises(error, match=named):
-        number_of_examples(batch)
+        number_of_samples(batch)
 
 
 def test_a_list_with_an_entry_for_each_example_may_hold_anything():
     things = [object(), [object()], object()]
     batch = torch.zeros(3), things
-    assert number_of_examples(batch) == 3
-    assert some_examples(batch, slice(1, 2))[1] == things[1:2]
+    assert number_of_samples(batch) == 3
+    assert some_samples(batch, slice(1, 2))[1] == things[1:2]

@@ -21,17 +21,11 @@ from lightning_eff.privacy import (
 )
 from lightning_eff.privacy.training import CHECKPOINT_KEY
 
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
+
 TESTS = Path(__file__).parents[1]
 PRIVATE = str(TESTS / "conf/private.yaml")
 EXAMPLE = str(TESTS.parent / "examples/configs/private_training.yaml")
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["lightning-eff"])  # arguments of pytest are none of ours
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    monkeypatch.setenv("PL_SEED_WORKERS", "0")
 
 
 def test_every_option_is_reached_from_yaml_and_the_checkpoint_tells_epsilon():

@@ -77,7 +77,7 @@ class _Inside(TorchFunctionMode):
             sums = self._recorder.split(wide(gradient).transpose(0, 1), "attention").sum(1)
             return {part.name: sums.unsqueeze(1)}
 
-        return self._recorder.tap(tensor.detach().repeat(*sizes), GradientUse([part], self._recorder.examples, compute))
+        return self._recorder.tap(tensor.detach().repeat(*sizes), GradientUse([part], self._recorder.samples, compute))
 
 
 # torch's code, but for its question whether a mode stands for the whole function: the mode is wanted inside of it

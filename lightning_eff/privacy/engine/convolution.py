@@ -86,12 +86,12 @@ class ConvolutionUse(WeightUse):
         groups: int,
         tuner: Tuner,
     ) -> None:
-        examples = inputs.size(0)
+        samples = inputs.size(0)
         # with groups, rows and columns are cut out of the gradient instead
         self._cut = groups == 1
         if weight is not None and self._cut and weight.selection.columns is not None:
             inputs = cut(inputs, 2, weight.selection.columns)
-        super().__init__(weight, bias, inputs, examples, tuner)
+        super().__init__(weight, bias, inputs, samples, tuner)
         self._output_size = tuple(output_size)
         self._images = inputs.size(1)
         self._geometry = (stride, padding, dilation)
@@ -109,7 +109,7 @@ class ConvolutionUse(WeightUse):
 
     def receive(self, gradient: Tensor) -> None:
         """Keep the selected rows, ``[n, k, R, *L]``."""
-        gradient = gradient.view(self.examples, self._images, *gradient.shape[1:])
+        gradient = gradient.view(self.samples, self._images, *gradient.shape[1:])
         kept = gradient
         if self._weight is not None and self._cut and self.selection.rows is not None:
             kept = cut(gradient, 2, self.selection.rows)
@@ -121,27 +121,27 @@ class ConvolutionUse(WeightUse):
             return {"fold": self.fold}
         return {"fold": self.fold, "product": self.product, "product of rows": self.product_of_rows}
 
-    def unfolded(self, examples: slice) -> tuple[Tensor, Tensor] | None:
+    def unfolded(self, samples: slice) -> tuple[Tensor, Tensor] | None:
         """Return patches ``[m, k * L, J * K]`` and gradients ``[m, k * L, R]``."""
         if not self._cut:
             return None
-        inputs, gradient = wide(self.inputs[examples]), wide(self.gradient[examples])
+        inputs, gradient = wide(self.inputs[samples]), wide(self.gradient[samples])
         patches = self._patches(inputs.flatten(0, 1))
         if self._images == 1:
             return patches.mT, gradient.reshape(len(gradient), -1, self.positions).mT
         patches = patches.view(*inputs.shape[:2], -1, self.positions // self._images)
         return patches.transpose(2, 3).flatten(1, 2), gradient.flatten(3).transpose(2, 3).flatten(1, 2)
 
-    def product_of_rows(self, examples: slice, out: Tensor | None) -> Tensor:
+    def product_of_rows(self, samples: slice, out: Tensor | None) -> Tensor:
         """As the product, of patches that are copied with the positions first: faster for large kernels."""
-        inputs, gradient = wide(self.inputs[examples]), wide(self.gradient[examples])
+        inputs, gradient = wide(self.inputs[samples]), wide(self.gradient[samples])
         patches = self._patches(inputs.flatten(0, 1), rows=True)
         patches = patches.view(len(inputs), self.positions, -1)
         return self.multiplied(patches, gradient.flatten(3).transpose(2, 3).flatten(1, 2), out)
 
-    def fold(self, examples: slice, out: Tensor | None = None) -> Tensor:
+    def fold(self, samples: slice, out: Tensor | None = None) -> Tensor:
         """Make m samples groups of one convolution: gradients ``[m, *block]``."""
-        inputs, gradient = wide(self.inputs[examples]), wide(self.gradient[examples])
+        inputs, gradient = wide(self.inputs[samples]), wide(self.gradient[samples])
         many = len(inputs)
         # [m, k, C, ...] -> [k, m * C, ...]
         inputs, gradient = (side.transpose(0, 1).flatten(1, 2) for side in (inputs, gradient))

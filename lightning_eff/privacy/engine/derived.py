@@ -37,7 +37,7 @@ class DerivingRecorder(Recorder):
     Args:
         names: as in :class:`Recorder`, like the arguments after it.
         selections: likewise.
-        examples: likewise.
+        samples: likewise.
         tuner: likewise.
         on_gradient: likewise.
         constants: tensors that hold nothing of the batch: buffers, frozen parameters. What the step makes of them, or
@@ -48,13 +48,13 @@ class DerivingRecorder(Recorder):
         self,
         names: Mapping[int, str],
         selections: Mapping[str, Selection],
-        examples: int,
+        samples: int,
         tuner: Tuner,
         on_gradient: Callable[[LayerUse], None],
         constants: Iterable[Tensor] = (),
     ) -> None:
         self._names: dict[int, str]
-        super().__init__(dict(names), selections, examples, tuner, on_gradient)
+        super().__init__(dict(names), selections, samples, tuner, on_gradient)
         self._parameter_names = frozenset(names.values())
         # by id; the tensor is held so that no other one gets its id, and its version tells whether anyone wrote to it
         self._constants = {id(tensor): (tensor, _version(tensor)) for tensor in constants}
@@ -146,7 +146,7 @@ class DerivedUse(LayerUse):
         direct = [Part(name, chosen) for name, chosen in inner.selections.items() if name not in origins]
         roots = {name: root for origin in origins.values() for name, root in origin.roots.items()}
         behind = [recorder.part(root) for name, root in roots.items() if name not in inner.selections]
-        super().__init__([*direct, *behind], inner.examples)
+        super().__init__([*direct, *behind], inner.samples)
         self._inner = inner
         self._ways = {
             name: (
@@ -162,16 +162,16 @@ class DerivedUse(LayerUse):
         """Hand it on."""
         self._inner.receive(gradient)
 
-    def zero_examples(self, index: Tensor) -> None:
+    def zero_samples(self, index: Tensor) -> None:
         """Hand it on."""
-        self._inner.zero_examples(index)
+        self._inner.zero_samples(index)
 
-    def per_sample(self, name: str, examples: slice) -> Tensor:
+    def per_sample(self, name: str, samples: slice) -> Tensor:
         """Add what comes directly and through each derived tensor, ``[m, *block]``."""
-        found = [self._inner.per_sample(name, examples)] if name in self._inner.selections else []
+        found = [self._inner.per_sample(name, samples)] if name in self._inner.selections else []
         for derived, (edge, roots, dtype) in self._ways.items():
             if name in roots:
-                gradients = self._inner.per_sample(derived, examples).to(dtype)
+                gradients = self._inner.per_sample(derived, samples).to(dtype)
                 found.append(block(wide(_way_back(edge, roots[name], gradients)), self.selections[name]))
         total = found[0]
         for more in found[1:]:
@@ -210,7 +210,7 @@ class DerivedUse(LayerUse):
         """Keep the gradients of derived tensors small, too."""
         sizes = [math.prod(self._inner.selections[derived].block_shape) for derived in self._ways]
         sizes.extend(root.numel() for _, roots, _ in self._ways.values() for root in roots.values())
-        return slices(self.examples, CHUNK_ELEMENTS // max(1, *sizes))
+        return slices(self.samples, CHUNK_ELEMENTS // max(1, *sizes))
 
 
 def constants_of(module: nn.Module) -> list[Tensor]:

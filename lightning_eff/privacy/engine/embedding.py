@@ -106,7 +106,7 @@ class EmbeddingUse(LayerUse):
         self._weight = weight
         self._tokens: Tensor | None = tokens.clone()  # somebody may write to them before the gradient comes
         self._padding_idx = padding_idx
-        self._examples: Tensor
+        self._samples: Tensor
         self._rows: Tensor
         self._values: Tensor
 
@@ -118,41 +118,41 @@ class EmbeddingUse(LayerUse):
         values = wide(gradient).reshape(tokens.numel(), chosen.shape[1])
         if chosen.columns is not None:
             values = values.index_select(1, chosen.columns)
-        examples = torch.arange(len(tokens), device=tokens.device).unsqueeze(1).expand_as(tokens).reshape(-1)
+        samples = torch.arange(len(tokens), device=tokens.device).unsqueeze(1).expand_as(tokens).reshape(-1)
         rows = tokens.reshape(-1).long()
         kept = torch.ones_like(rows, dtype=torch.bool) if self._padding_idx is None else rows != self._padding_idx
         if chosen.rows is not None:
             place = torch.searchsorted(chosen.rows, rows).clamp(max=max(0, count - 1))
             kept &= chosen.rows[place] == rows
             rows = place
-        keys, group = (examples[kept] * count + rows[kept]).unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        self._examples, self._rows = keys // count, keys % count
+        keys, group = (samples[kept] * count + rows[kept]).unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        self._samples, self._rows = keys // count, keys % count
         summed = values.new_zeros(len(keys), values.size(1)).index_add_(0, group, values[kept])
         mask = chosen.block_mask
         self._values = summed if mask is None else torch.where(mask[self._rows], summed, 0.0)
         self._tokens = None
 
-    def per_sample(self, name: str, examples: slice) -> Tensor:
+    def per_sample(self, name: str, samples: slice) -> Tensor:
         """Spread the pairs of some samples over the block, ``[m, *block]``."""
-        chosen = range(self.examples)[examples]
-        mine = (self._examples >= chosen.start) & (self._examples < chosen.stop)
+        chosen = range(self.samples)[samples]
+        mine = (self._samples >= chosen.start) & (self._samples < chosen.stop)
         gradients = self._values.new_zeros(len(chosen), *self._weight.selection.block_shape)
-        gradients[self._examples[mine] - chosen.start, self._rows[mine]] = self._values[mine]
+        gradients[self._samples[mine] - chosen.start, self._rows[mine]] = self._values[mine]
         return masked(gradients, self._weight.selection)
 
-    def zero_examples(self, index: Tensor) -> None:
+    def zero_samples(self, index: Tensor) -> None:
         """Make their pairs zero."""
-        out = torch.isin(self._examples, index).unsqueeze(1)
+        out = torch.isin(self._samples, index).unsqueeze(1)
         self._values = torch.where(out, 0.0, self._values)
 
     def square_norms(self, names: Collection[str]) -> dict[str, Tensor]:
         """Add the squares of each sample's pairs, ``[n]``."""
-        squares = self._values.new_zeros(self.examples)
-        squares.index_add_(0, self._examples, self._values.square().sum(1))
+        squares = self._values.new_zeros(self.samples)
+        squares.index_add_(0, self._samples, self._values.square().sum(1))
         return dict.fromkeys(names, squares)
 
     def clipped_sums(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Add the pairs, times the factors of their samples, into the block."""
         name, chosen = self._weight
-        scaled = self._values * factors[name].to(self._values.dtype)[self._examples].unsqueeze(1)
+        scaled = self._values * factors[name].to(self._values.dtype)[self._samples].unsqueeze(1)
         return {name: self._values.new_zeros(chosen.block_shape).index_add_(0, self._rows, scaled)}

@@ -76,22 +76,22 @@ class PerSampleEngine:
         self._selections = selections
 
     @contextmanager
-    def record(self, examples: int) -> Iterator[None]:
+    def record(self, samples: int) -> Iterator[None]:
         """Record the layers that are called inside; begins a new physical batch and drops what the last one left.
 
         Args:
-            examples: n, the number of samples the step inside works on, >= 1.
+            samples: n, the number of samples the step inside works on, >= 1.
 
         Raises:
-            ValueError: ``examples`` is less than one, or the module has nothing to train.
+            ValueError: ``samples`` is less than one, or the module has nothing to train.
         """
-        if examples < 1:
-            raise ValueError(f"expected at least one sample, got {examples}: an empty batch has no gradient to record")
+        if samples < 1:
+            raise ValueError(f"expected at least one sample, got {samples}: an empty batch has no gradient to record")
         self.reset()
         parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not parameters:
             raise ValueError(f"nothing to train: no parameter of {type(self.module).__name__} has requires_grad")
-        self._batch = _Batch(parameters, self._selections, examples, self._tuner, constants_of(self.module))
+        self._batch = _Batch(parameters, self._selections, samples, self._tuner, constants_of(self.module))
         with self._batch.recorder:
             yield
 
@@ -104,7 +104,7 @@ class PerSampleEngine:
         batch = self._recorded()
         if loss.requires_grad:
             batch.recorder.counts = True
-            (batch.recorder.examples * loss).backward()  # type: ignore[no-untyped-call]
+            (batch.recorder.samples * loss).backward()  # type: ignore[no-untyped-call]
         batch.went_back = True
 
     def norms(self) -> Tensor:
@@ -115,15 +115,15 @@ class PerSampleEngine:
         """Return the norms by layer, ``[n]`` each; a layer is the parameters of one submodule, ``""`` for the root."""
         return self._finished().layer_norms()
 
-    def leave_out(self, examples: Tensor) -> None:
+    def leave_out(self, samples: Tensor) -> None:
         """Let samples of the recorded batch contribute zero to its sum; their norms stay.
 
         Args:
-            examples: indices, ``[m]`` int64.
+            samples: indices, ``[m]`` int64.
         """
         batch = self._finished()
-        kept = torch.ones(batch.recorder.examples, dtype=torch.bool, device=examples.device)
-        kept[examples] = False
+        kept = torch.ones(batch.recorder.samples, dtype=torch.bool, device=samples.device)
+        kept[samples] = False
         batch.finite = kept if batch.finite is None else batch.finite & kept
 
     def clipped_sum(self, max_norm: float, clipping: Clipping = "flat") -> dict[str, Tensor]:
@@ -208,14 +208,14 @@ class _Batch:
         self,
         parameters: dict[str, nn.Parameter],
         selections: Mapping[str, Selection],
-        examples: int,
+        samples: int,
         tuner: Tuner,
         constants: list[Tensor],
     ) -> None:
         self.parameters = parameters
         self.selections = selections
         names = {id(parameter): name for name, parameter in parameters.items()}
-        self.recorder = DerivingRecorder(names, selections, examples, tuner, self.on_gradient, constants)
+        self.recorder = DerivingRecorder(names, selections, samples, tuner, self.on_gradient, constants)
         self.received: list[LayerUse] = []
         self.squares: dict[str, Tensor] = {}
         self.total: Tensor | None = None
@@ -249,17 +249,17 @@ class _Batch:
         for name, times in self.recorder.times_used.items():
             uses = [use for use in self.received if name in use.selections]
             if times > 1 and uses:
-                self.squares[name] = _norm_of_sum(uses, name, self.recorder.examples)
+                self.squares[name] = _norm_of_sum(uses, name, self.recorder.samples)
         if self.squares:
             self.total = torch.stack(list(self.squares.values())).sum(0)
         else:
-            self.total = self.zeros(next(iter(self.parameters))).new_zeros(self.recorder.examples)
+            self.total = self.zeros(next(iter(self.parameters))).new_zeros(self.recorder.samples)
         finite = self.total.isfinite()
         if not finite.all():
             self.finite = finite
             index = finite.logical_not().nonzero().squeeze(1)
             for use in self.received:
-                use.zero_examples(index)
+                use.zero_samples(index)
 
     def norms(self) -> Tensor:
         assert self.total is not None
@@ -319,11 +319,11 @@ def _clip(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def _norm_of_sum(uses: list[LayerUse], name: str, examples: int) -> Tensor:
+def _norm_of_sum(uses: list[LayerUse], name: str, samples: int) -> Tensor:
     """Return the squared norms, ``[n]``, of a parameter used several times: of the sum, never the sum of norms."""
     size = CHUNK_ELEMENTS // max(1, math.prod(uses[0].selections[name].block_shape))
     parts = []
-    for part in slices(examples, size):
+    for part in slices(samples, size):
         gradient = uses[0].per_sample(name, part)
         for use in uses[1:]:
             gradient = gradient + use.per_sample(name, part)

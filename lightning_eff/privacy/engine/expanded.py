@@ -38,7 +38,7 @@ def record_elementwise(function: Callable[..., Any], recorder: Recorder, *args: 
     shape: torch.Size = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
     given = [tensor for tensor in tensors if recorder.name_of(tensor) is None]
     rows = shape[0] if shape else 0
-    if not rows or rows % recorder.examples or not any(_leads(tensor, shape) for tensor in given):
+    if not rows or rows % recorder.samples or not any(_leads(tensor, shape) for tensor in given):
         return NotImplemented
 
     def copies(leaf: Any) -> Any:
@@ -58,8 +58,8 @@ def record_concatenation(
 ) -> Any:
     """Put parameters beside what belongs to the samples; both have the samples first."""
     rows = tensors[0].size(0) if tensors[0].ndim else 0
-    along_examples = dim % max(1, tensors[0].ndim + (function is torch.stack)) == 0
-    if not rows or rows % recorder.examples or along_examples or any(len(tensor) != rows for tensor in tensors):
+    along_samples = dim % max(1, tensors[0].ndim + (function is torch.stack)) == 0
+    if not rows or rows % recorder.samples or along_samples or any(len(tensor) != rows for tensor in tensors):
         return NotImplemented
     tapped = [tensor if recorder.name_of(tensor) is None else _tap_aligned(recorder, tensor) for tensor in tensors]
     return function(tapped, dim, **kwargs)
@@ -71,20 +71,20 @@ def spread(function: Callable[..., Tensor], recorder: Recorder, tensor: Tensor, 
     Tensors of fewer dimensions may as well be spread over something else, as many as there are samples by chance; they
     stay one tensor until they meet the samples.
     """
-    if not isinstance(tensor, Tensor) or recorder.name_of(tensor) is None or recorder.examples == 1:
+    if not isinstance(tensor, Tensor) or recorder.name_of(tensor) is None or recorder.samples == 1:
         return NotImplemented
     if tensor.ndim < 3 or tensor.size(0) != 1:
         return NotImplemented
     result = function(tensor.detach(), *args, **kwargs)
-    if result.ndim != tensor.ndim or result.size(0) != recorder.examples:
+    if result.ndim != tensor.ndim or result.size(0) != recorder.samples:
         return NotImplemented
-    copied = _tap_copies(recorder, tensor, tensor.detach().expand(recorder.examples, *tensor.shape[1:]))
+    copied = _tap_copies(recorder, tensor, tensor.detach().expand(recorder.samples, *tensor.shape[1:]))
     sizes = args[0] if args and isinstance(args[0], list | tuple) else args
     if kwargs or len(sizes) != tensor.ndim:
         return NotImplemented
     if function is Tensor.repeat or function is torch.tile or function is Tensor.tile:
         return copied.repeat(1, *sizes[1:])
-    return copied.expand(recorder.examples, *sizes[1:])
+    return copied.expand(recorder.samples, *sizes[1:])
 
 
 class AlignedUse(LayerUse):
@@ -92,31 +92,31 @@ class AlignedUse(LayerUse):
 
     Args:
         part: the tensor.
-        examples: n.
+        samples: n.
     """
 
-    def __init__(self, part: Part | None, examples: int) -> None:
-        super().__init__([part], examples)
+    def __init__(self, part: Part | None, samples: int) -> None:
+        super().__init__([part], samples)
         self._gradient: Tensor | None = None
 
     def receive(self, gradient: Tensor) -> None:
         """Keep it."""
         self._gradient = wide(gradient).contiguous()
 
-    def per_sample(self, name: str, examples: slice) -> Tensor:
+    def per_sample(self, name: str, samples: slice) -> Tensor:
         """Return what each sample's rows got, zero in all other rows, ``[m, *block]``."""
         assert self._gradient is not None
-        rows = self._gradient.view(self.examples, -1, *self._gradient.shape[1:])
-        chosen = range(self.examples)[examples]
+        rows = self._gradient.view(self.samples, -1, *self._gradient.shape[1:])
+        chosen = range(self.samples)[samples]
         gradients = rows.new_zeros(len(chosen), *rows.shape)
         index = torch.arange(len(chosen), device=rows.device)
-        gradients[index, index + examples.start] = rows[examples]
+        gradients[index, index + samples.start] = rows[samples]
         return block(gradients.flatten(1, 2), self.selections[name])
 
-    def zero_examples(self, index: Tensor) -> None:
+    def zero_samples(self, index: Tensor) -> None:
         """Make their rows zero."""
         assert self._gradient is not None
-        rows = self._gradient.view(self.examples, -1, *self._gradient.shape[1:])
+        rows = self._gradient.view(self.samples, -1, *self._gradient.shape[1:])
         self._gradient = rows.index_fill(0, index, 0).flatten(0, 1)
 
 
@@ -131,13 +131,13 @@ def _tap_copies(recorder: Recorder, parameter: Tensor, copies: Tensor) -> Tensor
     def compute(gradient: Tensor) -> dict[str, Tensor]:
         assert part is not None
         sums = recorder.split(wide(gradient), "a parameter outside of a layer").sum(1)
-        return {part.name: sums.reshape(recorder.examples, *parameter.shape)}
+        return {part.name: sums.reshape(recorder.samples, *parameter.shape)}
 
-    return recorder.tap(copies, GradientUse([part], recorder.examples, compute))
+    return recorder.tap(copies, GradientUse([part], recorder.samples, compute))
 
 
 def _tap_aligned(recorder: Recorder, tensor: Tensor) -> Tensor:
-    return recorder.tap(tensor.detach(), AlignedUse(recorder.part(tensor), recorder.examples))
+    return recorder.tap(tensor.detach(), AlignedUse(recorder.part(tensor), recorder.samples))
 
 
 for _function in _ELEMENTWISE:

@@ -68,7 +68,7 @@ def record_recurrent(function: Callable[..., Any], recorder: Recorder, *args: An
     if not call.fits() or not call.agrees_with(output):
         raise ValueError(
             f"{name} got an input of shape {list(args[0].shape)} with batch_first={args[8]} in a batch of "
-            f"{recorder.examples} samples: the samples must lie along dimension {first}"
+            f"{recorder.samples} samples: the samples must lie along dimension {first}"
         )
     return call.record(output)
 
@@ -130,7 +130,7 @@ class Call:
                 self.dims.append(None)
                 continue
             shape = kept.get().shape
-            leads = bool(shape) and shape[0] > 0 and shape[0] % self.recorder.examples == 0
+            leads = bool(shape) and shape[0] > 0 and shape[0] % self.recorder.samples == 0
             if not leads and not constant:
                 return False
             self.dims.append(0 if leads and (spread or not constant) else None)
@@ -139,13 +139,11 @@ class Call:
     def fits(self) -> bool:
         """Whether every tensor can be cut into samples along its dimension."""
         return all(
-            kept is None
-            or dim is None
-            or (dim < kept.get().ndim and kept.get().size(dim) % self.recorder.examples == 0)
+            kept is None or dim is None or (dim < kept.get().ndim and kept.get().size(dim) % self.recorder.samples == 0)
             for kept, dim in zip(self.tensors, self.dims, strict=True)
         )
 
-    def examples(self) -> list[Tensor]:
+    def samples(self) -> list[Tensor]:
         """Return the tensors that hold something of each sample, samples first, ``[n, ...]``."""
         return [
             self._examples_first(kept.get(), dim)
@@ -172,11 +170,11 @@ class Call:
         if outputs is None:
             return False
         dims = self.output_dims * len(outputs) if len(self.output_dims) == 1 else self.output_dims
-        n = self.recorder.examples
+        n = self.recorder.samples
         if any(o.ndim <= dim or not o.size(dim) or o.size(dim) % n for o, dim in zip(outputs, dims, strict=True)):
             return False
         self.output_dims = dims
-        inputs = self.examples()
+        inputs = self.samples()
         for i in {0, n - 1}:
             try:
                 alone = _outputs(self.repeat(self.parameters, [tensor[i] for tensor in inputs]))
@@ -211,14 +209,14 @@ class Call:
                 start = stop
         return outputs[0] if isinstance(output, Tensor) else type(output)(outputs)
 
-    def gradients(self, gradient: Tensor, examples: slice) -> dict[str, Tensor]:
+    def gradients(self, gradient: Tensor, samples: slice) -> dict[str, Tensor]:
         """Return by parameter the gradients of some samples, ``[m, *shape]``.
 
         Args:
             gradient: of the outputs, from :meth:`rows`.
-            examples: which of them.
+            samples: which of them.
         """
-        inputs = [tensor[examples] for tensor in self.examples()]
+        inputs = [tensor[samples] for tensor in self.samples()]
 
         def back(gradient: Tensor, *example: Tensor) -> dict[str, Tensor]:
             def run(parameters: dict[str, Tensor]) -> Tensor:
@@ -233,7 +231,7 @@ class Call:
                 found: dict[str, Tensor] = torch.func.vjp(run, self.parameters)[1](gradient)[0]
             return found
 
-        rows = gradient[examples]
+        rows = gradient[samples]
         if not self.loop:
             try:
                 with warnings.catch_warnings():
@@ -269,7 +267,7 @@ class Call:
             )
 
     def _examples_first(self, tensor: Tensor, dim: int) -> Tensor:
-        n = self.recorder.examples
+        n = self.recorder.samples
         return tensor.reshape(*tensor.shape[:dim], n, tensor.size(dim) // n, *tensor.shape[dim + 1 :]).movedim(dim, 0)
 
 
@@ -283,7 +281,7 @@ class CallUse(LayerUse):
     """
 
     def __init__(self, call: Call) -> None:
-        super().__init__(call.parts, call.recorder.examples)
+        super().__init__(call.parts, call.recorder.samples)
         self._call = call
         self._gradient: Tensor | None = None
         self._out: Tensor | None = None
@@ -294,11 +292,11 @@ class CallUse(LayerUse):
         """Keep it."""
         self._gradient = self._call.rows(gradient)
 
-    def per_sample(self, name: str, examples: slice) -> Tensor:
+    def per_sample(self, name: str, samples: slice) -> Tensor:
         """Run the function again for some samples, or look up what was kept, ``[m, *block]``."""
-        return self._blocks(examples)[name]
+        return self._blocks(samples)[name]
 
-    def zero_examples(self, index: Tensor) -> None:
+    def zero_samples(self, index: Tensor) -> None:
         """Remember whose gradients to make zero: what goes into the function may itself be infinite."""
         self._out = index
 
@@ -318,29 +316,29 @@ class CallUse(LayerUse):
 
     def _slices(self) -> Any:
         size = max(parameter.numel() for parameter in self._call.parameters.values())
-        return slices(self.examples, CHUNK_ELEMENTS // max(1, size))
+        return slices(self.samples, CHUNK_ELEMENTS // max(1, size))
 
-    def _blocks(self, examples: slice) -> dict[str, Tensor]:
+    def _blocks(self, samples: slice) -> dict[str, Tensor]:
         if not self._asked_to_keep:
             self._asked_to_keep = True
             numbers = sum(chosen.block_shape.numel() for chosen in self.selections.values())
             bytes_each = max(4, *(one.element_size() for one in self._call.parameters.values()))
-            if self._call.recorder.tuner.store(self.examples * numbers * bytes_each):
+            if self._call.recorder.tuner.store(self.samples * numbers * bytes_each):
                 parts = [self._made(part) for part in self._slices()]
                 self._kept = {name: torch.cat([part[name] for part in parts]) for name in self.selections}
         if self._kept is None:
-            blocks = self._made(examples)
+            blocks = self._made(samples)
         else:
-            blocks = {name: kept[examples] for name, kept in self._kept.items()}
+            blocks = {name: kept[samples] for name, kept in self._kept.items()}
         if self._out is None:
             return blocks
-        index = torch.arange(self.examples, device=self._out.device)[examples]
+        index = torch.arange(self.samples, device=self._out.device)[samples]
         out = torch.isin(index, self._out)
         return {name: torch.where(out.view(-1, *[1] * (b.ndim - 1)), 0.0, b) for name, b in blocks.items()}
 
-    def _made(self, examples: slice) -> dict[str, Tensor]:
+    def _made(self, samples: slice) -> dict[str, Tensor]:
         assert self._gradient is not None
-        found = self._call.gradients(self._gradient, examples)
+        found = self._call.gradients(self._gradient, samples)
         return {name: block(wide(found[name]), chosen) for name, chosen in self.selections.items()}
 
 

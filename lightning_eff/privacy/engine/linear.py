@@ -44,10 +44,10 @@ class LinearUse(WeightUse):
 
     def __init__(self, weight: Part | None, bias: Part | None, inputs: Tensor, tuner: Tuner) -> None:
         self._positions = math.prod(inputs.shape[1:-1])
-        examples = inputs.size(0)
+        samples = inputs.size(0)
         if weight is not None and weight.selection.columns is not None:
             inputs = cut(inputs, inputs.ndim - 1, weight.selection.columns)
-        super().__init__(weight, bias, inputs, examples, tuner)
+        super().__init__(weight, bias, inputs, samples, tuner)
 
     @property
     def positions(self) -> int:
@@ -56,7 +56,7 @@ class LinearUse(WeightUse):
 
     def receive(self, gradient: Tensor) -> None:
         """Keep the selected rows, ``[n, T, R]``."""
-        gradient = gradient.reshape(self.examples, self._positions, -1)
+        gradient = gradient.reshape(self.samples, self._positions, -1)
         kept = gradient
         if self._weight is not None and self.selection.rows is not None:
             kept = cut(gradient, 2, self.selection.rows)
@@ -66,10 +66,10 @@ class LinearUse(WeightUse):
         """One batched matrix product."""
         return {"product": self.product}
 
-    def unfolded(self, examples: slice) -> tuple[Tensor, Tensor]:
+    def unfolded(self, samples: slice) -> tuple[Tensor, Tensor]:
         """Return what is kept, in float32 or wider."""
-        inputs = self.inputs[examples].flatten(1, -2) if self.inputs.ndim > 2 else self.inputs[examples].unsqueeze(1)
-        return wide(inputs), wide(self.gradient[examples])
+        inputs = self.inputs[samples].flatten(1, -2) if self.inputs.ndim > 2 else self.inputs[samples].unsqueeze(1)
+        return wide(inputs), wide(self.gradient[samples])
 
     def weight_norms(self) -> Tensor:
         """Without a per-sample gradient where T = 1."""

@@ -184,7 +184,7 @@ def _record(
             gradients[weight.name] = _example_sums(recorder, normalise().mul_(gradient), summed)
         return gradients
 
-    return recorder.tap(output, GradientUse((weight, bias), recorder.examples, compute))
+    return recorder.tap(output, GradientUse((weight, bias), recorder.samples, compute))
 
 
 def _example_sums(recorder: Recorder, values: Tensor, dims: Sequence[int]) -> Tensor:

@@ -59,7 +59,7 @@ class Recorder(TorchFunctionMode):
     Args:
         names: name of every trainable parameter by ``id``.
         selections: what of each parameter is active; a name that is missing is wholly active.
-        examples: n, the number of samples of the physical batch.
+        samples: n, the number of samples of the physical batch.
         tuner: chooses among equivalent computations, for uses that have the choice.
         on_gradient: called with a use once it has received its gradient.
     """
@@ -68,12 +68,12 @@ class Recorder(TorchFunctionMode):
         self,
         names: Mapping[int, str],
         selections: Mapping[str, Selection],
-        examples: int,
+        samples: int,
         tuner: Tuner,
         on_gradient: Callable[[LayerUse], None],
     ) -> None:
         super().__init__()
-        self.examples = examples
+        self.samples = samples
         self.tuner = tuner
         self.seen: set[str] = set()
         self.times_used: Counter[str] = Counter()
@@ -157,13 +157,13 @@ class Recorder(TorchFunctionMode):
         Raises:
             ValueError: the first dimension is no multiple of n; names ``what``.
         """
-        if tensor.ndim == 0 or tensor.size(0) % self.examples or not tensor.size(0):
+        if tensor.ndim == 0 or tensor.size(0) % self.samples or not tensor.size(0):
             raise ValueError(
-                f"{what} got an input of shape {list(tensor.shape)} in a batch of {self.examples} samples: per-sample "
+                f"{what} got an input of shape {list(tensor.shape)} in a batch of {self.samples} samples: per-sample "
                 "gradients need the samples in its first dimension (as many, or a multiple of it, one sample after "
                 "the other)"
             )
-        return tensor.view(self.examples, tensor.size(0) // self.examples, *tensor.shape[1:])
+        return tensor.view(self.samples, tensor.size(0) // self.samples, *tensor.shape[1:])
 
     def cast(self, tensor: Tensor) -> Tensor:
         """Cast an input as autocast would do it in a matrix product or convolution, once, so that one copy is kept."""

@@ -45,7 +45,7 @@ def register_rule(*functions: Callable[..., Any]) -> Callable[[_Rule], _Rule]:
             output = my_package.scale(input, recorder.detached(weight))
             def compute(gradient):
                 return {part.name: recorder.split(gradient * input, "scale").sum(1)}
-            return recorder.tap(output, GradientUse([part], recorder.examples, compute))
+            return recorder.tap(output, GradientUse([part], recorder.samples, compute))
 
     Args:
         functions: functions that torch lets be overridden: those of torch, and those that ask

@@ -62,7 +62,7 @@ class Tuner:
     def plan(self, use: WeightUse) -> Plan:
         """Return the plan for a use that has received its gradient, and take what it stores from the budget."""
         fits = use.stored_bytes <= self._left
-        key = (*use.key, use.examples.bit_length(), fits)
+        key = (*use.key, use.samples.bit_length(), fits)
         plan = self._plans.get(key)
         if plan is None:
             choose = _timed_plan if self.timed else _counted_plan
@@ -91,13 +91,13 @@ def _timed_plan(use: WeightUse, fits: bool) -> Plan:
     for method in use.methods():
         size = use.positions**2 if method == "gram" else gradient
         # nothing is made in chunks where only what is active is made
-        sizes = (use.examples,) if method == "sampled" else (2, 8, 32, use.examples)
-        chunks = {min(chunk, use.examples) for chunk in sizes}
+        sizes = (use.samples,) if method == "sampled" else (2, 8, 32, use.samples)
+        chunks = {min(chunk, use.samples) for chunk in sizes}
         for chunk in sorted(chunks):
             if chunk * size <= _LARGEST_CHUNK or chunk == min(chunks):
                 plan = Plan(method, chunk, store=False)
                 cost[plan] = _seconds(partial(use.run, plan), device, min(cost.values(), default=None))
-    factors = torch.ones(use.examples, device=device)
+    factors = torch.ones(use.samples, device=device)
     summing = _seconds(partial(use.weight_sum, factors), device)
     best = min(cost, key=cost.__getitem__)
     if not fits:
@@ -122,7 +122,7 @@ def _fresh_memory(use: WeightUse, plan: Plan) -> float:
     Timing a layer again and again gets the same memory again; in a step, that of all layers is held at once.
     """
     stored = use.selection.count if plan.method == "sampled" else use.selection.block_shape.numel()
-    size = 4 * use.examples * stored
+    size = 4 * use.samples * stored
     if use.gradient.device.type != "cpu" or size > _ALWAYS_FRESH:
         return 0.0
     return size * _seconds_per_fresh_byte()

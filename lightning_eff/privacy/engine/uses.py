@@ -36,12 +36,12 @@ class LayerUse(ABC):
 
     Args:
         parts: the active parameters of the call; None stands for one that is frozen or wholly dropped.
-        examples: n.
+        samples: n.
     """
 
-    def __init__(self, parts: Sequence[Part | None], examples: int) -> None:
+    def __init__(self, parts: Sequence[Part | None], samples: int) -> None:
         self.selections: dict[str, Selection] = {part.name: part.selection for part in parts if part is not None}
-        self.examples = examples
+        self.samples = samples
 
     @abstractmethod
     def receive(self, gradient: Tensor) -> None:
@@ -52,14 +52,14 @@ class LayerUse(ABC):
         """
 
     @abstractmethod
-    def per_sample(self, name: str, examples: slice) -> Tensor:
+    def per_sample(self, name: str, samples: slice) -> Tensor:
         """Return the gradients of a parameter's block for some samples, ``[m, *block]``.
 
         Float32 or wider; zero where the selection's mask is False. Only called after :meth:`receive`.
         """
 
     @abstractmethod
-    def zero_examples(self, index: Tensor) -> None:
+    def zero_samples(self, index: Tensor) -> None:
         """Make everything that was kept of the samples ``index`` (int64) zero: their gradient is not finite.
 
         Inputs and gradients belong to others, so this replaces tensors instead of changing them.
@@ -90,7 +90,7 @@ class LayerUse(ABC):
 
     def chunks(self, name: str) -> Iterator[slice]:
         """Cut the samples into slices whose per-sample gradients of this parameter are small."""
-        return slices(self.examples, CHUNK_ELEMENTS // max(1, math.prod(self.selections[name].block_shape)))
+        return slices(self.samples, CHUNK_ELEMENTS // max(1, math.prod(self.selections[name].block_shape)))
 
 
 class GradientUse(LayerUse):
@@ -98,15 +98,15 @@ class GradientUse(LayerUse):
 
     Args:
         parts: as in :class:`LayerUse`.
-        examples: n.
+        samples: n.
         compute: takes the output's gradient and returns by parameter name the per-sample gradients of the whole
             parameter, ``[n, *shape]``.
     """
 
     def __init__(
-        self, parts: Sequence[Part | None], examples: int, compute: Callable[[Tensor], Mapping[str, Tensor]]
+        self, parts: Sequence[Part | None], samples: int, compute: Callable[[Tensor], Mapping[str, Tensor]]
     ) -> None:
-        super().__init__(parts, examples)
+        super().__init__(parts, samples)
         self._compute: Callable[[Tensor], Mapping[str, Tensor]] | None = compute
         self._gradients: dict[str, Tensor] = {}
 
@@ -117,11 +117,11 @@ class GradientUse(LayerUse):
         self._compute = None
         self._gradients = {name: block(wide(gradients[name]), part) for name, part in self.selections.items()}
 
-    def per_sample(self, name: str, examples: slice) -> Tensor:
+    def per_sample(self, name: str, samples: slice) -> Tensor:
         """Return kept gradients, ``[m, *block]``."""
-        return self._gradients[name][examples]
+        return self._gradients[name][samples]
 
-    def zero_examples(self, index: Tensor) -> None:
+    def zero_samples(self, index: Tensor) -> None:
         """Put zeros in their place."""
         self._gradients = {name: kept.index_fill(0, index, 0) for name, kept in self._gradients.items()}
 
@@ -165,10 +165,10 @@ class KeptInput:
         return KeptInput(self.get().index_fill(0, index, 0), self._what)
 
 
-def slices(examples: int, size: int) -> Iterator[slice]:
-    """Cut ``examples`` into slices of ``size`` (at least one) samples."""
+def slices(samples: int, size: int) -> Iterator[slice]:
+    """Cut ``samples`` into slices of ``size`` (at least one) samples."""
     size = max(1, size)
-    return (slice(start, min(start + size, examples)) for start in range(0, examples, size))
+    return (slice(start, min(start + size, samples)) for start in range(0, samples, size))
 
 
 def wide(tensor: Tensor) -> Tensor:

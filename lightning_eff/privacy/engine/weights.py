@@ -47,14 +47,14 @@ class WeightUse(LayerUse):
         weight: None if frozen or dropped.
         bias: ``[O]``, None if frozen or dropped.
         inputs: ``[n, ...]``, the columns that the weight's selection needs; None without a weight.
-        examples: n.
+        samples: n.
         tuner: chooses among the ways to the norms.
     """
 
     def __init__(
-        self, weight: Part | None, bias: Part | None, inputs: Tensor | None, examples: int, tuner: Tuner
+        self, weight: Part | None, bias: Part | None, inputs: Tensor | None, samples: int, tuner: Tuner
     ) -> None:
-        super().__init__([weight, bias], examples)
+        super().__init__([weight, bias], samples)
         self._weight = weight
         self._bias = bias
         self._tuner = tuner
@@ -78,7 +78,7 @@ class WeightUse(LayerUse):
         """
 
     @abstractmethod
-    def unfolded(self, examples: slice) -> tuple[Tensor, Tensor] | None:
+    def unfolded(self, samples: slice) -> tuple[Tensor, Tensor] | None:
         """Return inputs ``[m, T, J]`` and output gradients ``[m, T, R]``; None where the layer has no such form."""
 
     @abstractmethod
@@ -116,7 +116,7 @@ class WeightUse(LayerUse):
     def stored_bytes(self) -> int:
         """Bytes that storing the weight gradients takes more than keeping the output's gradient."""
         kept = self.gradient.numel() * self.gradient.element_size()
-        return 4 * self.examples * self.selection.block_shape.numel() - kept
+        return 4 * self.samples * self.selection.block_shape.numel() - kept
 
     def keep(self, gradient: Tensor | None, bias_gradients: Tensor | None) -> None:
         """Keep the output's gradient for the weight, ``[n, ...]``, and the bias gradients, ``[n, O]``."""
@@ -125,17 +125,17 @@ class WeightUse(LayerUse):
         if self._bias is not None and bias_gradients is not None:
             self._bias_gradients = block(wide(bias_gradients), self._bias.selection)
 
-    def per_sample(self, name: str, examples: slice) -> Tensor:
+    def per_sample(self, name: str, samples: slice) -> Tensor:
         """Make gradients of the weight, or take those of the bias."""
         if self._bias is not None and name == self._bias.name:
             assert self._bias_gradients is not None
-            return self._bias_gradients[examples]
+            return self._bias_gradients[samples]
         if self._stored is not None:
-            stored = self._stored[examples]
+            stored = self._stored[samples]
             return torch.stack([self.selection.unpack(one) for one in stored]) if self._packed else stored
-        return masked_(next(iter(self.gradient_methods().values()))(examples, None), self.selection)
+        return masked_(next(iter(self.gradient_methods().values()))(samples, None), self.selection)
 
-    def zero_examples(self, index: Tensor) -> None:
+    def zero_samples(self, index: Tensor) -> None:
         """Zero the gradients, and the inputs too: 0 * inf is not 0."""
         if self._bias_gradients is not None:
             self._bias_gradients = self._bias_gradients.index_fill(0, index, 0)
@@ -185,20 +185,20 @@ class WeightUse(LayerUse):
 
         Those are ``[n, *block]``, masked; with the method "sampled" they are packed, ``[n, count]``.
         """
-        parts = slices(self.examples, plan.chunk)
+        parts = slices(self.samples, plan.chunk)
         if plan.method == "gram":
             return torch.cat([self._gram_norms(part) for part in parts]), None
         if plan.method == "sampled":
             gradients = self._sampled()
             return square_norm(gradients), gradients if plan.store else None
         make = self.gradient_methods()[plan.method]
-        if plan.store and plan.chunk >= self.examples:
-            gradients = masked_(make(slice(0, self.examples), None), self.selection)
+        if plan.store and plan.chunk >= self.samples:
+            gradients = masked_(make(slice(0, self.samples), None), self.selection)
             return square_norm(gradients), gradients
         norms, stored, place = [], None, None
         if plan.store:
             dtype = torch.promote_types(self.gradient.dtype, torch.float32)
-            stored = self.gradient.new_empty(self.examples, *self.selection.block_shape, dtype=dtype)
+            stored = self.gradient.new_empty(self.samples, *self.selection.block_shape, dtype=dtype)
         for part in parts:
             place = None if stored is None else stored[part]
             gradients = masked_(make(part, place), self.selection)
@@ -216,9 +216,9 @@ class WeightUse(LayerUse):
             names.append("gram")
         return [*names, "sampled"] if self.sparse else names
 
-    def product(self, examples: slice, out: Tensor | None) -> Tensor:
+    def product(self, samples: slice, out: Tensor | None) -> Tensor:
         """Multiply what is unfolded: gradients ``[m, *block]``."""
-        unfolded = self.unfolded(examples)
+        unfolded = self.unfolded(samples)
         assert unfolded is not None
         return self.multiplied(*unfolded, out)
 
@@ -265,15 +265,15 @@ class WeightUse(LayerUse):
     def _sampled(self) -> Tensor:
         """Packed gradients of all samples, ``[n, count]``."""
         parts = []
-        for part in slices(self.examples, CHUNK_ELEMENTS // max(1, self.selection.block_shape.numel())):
+        for part in slices(self.samples, CHUNK_ELEMENTS // max(1, self.selection.block_shape.numel())):
             unfolded = self.unfolded(part)
             assert unfolded is not None
             parts.extend(self.sampled(zip(*unfolded, strict=True)))
         return torch.stack(parts)
 
-    def _gram_norms(self, examples: slice) -> Tensor:
+    def _gram_norms(self, samples: slice) -> Tensor:
         """Return ``<a a^T, b b^T>`` for each sample: T x T numbers instead of those of the block."""
-        unfolded = self.unfolded(examples)
+        unfolded = self.unfolded(samples)
         assert unfolded is not None
         inputs, gradients = unfolded
         left, right = torch.bmm(inputs, inputs.mT), torch.bmm(gradients, gradients.mT)

@@ -35,7 +35,7 @@ def test_bags_by_offsets_are_refused() -> None:
 
 
 def test_norms_and_sum_never_make_a_table_for_each_example(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: EmbeddingUse, name: str, examples: slice) -> Tensor:
+    def refuse(self: EmbeddingUse, name: str, samples: slice) -> Tensor:
         raise AssertionError("a table for each sample was made")
 
     monkeypatch.setattr(EmbeddingUse, "per_sample", refuse)

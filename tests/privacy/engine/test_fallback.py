@@ -101,7 +101,7 @@ def test_a_rule_of_ones_own_goes_first(rules: None) -> None:
             inner = gradient * torch.cos(x @ weight.detach())
             return {part.name: torch.einsum("ni,no->nio", x, inner)}
 
-        return recorder.tap(output, GradientUse([part], recorder.examples, compute))
+        return recorder.tap(output, GradientUse([part], recorder.samples, compute))
 
     model, x = Model(scaled_sine), examples()
     assert_agrees(model, x, loop_gradients(model, x, 5))

@@ -25,7 +25,7 @@ def model() -> nn.Module:
 def test_batches_of_about_the_same_size_are_timed_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[int] = []
     choose = tuning._timed_plan
-    monkeypatch.setattr(tuning, "_timed_plan", lambda use, fits: timed.append(use.examples) or choose(use, fits))
+    monkeypatch.setattr(tuning, "_timed_plan", lambda use, fits: timed.append(use.samples) or choose(use, fits))
     engine = PerSampleEngine(model)
     for n in (33, 63, 40, 64, 33):  # 33 to 63 have six bits, 64 has seven
         run(engine, torch.randn(n, 3, 32), n)
