@@ -165,8 +165,8 @@ def evaluate_policies(
             told = None if teacher is None else teacher(images)
         for name, policy in policies.items():
             if name not in tallies:
-                first = (take(given, slice(_COUNTED)) for given in (images, target, told))
-                counted = _flops(world, policy, *first) if flops else None
+                some, its_target, its_teacher = (take(given, slice(_COUNTED)) for given in (images, target, told))
+                counted = count_flops(world, some, policy, its_target, its_teacher) if flops else None
                 tallies[name] = _Tally(world, name, shown, scored, counted)
                 if isinstance(policy, Policy):
                     policy.restart()
@@ -217,7 +217,9 @@ class _Tally:
         )
 
 
-def count_flops(world: GlimpseWorld, images: Tensor, policy: PolicyLike, target: Any = None) -> float:
+def count_flops(
+    world: GlimpseWorld, images: Tensor, policy: PolicyLike, target: Any = None, teacher: Tensor | None = None
+) -> float:
     """Return floating-point operations an image of whole episodes: crop, backbone and policy.
 
     A multiply-add counts as two. Predictions are made only where they are needed.
@@ -227,13 +229,8 @@ def count_flops(world: GlimpseWorld, images: Tensor, policy: PolicyLike, target:
         images: Scenes [B, C, H, W].
         policy: Whose.
         target: Theirs, for policies that know the truth.
+        teacher: A teacher's predictions from whole scenes, for policies that need scores.
     """
-    return _flops(world, policy, images, target)
-
-
-def _flops(
-    world: GlimpseWorld, policy: PolicyLike, images: Tensor, target: Any, teacher: Tensor | None = None
-) -> float:
     # the counter does not know the fused attention of CPUs, and stumbles over inputs that are views of parameters
     frozen = parameters_require_grad(world.backbone, False)
     with frozen, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -59,11 +59,9 @@ class Probe:
 
     Attributes:
         calls: in the order in which they ended.
-        output_shapes: of the backbone's own output, at both batch sizes.
     """
 
     calls: list[Call]
-    output_shapes: tuple[Any, Any]
     by_layer: dict[str, list[Call]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +78,7 @@ def probe(backbone: nn.Module, example: Any) -> Probe:
         ValueError: other layers run at another batch size.
     """
     runs = [_record(backbone, samples(example, size)) for size in BATCHES]
-    (first, one), (second, two) = runs
+    first, second = runs
     if [(c.layer, c.number) for c in first] != [(c.layer, c.number) for c in second]:
         raise ValueError(
             "the backbone runs other layers for other batches: exits need a forward whose order of layers is fixed"
@@ -98,7 +96,7 @@ def probe(backbone: nn.Module, example: Any) -> Probe:
         )
         for a, b in zip(first, second, strict=True)
     ]
-    return Probe(calls, (one, two))
+    return Probe(calls)
 
 
 def samples(example: Any, size: int, distinct: bool = False) -> Any:
@@ -149,7 +147,7 @@ class _Record:
         return self._held is not None and self._held._version != self._version
 
 
-def _record(backbone: nn.Module, inputs: Any) -> tuple[list[_Record], Any]:
+def _record(backbone: nn.Module, inputs: Any) -> list[_Record]:
     records: list[_Record] = []
     numbers: dict[str, int] = {}
 
@@ -158,8 +156,8 @@ def _record(backbone: nn.Module, inputs: Any) -> tuple[list[_Record], Any]:
         records.append(_Record(layer, numbers[layer], args, kwargs, output))
 
     with observed(backbone, note), quiet_model(backbone), torch.no_grad():
-        output = call_model(backbone, inputs)
-    return records, shapes(output)
+        call_model(backbone, inputs)
+    return records
 
 
 @contextmanager
