@@ -56,6 +56,20 @@ def test_file_imports_only_downward(path: Path) -> None:
         assert others <= ALLOWED[here]
 
 
+def test_every_room_is_named_here() -> None:
+    doors = {"__init__", "__main__", "cli", "strategy_names"}
+    assert {room(path) for path in FILES} - doors == TECHNIQUES | SHARED
+    assert ALLOWED.keys() == SHARED
+    assert not imported(PACKAGE / "strategy_names.py")
+
+
+def test_no_file_takes_what_another_keeps_to_itself() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_eff"):
+                assert not [a.name for a in node.names if a.name.startswith("_") and not a.name.startswith("__")], path
+
+
 def test_shapley_knows_no_lightning_and_only_one_surgery_file_touches_its_strategies() -> None:
     for path in FILES:
         text = path.read_text()
