@@ -12,6 +12,7 @@ from lightning_eff.lidar.completion.sparse_to_dense import SparseToDenseResNet
 from lightning_eff.lidar.data import KittiDepthDataModule, SyntheticLidarDataModule
 from lightning_eff.lidar.datasets import KittiDepthDataset, KittiScanDataset
 from lightning_eff.lidar.dropout import LineDropout
+from lightning_eff.lidar.estimators import EstimationOptions
 from lightning_eff.lidar.evaluation import LineEvaluation
 from lightning_eff.lidar.frames import Frame, frames_of
 from lightning_eff.lidar.game import CompletionOptions, FrameGame, LineGame
@@ -24,7 +25,7 @@ from lightning_eff.lidar.selection import select_lines
 from lightning_eff.lidar.selector import LidarSaSSelector
 from lightning_eff.lidar.settings import Dynamic, LineGameOptions, Spread
 from lightning_eff.lidar.synthetic import Scene, SyntheticLidarDataset
-from lightning_eff.lidar.values import EstimationOptions, LineValues, line_shapley
+from lightning_eff.lidar.values import LineValues, line_shapley
 
 __all__ = [
     "KITTI_HDL64E",

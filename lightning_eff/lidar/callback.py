@@ -18,6 +18,7 @@ from lightning_eff.batch import SplitBatch
 from lightning_eff.documents import whole_state
 from lightning_eff.lidar.batches import LidarKeys
 from lightning_eff.lidar.completion.forwarding import Forward
+from lightning_eff.lidar.estimators import EstimationOptions
 from lightning_eff.lidar.evaluation import LineEvaluation
 from lightning_eff.lidar.frames import Frame
 from lightning_eff.lidar.in_trainer import frames_in, gathered, on_device, validation_batches
@@ -25,7 +26,6 @@ from lightning_eff.lidar.measuring import Measurement
 from lightning_eff.lidar.report import LineSelection
 from lightning_eff.lidar.settings import BASELINES, Baseline, LineGameOptions, Settings, Spread
 from lightning_eff.lidar.study import LineStudy
-from lightning_eff.lidar.values import EstimationOptions
 from lightning_eff.surgery.state import untouched_generators
 
 

@@ -27,6 +27,7 @@ from lightning_eff.lidar.batches import LidarKeys
 from lightning_eff.lidar.choosing import choose, kept_pixels
 from lightning_eff.lidar.completion.forwarding import Forward
 from lightning_eff.lidar.dynamic import lines_by_frame, predicted_lines
+from lightning_eff.lidar.estimators import EstimationOptions
 from lightning_eff.lidar.evaluation import LineEvaluation
 from lightning_eff.lidar.frames import Frame
 from lightning_eff.lidar.hyperparameters import built, load_weights, plain_hyperparameters
@@ -38,7 +39,6 @@ from lightning_eff.lidar.report import LineSelection
 from lightning_eff.lidar.reuse import choice_of, choose_again
 from lightning_eff.lidar.settings import BASELINES, Baseline, Dynamic, LineGameOptions, Settings, Spread
 from lightning_eff.lidar.study import LineStudy
-from lightning_eff.lidar.values import EstimationOptions
 from lightning_eff.reporting import save_figure
 from lightning_eff.surgery.structure import prunable
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lightning_eff.arguments import check_choice, check_whole
 from lightning_eff.lidar.completion.forwarding import Forward
+from lightning_eff.lidar.estimators import EstimationOptions
 from lightning_eff.lidar.frames import Candidates, Unassigned
 from lightning_eff.lidar.game import CompletionOptions, Metric
 from lightning_eff.lidar.lines import KITTI_HDL64E
 from lightning_eff.lidar.selection import Rule
-from lightning_eff.lidar.values import EstimationOptions
 
 Spreading = Literal[Rule, "auto"]
 Baseline = Literal["uniform", "uniform_sensor", "random", "top", "most_points", "loo", "greedy", "gap_greedy", "gap_dp"]

@@ -40,8 +40,6 @@ from lightning_eff.reporting import progress as progress_bar
 from lightning_eff.shapley import ExactShapley, RegressionShapley, ShapleyEstimator
 from lightning_eff.shapley.coalition_run import CoalitionEstimator
 
-__all__ = ["EstimationOptions", "EstimatorName", "LineEstimation", "LineValues", "gap_game", "line_shapley"]
-
 _ABSURD_EMPTY = 3  # times the error of the mean depth
 
 
