@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import same_color
-from test_report import evaluation, selection
+from outcomes import evaluation, selection
 
 from lightning_eff.lidar import figures
 from lightning_eff.lidar.completion.hole_filling import pull_push

@@ -131,7 +131,8 @@ def test_what_happens_is_logged_behind_sas() -> None:
     made = selector()
     run = fitted(made)
     logged = run.callback_metrics
-    assert {"lidar/max_se", "lidar/rank_stability", "lidar/forwards", "lidar/forwards_per_second", "lidar/v_empty"} <= set(logged)
+    quantities = ("max_se", "rank_stability", "forwards", "forwards_per_second", "v_empty")
+    assert {f"lidar/{name}" for name in quantities} <= set(logged)
     assert float(logged["lidar/phi_line_02"]) == pytest.approx(float(values()[2]), rel=1e-5)
     assert float(logged["lidar/rank_stability"]) == 1.0
     assert float(logged["lidar/forwards"]) == made.result.forwards == 4 * 40
