@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from lightning_eff.data import CanvasDataModule
 from lightning_eff.glimpse import (
@@ -62,3 +62,16 @@ def changed(before, after):
     """Names of what is not bitwise the same."""
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+class SaveAfter(Callback):
+    """Save after so many batches, and stop there or go on."""
+
+    def __init__(self, batches, path, stop=False):
+        self.left, self.path, self.stop = batches, path, stop
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.left -= 1
+        if not self.left:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = self.stop

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from glimpse_runs import changed, make_data, make_module, make_trainer, state_of
+from glimpse_runs import SaveAfter, changed, make_data, make_module, make_trainer, state_of
 from lightning.pytorch.callbacks import Callback
 
 from lightning_eff.glimpse import ElasticViT, ViTSize
@@ -16,16 +16,6 @@ COURSE = {"pretrain_epochs": 1, "rl_only_epochs": 1, "alternate_every": 1}
 class Places(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.buffer = pl_module.sac.replay_buffer.device.type
-
-
-class SaveAfter(Callback):
-    def __init__(self, batches, path):
-        self.left, self.path = batches, path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.left -= 1
-        if not self.left:
-            trainer.save_checkpoint(self.path)
 
 
 def made(seed=0, **options):

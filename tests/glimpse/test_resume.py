@@ -2,27 +2,14 @@
 
 import pytest
 import torch
-from glimpse_runs import changed, make_backbone, make_data, make_module, make_trainer, state_of
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from glimpse_runs import SaveAfter, changed, make_backbone, make_data, make_module, make_trainer, state_of
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_eff.batch import BatchKeys
 from lightning_eff.glimpse import AdaGlimpseModule, ClassificationTask, ElasticViT, ViTSize
 
 # pretraining, the agent's epoch, and turns of a batch: every phase on both sides of the interruption
 COURSE = {"pretrain_epochs": 1, "rl_only_epochs": 1, "alternate_every": 1, "lr": 3e-3}
-
-
-class StopAfter(Callback):
-    """Save and stop after so many batches."""
-
-    def __init__(self, batches, path):
-        self.left, self.path = batches, path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.left -= 1
-        if not self.left:
-            trainer.save_checkpoint(self.path)
-            trainer.should_stop = True
 
 
 def everything(module, trainer):
@@ -51,7 +38,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("batches", [1, 4, 5, 6])
 def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path, whole, batches):
     path = tmp_path / "stopped.ckpt"
-    train(tmp_path, make_module(**COURSE), 4, callbacks=[StopAfter(batches, path)])
+    train(tmp_path, make_module(**COURSE), 4, callbacks=[SaveAfter(batches, path, stop=True)])
     resumed = train(tmp_path, make_module(seed=9, **COURSE), 4, path, seed=6)
     assert not changed(whole, resumed)
 
@@ -68,7 +55,7 @@ def test_resumed_training_is_the_same_with_latents_in_the_buffer_and_the_order_o
     path = tmp_path / "stopped.ckpt"
     again = made()
     again.load_state_dict(start)
-    train(tmp_path, again, 4, callbacks=[StopAfter(4, path)])
+    train(tmp_path, again, 4, callbacks=[SaveAfter(4, path, stop=True)])
     assert not changed(whole, train(tmp_path, made(seed=9), 4, path))
 
 
@@ -83,7 +70,7 @@ def test_two_epochs_and_two_more_are_four_where_rates_do_not_depend_on_the_end(t
 def stopped(tmp_path, **options):
     """A checkpoint after the agent's own epoch, and the module that wrote it."""
     module = make_module(pretrain_epochs=0, rl_only_epochs=4, **options)
-    train(tmp_path, module, 2, callbacks=[StopAfter(2, tmp_path / "stopped.ckpt")])
+    train(tmp_path, module, 2, callbacks=[SaveAfter(2, tmp_path / "stopped.ckpt", stop=True)])
     return tmp_path / "stopped.ckpt", module
 
 
