@@ -13,17 +13,10 @@ from lightning_eff import cli
 from lightning_eff.data import DigitsDataModule
 from lightning_eff.models import ImageClassifier, LeNet, SmallCNN
 
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
+
 DIGITS = str(Path(__file__).parent / "conf" / "digits.yaml")
 QUICK = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.max_epochs=1"]
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["lightning-eff"])  # arguments of pytest are none of ours
-    # the CLI puts its seed there
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    monkeypatch.setenv("PL_SEED_WORKERS", "0")
 
 
 def checkpoint(trained):

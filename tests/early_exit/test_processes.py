@@ -130,27 +130,18 @@ def test_spawned_processes_cannot_build_exits_for_their_parent(tmp_path: Path) -
 # The command line
 
 
-@pytest.fixture
-def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["lightning-eff"])
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # the command line puts its seed there
-    monkeypatch.setenv("PL_SEED_WORKERS", "0")
-    return tmp_path
-
-
 def schedule_of(done: Any) -> LRSchedulerTypeUnion:
     return done.trainer.lr_scheduler_configs[0].scheduler
 
 
-def test_a_yaml_fits_and_what_it_saved_fits_again(at_home: Path) -> None:
+def test_a_yaml_fits_and_what_it_saved_fits_again(in_tmp_path: Path) -> None:
     done = cli.main(["fit", "--config", str(CONF)])
     assert done.trainer.current_epoch == 3
     assert [phase.train for phase in done.model.phases] == ["backbone", "all"]
     assert schedule_of(done).T_max == 2
     assert done.model.network.gradient_scaling == "equilibrium"
     assert "val/accuracy@50" in done.trainer.callback_metrics
-    saved = next(at_home.rglob("config.yaml"))
+    saved = next(in_tmp_path.rglob("config.yaml"))
     again = cli.main(["fit", "--config", str(saved), "--trainer.max_epochs=3"])
     assert yaml.safe_load(saved.read_text())["model"]["init_args"]["regime"][1]["lr_scheduler"] == {
         "class_path": "torch.optim.lr_scheduler.CosineAnnealingLR",
@@ -160,7 +151,7 @@ def test_a_yaml_fits_and_what_it_saved_fits_again(at_home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_a_yaml_needs_nothing_else(at_home: Path) -> None:
+def test_a_checkpoint_of_a_yaml_needs_nothing_else(in_tmp_path: Path) -> None:
     done = cli.main(["fit", "--config", str(CONF)])
     path = done.trainer.checkpoint_callback.best_model_path
     assert torch.load(path, weights_only=True)["hyper_parameters"]["num_classes"] == 10
@@ -172,7 +163,7 @@ def test_a_checkpoint_of_a_yaml_needs_nothing_else(at_home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_short_names_and_options_of_the_shell(at_home: Path) -> None:
+def test_short_names_and_options_of_the_shell(in_tmp_path: Path) -> None:
     output = run_cli(
         "fit",
         "--model=EarlyExitModule",
@@ -190,15 +181,15 @@ def test_short_names_and_options_of_the_shell(at_home: Path) -> None:
         "--trainer.accelerator=cpu",
         "--trainer.callbacks+=PhaseEarlyStopping",
         "--trainer.callbacks.patience=5",
-        cwd=at_home,
+        cwd=in_tmp_path,
     ).stdout
     assert "Phase 2/2 trains 'heads' for 1 epoch" in output
-    loaded = EarlyExitModule.load_from_checkpoint(next(at_home.rglob("*.ckpt")))
+    loaded = EarlyExitModule.load_from_checkpoint(next(in_tmp_path.rglob("*.ckpt")))
     assert isinstance(loaded.network.backbone, SmallCNN)
     assert loaded.losses.distill == "last"
 
 
-def test_rare_options_of_the_network_are_at_hand_in_yaml(at_home: Path) -> None:
+def test_rare_options_of_the_network_are_at_hand_in_yaml(in_tmp_path: Path) -> None:
     config = {
         "trainer": {"fast_dev_run": True, "accelerator": "cpu", "enable_progress_bar": False},
         "model": {
@@ -228,7 +219,7 @@ def test_rare_options_of_the_network_are_at_hand_in_yaml(at_home: Path) -> None:
         "{layers.pool2: {class_path: Head, init_args: {kind: mlp, layers: 2}}}",
     ],
 )
-def test_all_ways_to_say_where_exits_are(exits: str, at_home: Path) -> None:
+def test_all_ways_to_say_where_exits_are(exits: str, in_tmp_path: Path) -> None:
     config = {
         "trainer": {"fast_dev_run": True, "accelerator": "cpu", "enable_progress_bar": False},
         "model": {

@@ -22,17 +22,11 @@ from lightning_eff.glimpse import (
     TrainingPlan,
 )
 
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
+
 CONFIG = str(REPOSITORY / "tests" / "conf" / "glimpse.yaml")
 EXAMPLE = str(REPOSITORY / "examples" / "configs" / "glimpse.yaml")
 SHORT = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.max_epochs=1"]
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["lightning-eff"])  # arguments of pytest are none of ours
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # the CLI puts its seed there
-    monkeypatch.setenv("PL_SEED_WORKERS", "0")
 
 
 def built(*args):

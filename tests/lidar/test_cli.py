@@ -14,16 +14,10 @@ from lightning_eff.lidar import DepthCompletionModule, LidarSaSSelector, LightDe
 from lightning_eff.lidar.settings import Dynamic, LineGameOptions, Spread
 from lightning_eff.lidar.values import EstimationOptions
 
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
+
 ROOT = Path(__file__).parents[2]
 CONF = str(ROOT / "tests" / "conf" / "lidar.yaml")
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["lightning-eff"])
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    monkeypatch.setenv("PL_SEED_WORKERS", "0")
 
 
 def test_a_yaml_selects_measures_and_predicts() -> None:

@@ -18,11 +18,7 @@ EXAMPLE = REPOSITORY / "examples" / "configs" / "moe.yaml"
 
 
 @pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["lightning-eff"])  # arguments of pytest are none of ours
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # the CLI puts its seed there
-    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+def text(in_tmp_path: Path) -> None:
     Path("text.txt").write_bytes((REPOSITORY / "LICENSE").read_bytes())
 
 
