@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,15 @@ def test_every_room_has_a_readme(folder: str) -> None:
     if not (PACKAGE / folder).is_dir():
         pytest.skip(f"{folder} is not built yet")
     assert (PACKAGE / folder / "README.md").stat().st_size > 500
+
+
+@pytest.mark.parametrize("folder", sorted(TECHNIQUES | {"accounting", "shapley", "surgery"}))
+def test_the_readme_of_a_room_says_what_each_of_its_files_is_for(folder: str) -> None:
+    told = (PACKAGE / folder / "README.md").read_text()
+    files = {path.name for path in (PACKAGE / folder).glob("*.py")} - {"__init__.py"}
+    assert {name for name in files if f"{name}`" not in told} == set()
+    assert [
+        name
+        for name in re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.py)`(?!\])", told)
+        if not (PACKAGE / folder / name).exists()
+    ] == []
