@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
@@ -61,3 +63,17 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     choices = list(choices)
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def plain(value: T) -> T:
+    """The same with Python's numbers in the place of NumPy's, also within dicts, lists and tuples.
+
+    Checkpoints that are read with ``weights_only=True`` hold no others, and seeds must be Python's.
+    """
+    if isinstance(value, dict):
+        return {plain(key): plain(one) for key, one in value.items()}  # type: ignore[return-value]
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))  # type: ignore[call-arg, call-overload]
+    if isinstance(value, Real) and not isinstance(value, bool) and type(value).__module__ == "numpy":
+        return int(value) if isinstance(value, Integral) else float(value)  # type: ignore[return-value]
+    return value

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from lightning_eff.arguments import check_choice, check_number, check_whole
+from lightning_eff.arguments import check_choice, check_number, check_whole, plain
 
 
 class LeNet(nn.Module):
@@ -171,6 +171,7 @@ class ImageClassifier(LightningModule):
         check_choice("optimizer", optimizer, ("adam", "adamw", "sgd"))
         check_number("weight_decay", weight_decay, least=0)
         check_number("momentum", momentum, least=0, below=1)
+        lr, weight_decay, momentum = plain((lr, weight_decay, momentum))
         self.save_hyperparameters(ignore=["net"])
         if "_instantiator" in self.hparams:  # built by LightningCLI, which gives the net as class_path and init_args
             self.save_hyperparameters()

@@ -18,7 +18,7 @@ from lightning_eff.accounting.subsampled import (
     PrivacyEvent,
     subsampled_epsilon,
 )
-from lightning_eff.arguments import check_choice
+from lightning_eff.arguments import check_choice, plain
 from lightning_eff.documents import parsed, reading, write_text
 from lightning_eff.reporting import Column, Report, Table
 
@@ -67,7 +67,7 @@ class PrivacyLedger(Report):
             check_epsilon(max_epsilon)
         check_choice("accountant", accountant, ACCOUNTANTS)
         check_choice("adjacency", adjacency, _ADJACENCIES)
-        self.delta, self.max_epsilon = delta, max_epsilon
+        self.delta, self.max_epsilon = plain((delta, max_epsilon))  # for files and checkpoints
         self.accountant, self.adjacency = accountant, adjacency
         self.assumptions: list[str] = []
         self.not_covered: list[str] = []

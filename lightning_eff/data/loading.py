@@ -38,7 +38,7 @@ class SplitDataModule(LightningDataModule, ABC):
         check_whole("batch_size", batch_size, 1)
         check_whole("num_workers", num_workers, 0)
         check_whole("seed", seed, 0)
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.batch_size, self.num_workers, self.seed = int(batch_size), int(num_workers), int(seed)
         self._loaded = False
 
     @abstractmethod

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from lightning_eff.arguments import plain as plain_numbers
 from lightning_eff.documents import parsed, reading
 from lightning_eff.surgery.structure import HINT, KEY, apply_structure, part_of
 
@@ -31,14 +33,14 @@ def plain_hyperparameters(given: Mapping[str, Any]) -> dict[str, Any]:
             entries = plain_hyperparameters(vars(value))
             if len(entries) == len(vars(value)):
                 plain[name] = entries
-        elif value is None or isinstance(value, bool | int | float | str):
-            plain[name] = value
+        elif value is None or isinstance(value, bool | Real | str):
+            plain[name] = plain_numbers(value)
         elif isinstance(value, Path):
             plain[name] = str(value)
         elif isinstance(value, Mapping):
-            plain[name] = dict(value)
+            plain[name] = plain_numbers(dict(value))
         elif isinstance(value, Sequence):
-            plain[name] = list(value)
+            plain[name] = plain_numbers(list(value))
     return plain
 
 

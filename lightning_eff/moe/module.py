@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import AdamW
 
-from lightning_eff.arguments import check_choice, check_number
+from lightning_eff.arguments import check_choice, check_number, plain
 from lightning_eff.batch import SplitBatch, call_model
 from lightning_eff.batch import split_batch as split_pair
 from lightning_eff.data import ByteTextDataModule
@@ -91,6 +91,7 @@ class MoEScalingModule(LightningModule):
         check_choice("experts", experts, get_args(Experts))
         check_number("final_lr_fraction", final_lr_fraction, least=0, most=1)
         self.decoder = DecoderConfig.of(decoder)
+        warmup_fraction, final_lr_fraction, loss_window = plain((warmup_fraction, final_lr_fraction, loss_window))
         self.save_hyperparameters(ignore=["decoder", "optimizer", "split_batch"])
         if "_instantiator" in self.hparams:  # built by LightningCLI, which gives everything as plain data
             self.save_hyperparameters()

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from types import NoneType
 from typing import Any, Self, get_args, get_type_hints
 
+from lightning_eff.arguments import plain
+
 
 @dataclass(frozen=True)
 class NestedOptions:
@@ -24,13 +26,13 @@ class NestedOptions:
             ValueError: A name is unknown, or a value lies outside its range.
         """
         if not isinstance(config, cls):
-            plain: Any = config or {}
-            config = cls()._with(dict(plain))
+            given: Any = config or {}
+            config = cls()._with(dict(given))
         return config._with(overrides) if overrides else config
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts of plain values: what a checkpoint's hyper-parameters may hold."""
-        return asdict(self)
+        return plain(asdict(self))
 
     def _with(self, changes: dict[str, Any]) -> Self:
         _check_names(self, changes)

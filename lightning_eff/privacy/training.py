@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_eff.accounting import PrivacyLedger
-from lightning_eff.arguments import check_choice, check_number, check_whole
+from lightning_eff.arguments import check_choice, check_number, check_whole, plain
 from lightning_eff.privacy import checks
 from lightning_eff.privacy.accounted import CHECKPOINT_KEY, AccountedTraining
 from lightning_eff.privacy.announcement import banner, hyperparameters, tell_loggers, write_reports
@@ -83,11 +83,13 @@ class PrivateTraining(AccountedTraining):
             plan = SelectionPlan(drop_rate, selection, granularity)
         self.options = PrivateTrainingOptions() if options is None else options
         check_options(self.options)
-        self._budget = Budget(noise_multiplier, target_epsilon, delta, max_epsilon, self.options.accountant, ledger)
+        self._budget = Budget(
+            plain(noise_multiplier), plain(target_epsilon), plain(delta), max_epsilon, self.options.accountant, ledger
+        )
         self._idle_accelerator: Accelerator | None = None
         super().__init__(**kwargs)
-        self.max_grad_norm, self.clipping = max_grad_norm, clipping
-        self.max_physical_batch_size = max_physical_batch_size
+        self.max_grad_norm, self.clipping = float(max_grad_norm), clipping
+        self.max_physical_batch_size = plain(max_physical_batch_size)
         self.poisson_sampling = poisson_sampling
         self._plan = plan
         self._streams: SecretStreams | None = None

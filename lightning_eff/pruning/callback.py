@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_eff.arguments import check_whole
+from lightning_eff.arguments import check_whole, plain
 from lightning_eff.batch import SplitBatch, take
 from lightning_eff.documents import parsed, whole_state
 from lightning_eff.pruning.allocation import Dense
@@ -91,6 +91,7 @@ class StructuredPruningCallback(Callback):
         seed: int = 0,
         verbose: bool = True,
     ) -> None:
+        amount = plain(amount)
         check_amount(amount)
         check_whole("seed", seed, 0)
         if isinstance(amount, float) and allocation.target == "channels" and amount > allocation.max_ratio:
@@ -113,7 +114,7 @@ class StructuredPruningCallback(Callback):
         self.repair = repair
         self.given_plan = None if plan is None else PruningPlan.load(plan)
         self.dirpath = None if dirpath is None else Path(dirpath)
-        self.seed = seed
+        self.seed = int(seed)
         self.verbose = verbose
         self._made_prunable: type | None = None
         self._reset()

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
+from lightning_eff.arguments import plain as plain_numbers
 from lightning_eff.documents import parsed
 from lightning_eff.early_exit.attaching.heads import Head
 from lightning_eff.early_exit.inference.policies import Policy, policy_from
@@ -155,8 +157,8 @@ def plain_hyperparameters(given: Mapping[str, Any]) -> tuple[dict[str, Any], lis
 
 
 def _plain(value: Any, name: str, rest: list[str]) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
+    if value is None or isinstance(value, bool | Real | str):
+        return plain_numbers(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(item, f"{name}.{key}", rest) for key, item in value.items()}
     if isinstance(value, list | tuple):

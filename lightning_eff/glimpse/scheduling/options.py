@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
+from numbers import Real
 from typing import Any, TypeVar
 
 from torch.optim import AdamW, Optimizer
 
+from lightning_eff.arguments import plain as plain_numbers
 from lightning_eff.glimpse.config import AgentConfig, ReplayOptions
 
 Options = TypeVar("Options")
@@ -33,9 +35,9 @@ def plain_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for name, value in given.items():
         if is_dataclass(value) and not isinstance(value, type):
-            plain[name] = asdict(value)
+            plain[name] = plain_numbers(asdict(value))
         elif _is_plain(value):
-            plain[name] = value
+            plain[name] = plain_numbers(value)
     return plain
 
 
@@ -44,4 +46,4 @@ def _is_plain(value: Any) -> bool:
         return all(isinstance(name, str) and _is_plain(one) for name, one in value.items())
     if isinstance(value, tuple | list):
         return all(_is_plain(one) for one in value)
-    return value is None or isinstance(value, str | int | float | bool)
+    return value is None or isinstance(value, str | Real | bool)

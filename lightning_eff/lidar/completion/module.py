@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_eff.arguments import check_choice, check_number, check_whole
+from lightning_eff.arguments import check_choice, check_number, check_whole, plain
 from lightning_eff.batch import SplitBatch
 from lightning_eff.lidar.batches import LidarKeys
 from lightning_eff.lidar.completion.forwarding import DepthForward, Forward
@@ -86,6 +86,8 @@ class DepthCompletionModule(LightningModule):
         DepthForward(net, forward)  # tells now what cannot be called
         objects = {"loss": loss, "forward": forward, "split_batch": split_batch}
         unwritten = [name for name, value in objects.items() if not isinstance(value, str | None)]
+        lr, weight_decay, momentum, decay_every = plain((lr, weight_decay, momentum, decay_every))
+        min_depth, min_target = plain((min_depth, min_target))
         self.save_hyperparameters(ignore=["net", *unwritten])
         if "_instantiator" in self.hparams:  # built by LightningCLI, which gives objects as class_path and init_args
             self.save_hyperparameters()

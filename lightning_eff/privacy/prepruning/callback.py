@@ -117,13 +117,13 @@ class DPPrePruneCallback(Callback):
                 if score == "snip"
                 else f'public_data serves score="snip" only, got score={score!r}'
             )
-        self.amount, self.score, self.mode = amount, score, mode
+        self.amount, self.score, self.mode = float(amount), score, mode
         self.scope: Scope = scope or ("global" if score == "synflow" else "layerwise")
         self.granularity = granularity
         self.public_data = public_data
         self.input_shape = None if input_shape is None else tuple(input_shape)
-        self.exclude, self.min_keep_per_tensor, self.seed = tuple(exclude), min_keep_per_tensor, seed
-        self.public_batches, self.rounds, self.loss_fn = public_batches, rounds, loss_fn
+        self.exclude, self.min_keep_per_tensor, self.seed = tuple(exclude), int(min_keep_per_tensor), int(seed)
+        self.public_batches, self.rounds, self.loss_fn = int(public_batches), int(rounds), loss_fn
         self.split_batch = split_batch
         self._public = None if public_data is None else public_loader(public_data)
         self.masks: Masks = {}

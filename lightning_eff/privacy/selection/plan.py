@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.arguments import check_choice, check_number, check_whole
+from lightning_eff.arguments import check_choice, check_number, check_whole, plain
 from lightning_eff.documents import whole_state
 from lightning_eff.privacy.selection.granularity import Granularity, Scope, Units
 from lightning_eff.privacy.selection.schedule import RateSchedule
@@ -71,11 +71,11 @@ class SelectionPlan:
         check_whole("seed", seed, 0)
         if isinstance(always_keep, str):
             raise ValueError(f"always_keep must be a list of patterns, got the string {always_keep!r}")
-        self.drop_rate = drop_rate
+        self.drop_rate = plain(drop_rate)
         self.selector = selector_from(selection)
         self.granularity, self.scope, self.refresh, self.explore = granularity, scope, refresh, explore
         self.always_keep = None if always_keep is None else tuple(always_keep)
-        self.seed = seed
+        self.seed = int(seed)
         self._parameters: dict[str, Tensor] = {}
         self._current: dict[str, Selection] | None = None
         self._key: tuple[int, ...] | None = None
