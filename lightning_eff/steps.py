@@ -28,7 +28,11 @@ def steps_of_epoch(trainer: Trainer, epoch: int) -> int | None:
 
 def planned_steps(trainer: Trainer) -> int | float:
     """Return the optimizer steps of the whole fit; inf, or -1 for data without a length, where there is no end."""
+    set_up_here = trainer.train_dataloader is None
     planned = trainer.estimated_stepping_batches  # sets up the data
+    if set_up_here and trainer.ckpt_path is not None:
+        # Lightning hands loaders their place in the epoch where it sets them up; it has yet to read it
+        trainer.fit_loop._combined_loader = None
     epochs = trainer.max_epochs
     if epochs is None or epochs < 0 or trainer.num_training_batches == math.inf:
         return planned

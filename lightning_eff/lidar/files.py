@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_eff.documents import whole_file
 from lightning_eff.lidar.projection import Calibration
 
 METRES = 256
@@ -70,8 +71,8 @@ def write_depth_png(path: str | Path, depth: Tensor) -> Path:
             f"expected depths from 0 to {MAX_DEPTH:.3f} m for {path}, got {depth.min().item():g} to "
             f"{depth.max().item():g}: clamp them first"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(units.numpy().astype(np.uint16)).save(path)
+    with whole_file(path) as beside:
+        Image.fromarray(units.numpy().astype(np.uint16)).save(beside, "PNG")
     return path
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from mutations import same
 from small_runs import RUNS
 
@@ -128,6 +129,23 @@ def die(name: str, folder: Path, at: int) -> None:
     """Break a run off in the middle of one of its writes."""
     with pytest.raises(Killed), Writes.watched(folder, at):
         RUNS[name].fit(folder)
+
+
+class DiesAt(Callback):
+    """Breaks a run off before a step, counted from 0."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_train_batch_start(self, trainer: Any, *others: Any) -> None:
+        if trainer.global_step == self._step:
+            raise Killed
+
+
+def test_module_that_asks_for_the_number_of_steps_goes_on_where_it_was_in_the_epoch(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        RUNS["MoEScalingModule"].fit(tmp_path, DiesAt(6))
+    go_on("MoEScalingModule", tmp_path)
 
 
 # one moment of each, early or late: at the end of an epoch, or before reports are written

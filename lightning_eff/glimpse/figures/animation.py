@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_eff.documents import whole_file
 from lightning_eff.glimpse.exploration import Trajectory
 from lightning_eff.glimpse.figures.scenes import (
     draw_prediction,
@@ -56,10 +57,10 @@ def save_animation(
     if len(images) != len(trajectory):
         raise ValueError(f"expected the images of the trajectory, {len(trajectory)} of them, got {len(images)}")
     frames = _frames(images, trajectory, index, target, class_names, dpi)
-    path.parent.mkdir(parents=True, exist_ok=True)
     lasting = [round(1000 * seconds)] * len(frames)
     lasting[-1] *= 2
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=lasting, loop=0)
+    with whole_file(path) as beside:
+        frames[0].save(beside, "GIF", save_all=True, append_images=frames[1:], duration=lasting, loop=0)
     return path
 
 
