@@ -141,7 +141,7 @@ class Calibration:
 
     Attributes:
         source: ``"val"`` or ``"train"``: the loaders of the Trainer; without a validation loader the training loader
-            is taken, and the report says so. None is what suits the callback: see there.
+            is taken, and the report says so. None: ``"train"`` for Dirichlet and random pruning, ``"val"`` otherwise.
         samples: number of samples over all processes; fewer are used where fewer exist.
         loader: a loader of your own instead of ``source``.
     """

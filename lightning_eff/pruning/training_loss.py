@@ -13,16 +13,18 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 
-def check_training_step(pl_module: LightningModule) -> None:
-    """Raise ValueError where the training step does not say what the loss of a batch is."""
+def check_training_step(pl_module: LightningModule, otherwise: str = "") -> None:
+    """Raise ValueError where the training step does not say what the loss of a batch is; ``otherwise`` ends it."""
     name = type(pl_module).__name__
     if not pl_module.automatic_optimization:
         raise ValueError(
             f"{name} optimizes by hand, so its training_step does not say what the loss is: give loss_fn, a function "
-            "(model, batch) -> loss"
+            f"(model, batch) -> loss{otherwise}"
         )
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-        raise ValueError(f"{name}.training_step draws its own batches: give loss_fn, a function (model, batch) -> loss")
+        raise ValueError(
+            f"{name}.training_step draws its own batches: give loss_fn, a function (model, batch) -> loss{otherwise}"
+        )
 
 
 def training_loss(pl_module: LightningModule) -> Callable[[Any, int], Tensor]:

@@ -120,6 +120,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
     """
 
     technique = "random"
+    default_source = "train"
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         criterion: str | Criterion = "l1",
         schedule: Schedule = Schedule(),  # noqa: B008
         layers: Layers = Layers(),  # noqa: B008
-        calibration: Calibration = Calibration(source="train", samples=512),  # noqa: B008
+        calibration: Calibration = Calibration(samples=512),  # noqa: B008
         split_batch: SplitBatch | None = None,
         loss_fn: LossFunction | None = None,
         value: Value | None = None,
@@ -172,7 +173,8 @@ class RandomChannelPruningCallback(StructuredPruningCallback):
         super().setup(trainer, pl_module, stage)
         asks_loss = self.settings.monitor is None or needs(self.criterion).loss
         if stage == "fit" and asks_loss and self.loss_fn is None and self.given_plan is None:
-            check_training_step(pl_module)
+            searched = "; or search by what validation logs, Search(monitor=...)"
+            check_training_step(pl_module, "" if needs(self.criterion).loss else searched)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As the base; also draw the configurations of the last step, and ask validation for the monitored name."""

@@ -402,9 +402,17 @@ class ByHand(Net):
         self.automatic_optimization = False
 
 
-def test_manual_optimization_asks_for_a_loss() -> None:
-    with pytest.raises(ValueError, match=r"ByHand optimizes by hand.* give loss_fn"):
+def test_manual_optimization_asks_for_a_loss_or_for_what_validation_logs_where_that_would_do() -> None:
+    with pytest.raises(ValueError, match=r"ByHand optimizes by hand.* give loss_fn.* or search by .*monitor="):
         fitted(callback(), ByHand())
+    with pytest.raises(ValueError, match=r"ByHand optimizes by hand.* give loss_fn, .* -> loss$"):
+        fitted(callback(criterion="taylor"), ByHand())
+
+
+def test_another_number_of_calibration_samples_does_not_move_to_the_data_that_judge() -> None:
+    assert callback().calibration == Calibration("train", 512)
+    assert callback(calibration=Calibration(samples=64)).calibration == Calibration("train", 64)
+    assert callback(calibration=Calibration("val")).calibration.source == "val"
 
 
 def test_unreachable_budget_is_told_before_training_with_what_can_be_reached() -> None:
