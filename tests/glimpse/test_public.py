@@ -23,11 +23,14 @@ def test_unknown_name_is_an_attribute_error():
 
 
 def test_options_need_no_torch_and_backbones_tasks_and_policies_no_stable_baselines():
-    told = run_python("""
+    told = run_python(
+        """
 import sys, lightning_eff.glimpse
 print("torch" in sys.modules)
 import lightning_eff.glimpse.backbones, lightning_eff.glimpse.tasks, lightning_eff.glimpse.policies
 import lightning_eff.glimpse.exploration, lightning_eff.glimpse.evaluation, lightning_eff.glimpse.figures
 print("torch" in sys.modules, "stable_baselines3" in sys.modules, "gymnasium" in sys.modules)
-""", fresh=True).stdout.split()
+""",
+        fresh=True,
+    ).stdout.split()
     assert told == ["False", "True", "False", "False"]

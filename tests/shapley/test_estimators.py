@@ -245,7 +245,8 @@ def test_ninety_five_percent_intervals_cover_ninety_to_ninety_nine_percent(name,
 
 
 def test_a_function_of_64_players_runs_through_all_estimators_without_lightning():
-    printed = run_python("""
+    printed = run_python(
+        """
 import sys
 import torch
 from lightning_eff.shapley import *
@@ -261,7 +262,9 @@ for estimator in (LeaveOneOut(), ExactShapley(depth=2), PermutationShapley(8), P
     assert set(result.top(2).tolist()) == {0, 1}, estimator
     print(result.method)
 assert not any(name.split(".")[0] in ("lightning", "pytorch_lightning", "torchvision") for name in sys.modules)
-""", fresh=True).stdout.split()
+""",
+        fresh=True,
+    ).stdout.split()
     assert printed == ["leave_one_out", "exact", "permutation", "permutation", "regression", "stratified",
                        "unbiased_kernel", "top_k", "greedy_backward"]  # fmt: skip
 

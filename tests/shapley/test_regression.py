@@ -211,7 +211,8 @@ def test_a_budget_below_the_number_of_unknowns_names_the_alternatives():
 
 @pytest.mark.slow
 def test_2048_players_with_40960_coalitions_stay_under_one_gigabyte():
-    peak = run_python("""
+    peak = run_python(
+        """
 import resource
 import torch
 from lightning_eff.shapley import RegressionShapley, as_game
@@ -222,5 +223,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 result = RegressionShapley(40_960, chunk_size=512).estimate(game, generator=0)
 assert result.n_evals > 40_000
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-""", fresh=True).stdout.split()[-1]
+""",
+        fresh=True,
+    ).stdout.split()[-1]
     assert float(peak) < 1000  # MB, the interpreter and torch included
