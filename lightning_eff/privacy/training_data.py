@@ -85,7 +85,7 @@ class TrainingData:
         for private in self._loaders:
             if data is train_dataloader or holds_private(data, private):
                 raise ValueError(
-                    f"{who} would choose by private training data, which epsilon of {strategy} does not "
+                    f"{who} would choose or report by private training data, which epsilon of {strategy} does not "
                     "cover: give it data that nobody needs to protect, Calibration(loader=...), and the Trainer a "
                     "validation loader; or let it follow a plan that was made without private data (plan=...); or "
                     "prune in a fit on public data before"

@@ -260,7 +260,8 @@ def load_pruned(model: type[M] | M, path: str | Path, **kwargs: Any) -> M:
         **kwargs: for a class, handed to ``load_from_checkpoint``; its ``weights_only`` is True unless given.
 
     Raises:
-        ValueError: the file is of another network.
+        ValueError: the file holds no weights, or the shapes of a cut that this network cannot take.
+        RuntimeError: torch's, which names weights that are missing or of other shapes.
     """
     if isinstance(model, type):
         load: Callable[..., M] | None = getattr(prunable(model), "load_from_checkpoint", None)

@@ -566,6 +566,7 @@ def test_what_cannot_work_is_told_before_the_first_epoch() -> None:
 
 def test_final_checkpoint_holds_the_small_network_also_after_masked_training(tmp_path: Path) -> None:
     model = fit(Magnitude(0.5, schedule=Schedule(physical="at_end"), dirpath=tmp_path, **QUIET))
+    assert torch.load(tmp_path / "pruned.ckpt", weights_only=True)["state_dict"]["body.0.weight"].shape[0] == 4
     small = load_pruned(Net, tmp_path / "pruned.ckpt")
     assert small.body[0].out_channels == 4
     x = next(iter(VAL))[0]
