@@ -40,7 +40,9 @@ def random(**options: Any) -> RandomChannelPruningCallback:
     return RandomChannelPruningCallback(0.5, search=Search(candidates=3, top_k=1), verbose=False, **options)
 
 
-REFUSED = r"would choose or report by private training data, which epsilon of DPGradientDropStrategy does not cover: .*plan="
+REFUSED = (
+    r"would choose or report by private training data, which epsilon of DPGradientDropStrategy does not cover: .*plan="
+)
 
 
 @pytest.mark.parametrize(
