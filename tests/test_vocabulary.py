@@ -75,7 +75,7 @@ def public_callables() -> dict[str, Any]:
         f"{name}.{one}": getattr(room, one)
         for name, room in rooms.items()
         for one in getattr(room, "__all__", vars(room))
-        if getattr(getattr(room, one), "__module__", "").startswith("lightning_eff.")
+        if str(getattr(getattr(room, one), "__module__", None)).startswith("lightning_eff.")
     }
     return {name: one for name, one in found.items() if callable(one)}
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_eff.batch import BatchKeys, split_batch
-from lightning_eff.pruning import RandomChannelPruningCallback, Search
+from lightning_eff.pruning import Calibration, RandomChannelPruningCallback, Search
 
 pytestmark = [
     *NOISE,
@@ -208,7 +208,10 @@ def test_loaders_in_a_dict(name: str, combined: bool) -> None:
     loaders: Any = {"a": case.loader(), "b": case.loader(batch_size=4)}
     by_loss = [
         RandomChannelPruningCallback(
-            0.5, search=Search(candidates=3, top_k=1, monitor="val/loss"), repair=None, **PRUNING
+            0.5,
+            search=Search(candidates=3, top_k=1, monitor="val/loss"),
+            repair=None,
+            **{**PRUNING, "calibration": Calibration("val", samples=16)},
         )
     ]
     trainer = replace(case, callbacks=lambda: by_loss if name[0] == "R" else case.callbacks()).fit(

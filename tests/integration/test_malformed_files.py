@@ -52,6 +52,9 @@ from lightning_eff.surgery import ChannelGraph, PruningPlan, apply_plan, load_pr
 from lightning_eff.surgery.graph import groups_from_dict
 from lightning_eff.synthesis.tables import CategoricalColumn, NumericColumn, TableSchema
 
+# a small game has no variance, an edited one no error bars
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_eff.shapley.ShapleyWarning")
+
 
 def network() -> nn.Module:
     """Two prunable layers."""

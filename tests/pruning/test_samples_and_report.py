@@ -269,7 +269,7 @@ def test_memory_without_a_folder_keeps_nothing() -> None:
 def test_an_unfinished_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compute = Computing()
 
-    def dies(path: Path, text: str) -> None:
+    def dies(path: Path, text: str, **options: Any) -> None:
         with path.open("w") as file:
             file.write(text[: len(text) // 2])
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Costs of a network's outputs that are kept, and measured anew once channels were removed from it."""
+"""Costs of a network's outputs that are kept, and measured anew once channels were removed or layers replaced."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class KeptCosts:
         """
         if self.known is None:
             raise ValueError("no costs are known: call build, or measure_costs with an example, or set costs")
-        if self.known.unit != "given" and not torch.compiler.is_compiling() and self._of.resized(network):
+        if self.known.unit == "given" or torch.compiler.is_compiling():
+            return self.known
+        if self._of.resized(network) or (self._example is not None and self._of.replaced(network)):
             with torch.inference_mode(False):
                 self.measure(network, self._example_for(network), "latency" if self.known.unit == "s" else "flops")
         return self.known

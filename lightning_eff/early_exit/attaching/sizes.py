@@ -33,6 +33,11 @@ class Sizes:
         now, before = self._both(network)
         return any(before.get(name, shape) != shape for name, shape in now.items())
 
+    def replaced(self, network: nn.Module) -> bool:
+        """Whether some parameters went and others came: layers stand in the place of others, experts for instance."""
+        now, before = self._both(network)
+        return bool(now.keys() - before.keys() and before.keys() - now.keys())
+
     def _both(self, network: nn.Module) -> tuple[_Shapes, _Shapes]:
         now = _sizes(network)
         if self._seen is None:
